@@ -1,1 +1,266 @@
-fn main(){}
+//! Compiles `kernels/*.cu` for both devices: with the host C++ compiler, once per instruction set, into the binary; and
+//! with nvcc, where there is one, into fat binaries that the binary embeds. Writes `kernels.rs`, the list of both.
+//!
+//! Environment: `NVCC`, `CUDA_HOME` (where nvcc is), `DILT_REQUIRE_NVCC=1` (no nvcc is an error), `DILT_CUDA_ARCHS`
+//! (default `80,90a`), `DILT_SANITIZE=address|thread` (instruments the host kernels; see CONTRIBUTING.md).
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs, thread};
+
+/// A kernel file: its kernels, and the argument structs whose layout Rust and C++ must agree on.
+struct Source {
+    stem: String,
+    path: PathBuf,
+    kernels: Vec<String>,
+    structs: Vec<(String, Vec<String>)>,
+}
+
+fn main() {
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
+    let out = PathBuf::from(env::var("OUT_DIR").unwrap());
+    println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rustc-check-cfg=cfg(dilt_tsan)");
+    let mut paths: Vec<_> = fs::read_dir(root.join("kernels"))
+        .expect("kernels/ is part of the source")
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    paths.sort();
+    let sources: Vec<_> = paths.iter().map(|path| scan(path)).collect();
+    let wrappers: Vec<_> = sources.iter().map(|source| write_wrapper(source, &out)).collect();
+
+    let sets = compile_host(&root, &out, &wrappers);
+    let fatbins = find_nvcc().map(|nvcc| compile_cuda(&nvcc, &root, &out, &wrappers));
+    fs::write(out.join("kernels.rs"), kernel_list(&sources, &sets, fatbins.as_deref())).unwrap();
+}
+
+/// Finds the `KERNEL(name, ...)` lines and the structs named `...Args` or `...Shape`, one field declaration a line.
+fn scan(path: &Path) -> Source {
+    let text = fs::read_to_string(path).unwrap();
+    let mut source = Source {
+        stem: path.file_stem().unwrap().to_str().unwrap().to_owned(),
+        path: path.to_owned(),
+        kernels: Vec::new(),
+        structs: Vec::new(),
+    };
+    let mut fields: Option<(String, Vec<String>)> = None;
+    for line in text.lines() {
+        let code = line.split("//").next().unwrap().trim_end();
+        if let Some(rest) = code.strip_prefix("KERNEL(").or_else(|| code.strip_prefix("BARRIER_FREE_KERNEL(")) {
+            source.kernels.push(rest.split(',').next().unwrap().trim().to_owned());
+        } else if let Some(name) = code.strip_prefix("struct ").and_then(|r| r.strip_suffix(" {")) {
+            if name.ends_with("Args") || name.ends_with("Shape") {
+                fields = Some((name.to_owned(), Vec::new()));
+            }
+        } else if code.starts_with("};") {
+            source.structs.extend(fields.take());
+        } else if let (Some((_, names)), Some(declaration)) = (&mut fields, code.strip_suffix(';')) {
+            let words = declaration.trim().split(',').map(|d| d.split([' ', '*']).next_back().unwrap());
+            names.extend(words.map(|name| name.split('[').next().unwrap().to_owned()));
+        }
+    }
+    source
+}
+
+/// The file that is compiled: the kernel file, and a kernel that writes the layout of its structs.
+fn write_wrapper(source: &Source, out: &Path) -> (String, PathBuf) {
+    let mut body = String::new();
+    let mut at = 0;
+    let mut put = |value: String| {
+        writeln!(body, "    a.out[{at}] = uint32_t({value});").unwrap();
+        at += 1;
+    };
+    for (name, fields) in &source.structs {
+        put(format!("sizeof({name})"));
+        for field in fields {
+            put(format!("__builtin_offsetof({name}, {field})"));
+            put(format!("sizeof({name}::{field})"));
+        }
+    }
+    let stem = &source.stem;
+    let text = format!(
+        "#include \"{}\"\nBARRIER_FREE_KERNEL(layout_{stem}, LayoutArgs, 1) {{\n{body}}}\n",
+        source.path.display()
+    );
+    let path = out.join(format!("{stem}.cu"));
+    write_if_changed(&path, &text);
+    (stem.clone(), path)
+}
+
+fn write_if_changed(path: &Path, text: &str) {
+    if fs::read_to_string(path).is_ok_and(|old| old == text) {
+        return;
+    }
+    fs::write(path, text).unwrap();
+}
+
+/// Compiles every kernel file for each instruction set of this architecture; returns the sets' names, best last.
+fn compile_host(root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Vec<&'static str> {
+    let sanitize = environment("DILT_SANITIZE").unwrap_or_default();
+    let x86 = env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64";
+    // Sanitizer builds test the code, not the instruction set: one is enough, and it must run on any machine.
+    let sets: &[(&str, &str)] = match (x86, sanitize.is_empty()) {
+        (true, true) => {
+            &[("base", "-march=x86-64"), ("v3", "-march=x86-64-v3"), ("v4", "-march=x86-64-v4")]
+        }
+        (true, false) => &[("base", "-march=x86-64")],
+        (false, _) => &[("base", "")],
+    };
+    for (name, march) in sets {
+        let folder = out.join(name);
+        fs::create_dir_all(&folder).unwrap();
+        let mut build = cc::Build::new();
+        build.cpp(true).out_dir(&folder).include(root).cargo_metadata(true).warnings(false).opt_level(3);
+        build.define("DILT_ISA", *name).debug(!sanitize.is_empty());
+        let flags = "-xc++ -std=c++20 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -fno-math-errno \
+                     -fno-trapping-math -ffp-contract=fast -fno-semantic-interposition";
+        for flag in flags.split_whitespace().chain(march.split_whitespace()) {
+            build.flag(flag);
+        }
+        match sanitize.as_str() {
+            "" => {}
+            "address" => {
+                build.opt_level(1).flag("-fsanitize=address,undefined,float-divide-by-zero,bounds-strict");
+                build.flag("-fno-sanitize-recover=all").flag("-fno-omit-frame-pointer");
+            }
+            "thread" => {
+                build.opt_level(1).flag("-fsanitize=thread").flag("-fno-omit-frame-pointer");
+            }
+            other => panic!("DILT_SANITIZE: expected address or thread, got {other}"),
+        }
+        for (_, path) in wrappers {
+            build.file(path);
+        }
+        build.compile(&format!("dilt_host_{name}"));
+    }
+    // rustc has no argument for a sanitizer's runtime on the stable toolchain, so the archives are linked whole.
+    let runtimes: &[&str] = match sanitize.as_str() {
+        "address" => &["-l:libasan.a", "-l:libubsan.a"],
+        "thread" => {
+            println!("cargo:rustc-cfg=dilt_tsan");
+            &["-l:libtsan.a"]
+        }
+        _ => &[],
+    };
+    if !runtimes.is_empty() {
+        println!("cargo:rustc-link-arg=-Wl,--whole-archive");
+        runtimes.iter().for_each(|library| println!("cargo:rustc-link-arg={library}"));
+        for argument in ["-Wl,--no-whole-archive", "-lstdc++", "-lm", "-lpthread", "-ldl"] {
+            println!("cargo:rustc-link-arg={argument}");
+        }
+    }
+    sets.iter().map(|(name, _)| *name).collect()
+}
+
+/// Reads an environment variable and makes a change of it rebuild; empty counts as not set.
+fn environment(name: &str) -> Option<String> {
+    println!("cargo:rerun-if-env-changed={name}");
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Looks at NVCC, CUDA_HOME, PATH, the usual folder, and an active Python environment.
+fn find_nvcc() -> Option<PathBuf> {
+    let mut candidates: Vec<PathBuf> = Vec::new();
+    candidates.extend(environment("NVCC").map(PathBuf::from));
+    candidates.extend(environment("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc")));
+    candidates.extend(environment("PATH").iter().flat_map(env::split_paths).map(|folder| folder.join("nvcc")));
+    candidates.push("/usr/local/cuda/bin/nvcc".into());
+    if let Some(home) = environment("VIRTUAL_ENV") {
+        let versions = fs::read_dir(Path::new(&home).join("lib")).into_iter().flatten().flatten();
+        candidates.extend(versions.map(|version| version.path().join("site-packages/nvidia/cu13/bin/nvcc")));
+    }
+    let found = candidates.into_iter().find(|path| path.is_file());
+    if found.is_none() {
+        let required = environment("DILT_REQUIRE_NVCC").is_some_and(|value| value != "0");
+        let hint = "set NVCC or CUDA_HOME, or install the wheels named in CONTRIBUTING.md";
+        assert!(!required, "DILT_REQUIRE_NVCC is set, but no nvcc was found: {hint}");
+        println!("cargo:warning=no nvcc found: building the host device alone ({hint})");
+    }
+    found
+}
+
+/// Compiles every kernel file to a fat binary: machine code for each architecture, and PTX of the first for newer GPUs.
+fn compile_cuda(nvcc: &Path, root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Vec<PathBuf> {
+    let archs = environment("DILT_CUDA_ARCHS").unwrap_or_else(|| "80,90a".into());
+    let archs: Vec<_> = archs.split(',').map(str::trim).collect();
+    let mut targets: Vec<_> = archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
+    targets.push(format!("-gencode=arch=compute_{0},code=compute_{0}", archs[0]));
+    let compile = |(stem, path): &(String, PathBuf)| {
+        let fatbin = out.join(format!("{stem}.fatbin"));
+        let result = Command::new(nvcc)
+            .args(["-std=c++20", "-O3", "-lineinfo", "--fatbin", "-Werror", "all-warnings", "-Xptxas", "-v"])
+            .args(&targets)
+            .arg("-I")
+            .arg(root)
+            .arg("-o")
+            .args([&fatbin, path])
+            .output()
+            .unwrap_or_else(|error| panic!("{} cannot be run: {error}", nvcc.display()));
+        let log = String::from_utf8_lossy(&result.stderr).into_owned();
+        assert!(result.status.success(), "nvcc failed on {}:\n{log}", path.display());
+        (fatbin, log)
+    };
+    let results: Vec<_> = thread::scope(|scope| {
+        let jobs: Vec<_> = wrappers.iter().map(|wrapper| scope.spawn(|| compile(wrapper))).collect();
+        jobs.into_iter().map(|job| job.join().expect("see nvcc's message above")).collect()
+    });
+    let mut report = String::new();
+    for (_, log) in &results {
+        let mut kernel = "";
+        for line in log.lines() {
+            kernel = line.split("entry function '").nth(1).and_then(|r| r.split('\'').next()).unwrap_or(kernel);
+            if line.contains("spill stores") && !line.contains("0 bytes spill stores") {
+                println!("cargo:warning={kernel} spills registers: {}", line.trim());
+            }
+            // C75xx: ptxas serialised a wgmma; nvcc does not treat it as a warning.
+            assert!(!line.contains("(C75"), "{kernel}: {line}");
+        }
+        report.push_str(log);
+    }
+    fs::write(out.join("ptxas.txt"), report).unwrap();
+    results.into_iter().map(|(fatbin, _)| fatbin).collect()
+}
+
+/// `kernels.rs`: the host kernels of each instruction set, the fat binaries, and the C++ side of each struct.
+fn kernel_list(sources: &[Source], sets: &[&str], fatbins: Option<&[PathBuf]>) -> String {
+    let mut text = String::from("unsafe extern \"C\" {\n");
+    let layouts = sources.iter().map(|source| format!("layout_{}", source.stem));
+    let names: Vec<String> = sources.iter().flat_map(|s| s.kernels.iter().cloned()).chain(layouts).collect();
+    for name in &names {
+        for set in sets {
+            writeln!(text, "    #[allow(non_upper_case_globals)] static dilt_{set}_{name}: HostKernel;").unwrap();
+        }
+    }
+    writeln!(text, "}}\n/// Instruction sets that the host kernels are compiled for, best last.").unwrap();
+    writeln!(text, "pub(crate) const HOST_SETS: &[&str] = &{sets:?};").unwrap();
+    writeln!(text, "/// Name of each kernel, and its host entry for each instruction set.").unwrap();
+    writeln!(text, "pub(crate) static HOST_KERNELS: &[(&str, &[&HostKernel])] = &[").unwrap();
+    for name in &names {
+        // SAFETY of the generated references: the constants are defined in the kernel objects and never change.
+        let entries: Vec<_> = sets.iter().map(|set| format!("unsafe {{ &dilt_{set}_{name} }}")).collect();
+        writeln!(text, "    ({name:?}, &[{}]),", entries.join(", ")).unwrap();
+    }
+    writeln!(text, "];\n/// Stem and fat binary of each kernel file; empty without nvcc.").unwrap();
+    writeln!(text, "pub(crate) static CUDA_IMAGES: &[(&str, &[u8])] = &[").unwrap();
+    for (source, fatbin) in sources.iter().zip(fatbins.unwrap_or_default()) {
+        writeln!(text, "    ({:?}, include_bytes!({:?})),", source.stem, fatbin).unwrap();
+    }
+    writeln!(text, "];\n/// Stem and kernels of each kernel file.").unwrap();
+    writeln!(text, "pub(crate) static KERNEL_FILES: &[(&str, &[&str])] = &[").unwrap();
+    for source in sources {
+        let mut kernels = source.kernels.clone();
+        kernels.push(format!("layout_{}", source.stem));
+        writeln!(text, "    ({:?}, &{kernels:?}),", source.stem).unwrap();
+    }
+    writeln!(text, "];\n/// Stem of each kernel file, and the structs and fields that its layout kernel reports, in order.").unwrap();
+    writeln!(text, "pub(crate) static STRUCTS: &[(&str, &[(&str, &[&str])])] = &[").unwrap();
+    for source in sources {
+        let structs: Vec<_> =
+            source.structs.iter().map(|(name, fields)| format!("({name:?}, &{fields:?} as &[&str])")).collect();
+        writeln!(text, "    ({:?}, &[{}]),", source.stem, structs.join(", ")).unwrap();
+    }
+    text.push_str("];\n");
+    text
+}

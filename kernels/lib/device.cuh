@@ -1,0 +1,153 @@
+// device.cuh - the dialect every kernel is written in. It has two meanings: nvcc's, given here, and the host
+// compiler's, given in host.cuh. A kernel file includes this header and nothing else.
+//
+//   KERNEL(name, Args, Shared, max_threads) { ... }    a kernel that may use barriers and warp operations
+//   BARRIER_FREE_KERNEL(name, Args, max_threads) { }   one that uses neither: the host runs it as a plain loop
+//
+// The body sees its argument struct as `a`, and threadIdx, blockIdx, blockDim, gridDim. Helper functions take the
+// indices they need as arguments: on the host these are locals of the kernel, not globals.
+// SHARED(Type, name) names the block's shared memory, whose type the KERNEL line gives (NoShared: none). UNROLL unrolls the loop that follows. EACH(i, n) shares the
+// indices 0..n among all threads of the grid's x dimension.
+#pragma once
+#include <stdint.h>
+
+struct NoShared {};
+
+#ifdef __CUDACC__
+
+#define KERNEL(name, Args, Shared, max_threads) \
+    extern "C" __global__ void __launch_bounds__(max_threads) name(const __grid_constant__ Args a)
+#define BARRIER_FREE_KERNEL(name, Args, max_threads) KERNEL(name, Args, NoShared, max_threads)
+#define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define RESTRICT __restrict__
+
+extern __shared__ __align__(128) unsigned char dilt_shared[];
+#define SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(dilt_shared)
+
+#define EACH(i, n)                                                                            \
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < (n);                 \
+         i += int64_t(gridDim.x) * blockDim.x)
+
+// Lanes of one vector register of the machine: what a thread loads at once.
+constexpr int LANES = 4;
+
+// L consecutive samples of one feature row, held by one thread.
+template <int L>
+struct Samples {
+    float lane[L];
+    DEVICE float operator[](int i) const { return lane[i]; }
+    DEVICE float& operator[](int i) { return lane[i]; }
+};
+#define SAMPLES_OPERATOR(op)                                                                          \
+    template <int L>                                                                                  \
+    DEVICE Samples<L> operator op(Samples<L> x, const Samples<L>& y) {                                \
+        UNROLL for (int i = 0; i < L; ++i) x.lane[i] = x.lane[i] op y.lane[i];                        \
+        return x;                                                                                     \
+    }                                                                                                 \
+    template <int L>                                                                                  \
+    DEVICE Samples<L> operator op(Samples<L> x, float y) {                                            \
+        UNROLL for (int i = 0; i < L; ++i) x.lane[i] = x.lane[i] op y;                                \
+        return x;                                                                                     \
+    }                                                                                                 \
+    template <int L>                                                                                  \
+    DEVICE Samples<L>& operator op##=(Samples<L>& x, const Samples<L>& y) { return x = x op y; }
+SAMPLES_OPERATOR(+)
+SAMPLES_OPERATOR(-)
+SAMPLES_OPERATOR(*)
+#undef SAMPLES_OPERATOR
+
+template <int L>
+DEVICE Samples<L> load(const float* p) {
+    Samples<L> x;
+    if constexpr (L % 4 == 0) {
+        UNROLL for (int i = 0; i < L; i += 4) {
+            const float4 v = *reinterpret_cast<const float4*>(p + i);
+            x.lane[i] = v.x, x.lane[i + 1] = v.y, x.lane[i + 2] = v.z, x.lane[i + 3] = v.w;
+        }
+    } else {
+        UNROLL for (int i = 0; i < L; ++i) x.lane[i] = p[i];
+    }
+    return x;
+}
+
+template <int L>
+DEVICE void store(float* p, const Samples<L>& x) {
+    if constexpr (L % 4 == 0) {
+        UNROLL for (int i = 0; i < L; i += 4)
+            *reinterpret_cast<float4*>(p + i) =
+                make_float4(x.lane[i], x.lane[i + 1], x.lane[i + 2], x.lane[i + 3]);
+    } else {
+        UNROLL for (int i = 0; i < L; ++i) p[i] = x.lane[i];
+    }
+}
+
+#else
+#include "host.cuh"
+#endif
+
+template <int L>
+DEVICE Samples<L> splat(float value) {
+    Samples<L> x;
+    UNROLL for (int i = 0; i < L; ++i) x[i] = value;
+    return x;
+}
+
+// The sum of a thread's lanes, in a fixed tree order.
+template <int L>
+DEVICE float lane_sum(const Samples<L>& x) {
+    if constexpr (L == 1) {
+        return x[0];
+    } else {
+        Samples<L / 2> half;
+        UNROLL for (int i = 0; i < L / 2; ++i) half[i] = x[i] + x[i + L / 2];
+        return lane_sum<L / 2>(half);
+    }
+}
+
+// Shared memory of a kernel that only sums over its block.
+struct WarpSums {
+    float scratch[32];
+};
+
+// The sum of one value per thread over the whole block, in a fixed order, returned to every thread. `scratch` holds
+// 32 values of shared memory; the number of threads is 1 or a multiple of 32.
+template <class T>
+DEVICE T block_sum(T value, T* scratch, uint32_t thread, uint32_t threads) {
+    if (threads == 1) return value;
+    UNROLL for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    if (thread % 32 == 0) scratch[thread / 32] = value;
+    __syncthreads();
+    value = scratch[0];
+    for (uint32_t warp = 1; warp < threads / 32; ++warp) value += scratch[warp];
+    __syncthreads();
+    return value;
+}
+
+// What the generated layout_<file> kernels take: they write the size of each argument struct and of its fields, and
+// the fields' offsets, so that a test can compare them with the Rust side.
+struct LayoutArgs {
+    uint32_t* out;
+};
+
+DEVICE int64_t min64(int64_t x, int64_t y) { return x < y ? x : y; }
+DEVICE int64_t max64(int64_t x, int64_t y) { return x > y ? x : y; }
+DEVICE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Philox4x32-10 (Salmon et al., SC 2011): four uniform words from a counter and a key, the same on every device.
+struct Philox {
+    uint32_t word[4];
+};
+
+DEVICE Philox philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+    uint32_t c0 = uint32_t(counter_low), c1 = uint32_t(counter_low >> 32);
+    uint32_t c2 = uint32_t(counter_high), c3 = uint32_t(counter_high >> 32);
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+        const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c1 = uint32_t(p1), c3 = uint32_t(p0), c0 = n0, c2 = n2;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return Philox{{c0, c1, c2, c3}};
+}

@@ -1,0 +1,128 @@
+// host.cuh - what CUDA's words mean to the host compiler. Included by device.cuh alone.
+//
+// A thread of a block is a call of the kernel's function; where a block has several threads and the kernel may wait,
+// each thread is a coroutine of src/device/host.rs, and the waiting words below switch between them. Everything here
+// and in the kernels has internal linkage, so that the copies compiled for different instruction sets never mix:
+// build.rs compiles each kernel file once per instruction set with DILT_ISA set to its name.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#define DEVICE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#define RESTRICT __restrict__
+
+struct dim3 {
+    uint32_t x, y, z;
+};
+
+// Where a thread stands, and its block's shared memory; filled by the host device (src/device/host.rs).
+struct HostIndex {
+    dim3 thread, block, block_dim, grid_dim;
+    void* shared;
+};
+
+// What the host device knows of a kernel: one constant per kernel and instruction set.
+struct HostKernel {
+    void (*thread)(const void* args, const HostIndex* index);
+    uint64_t args_bytes;
+    uint32_t shared_bytes;
+    uint32_t max_threads;
+    uint32_t barrier_free;
+};
+
+#define DILT_JOIN2(a, b, c) a##b##_##c
+#define DILT_JOIN(a, b, c) DILT_JOIN2(a, b, c)
+#define DILT_HOST_KERNEL(name, Args, Shared, max_threads, barrier_free)                                          \
+    static void name##_body(const Args& a, dim3 threadIdx, dim3 blockIdx, dim3 blockDim, dim3 gridDim,       \
+                            void* dilt_shared);                                                              \
+    static void name##_thread(const void* args, const HostIndex* i) {                                        \
+        name##_body(*static_cast<const Args*>(args), i->thread, i->block, i->block_dim, i->grid_dim,         \
+                    i->shared);                                                                              \
+    }                                                                                                        \
+    extern "C" {                                                                                             \
+    extern const HostKernel DILT_JOIN(dilt_, DILT_ISA, name);                                                \
+    const HostKernel DILT_JOIN(dilt_, DILT_ISA, name) = {                                                    \
+        name##_thread, sizeof(Args), __is_empty(Shared) ? 0 : sizeof(Shared), max_threads, barrier_free};    \
+    }                                                                                                        \
+    static inline void name##_body([[maybe_unused]] const Args& a, [[maybe_unused]] dim3 threadIdx,          \
+                                   [[maybe_unused]] dim3 blockIdx, [[maybe_unused]] dim3 blockDim,           \
+                                   [[maybe_unused]] dim3 gridDim, [[maybe_unused]] void* dilt_shared)
+#define KERNEL(name, Args, Shared, max_threads) DILT_HOST_KERNEL(name, Args, Shared, max_threads, 0)
+#define BARRIER_FREE_KERNEL(name, Args, max_threads) DILT_HOST_KERNEL(name, Args, NoShared, max_threads, 1)
+#define SHARED(Type, name) Type& name = *static_cast<Type*>(dilt_shared)
+
+// Waiting. Each call names its place in the source: threads of a block that wait at different places are an error.
+#define DILT_TEXT2(x) #x
+#define DILT_TEXT(x) DILT_TEXT2(x)
+#define DILT_SITE __FILE__ ":" DILT_TEXT(__LINE__)
+extern "C" {
+void dilt_host_barrier(const char* site);
+// Gives `value` to the warp, waits for the lanes in `mask`, returns what lane `source` gave.
+uint64_t dilt_host_exchange(const char* site, uint32_t mask, uint64_t value, uint32_t source_xor, uint32_t source_add);
+uint32_t dilt_host_ballot(const char* site, uint32_t mask, uint32_t predicate);
+}
+template <class T>
+DEVICE T dilt_exchange(const char* site, uint32_t mask, T value, uint32_t source_xor, uint32_t source_add) {
+    static_assert(sizeof(T) <= 8, "a lane gives at most eight bytes");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    bits = dilt_host_exchange(site, mask, bits, source_xor, source_add);
+    memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+#define __syncthreads() dilt_host_barrier(DILT_SITE)
+#define __shfl_xor_sync(mask, value, lanes) dilt_exchange(DILT_SITE, mask, value, lanes, 0)
+#define __shfl_down_sync(mask, value, lanes) dilt_exchange(DILT_SITE, mask, value, 0, lanes)
+#define __ballot_sync(mask, predicate) dilt_host_ballot(DILT_SITE, mask, (predicate) ? 1u : 0u)
+
+// Atomics on integers are real ones: blocks run in parallel.
+template <class T>
+DEVICE T atomicAdd(T* p, T value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+template <class T>
+DEVICE T atomicOr(T* p, T value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }
+
+DEVICE uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+DEVICE float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+DEVICE int __popc(uint32_t x) { return __builtin_popcount(x); }
+
+// Lanes of one vector register of this instruction set.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// L consecutive samples of one feature row, held by one thread: a vector type, since plain arrays of accumulators
+// run ten times slower under g++ 12.
+template <int L>
+struct SamplesOf {
+    typedef float type __attribute__((vector_size(4 * L)));
+    typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+};
+template <int L>
+using Samples = typename SamplesOf<L>::type;
+
+template <int L>
+DEVICE Samples<L> load(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::unaligned*>(p); }
+template <int L>
+DEVICE void store(float* p, const Samples<L>& x) { *reinterpret_cast<typename SamplesOf<L>::unaligned*>(p) = x; }
+
+// EACH on the host: every thread takes one contiguous range, which the compiler vectorises (grid strides would not be).
+DEVICE int64_t dilt_first(int64_t n, uint64_t worker, uint64_t workers) { return int64_t(uint64_t(n) * worker / workers); }
+#define EACH(i, n)                                                                                         \
+    for (int64_t i = dilt_first(n, uint64_t(blockIdx.x) * blockDim.x + threadIdx.x,                        \
+                                uint64_t(gridDim.x) * blockDim.x),                                         \
+                 i##_end = dilt_first(n, uint64_t(blockIdx.x) * blockDim.x + threadIdx.x + 1,              \
+                                      uint64_t(gridDim.x) * blockDim.x);                                   \
+         i < i##_end; ++i)

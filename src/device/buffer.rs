@@ -1,0 +1,165 @@
+//! Memory on a device: owned ranges, and borrowed views of them.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Device, Ptr};
+
+/// An allocation, freed when the last buffer cut from it is gone.
+struct Memory {
+    device: Device,
+    address: u64,
+    bytes: usize,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.device.free(self.address, self.bytes);
+    }
+}
+
+/// `len` elements of device memory that nothing else owns.
+pub struct Buffer<T> {
+    memory: Option<Arc<Memory>>,
+    address: u64,
+    len: usize,
+    element: PhantomData<fn() -> T>,
+}
+
+/// A shared view of consecutive elements.
+pub struct Slice<'a, T> {
+    address: u64,
+    len: usize,
+    element: PhantomData<&'a T>,
+}
+
+/// An exclusive view of consecutive elements.
+pub struct SliceMut<'a, T> {
+    address: u64,
+    len: usize,
+    element: PhantomData<&'a mut T>,
+}
+
+impl<T> Clone for Slice<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Slice<'_, T> {}
+
+impl<T> Default for Buffer<T> {
+    /// A buffer of no elements.
+    fn default() -> Self {
+        Buffer { memory: None, address: 0, len: 0, element: PhantomData }
+    }
+}
+
+impl<T: bytemuck::Pod> Buffer<T> {
+    pub(super) fn new(device: Device, address: u64, bytes: usize, len: usize) -> Self {
+        let memory = Arc::new(Memory { device, address, bytes });
+        Buffer { memory: Some(memory), address, len, element: PhantomData }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All of it.
+    pub fn view(&self) -> Slice<'_, T> {
+        Slice { address: self.address, len: self.len, element: PhantomData }
+    }
+
+    /// All of it, exclusively.
+    pub fn view_mut(&mut self) -> SliceMut<'_, T> {
+        SliceMut { address: self.address, len: self.len, element: PhantomData }
+    }
+
+    /// Elements `range`.
+    ///
+    /// # Panics
+    /// If the range is not within the buffer.
+    pub fn slice(&self, range: Range<usize>) -> Slice<'_, T> {
+        check(&range, self.len);
+        Slice { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), element: PhantomData }
+    }
+
+    /// Elements `range`, exclusively.
+    ///
+    /// # Panics
+    /// If the range is not within the buffer.
+    pub fn slice_mut(&mut self, range: Range<usize>) -> SliceMut<'_, T> {
+        let Slice { address, len, .. } = self.slice(range);
+        SliceMut { address, len, element: PhantomData }
+    }
+
+    /// Cuts an arena into buffers that start at `offsets` (in elements) and have the lengths beside them.
+    ///
+    /// # Panics
+    /// If two pieces overlap, are out of order, or reach past the end.
+    pub fn split(self, pieces: &[(usize, usize)]) -> Vec<Buffer<T>> {
+        let mut end = 0;
+        let cut = |&(offset, len): &(usize, usize)| {
+            assert!(offset >= end && offset + len <= self.len, "piece {offset}+{len} of {} elements", self.len);
+            end = offset + len;
+            let address = self.address + (offset * size_of::<T>()) as u64;
+            Buffer { memory: self.memory.clone(), address, len, element: PhantomData }
+        };
+        pieces.iter().map(cut).collect()
+    }
+}
+
+fn check(range: &Range<usize>, len: usize) {
+    assert!(range.start <= range.end && range.end <= len, "slice {range:?} of {len} elements");
+}
+
+impl<'a, T> Slice<'a, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// For a kernel's argument struct.
+    pub(crate) fn ptr(&self) -> Ptr<T> {
+        Ptr::new(self.address)
+    }
+}
+
+impl<'a, T> SliceMut<'a, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// For a kernel's argument struct.
+    pub(crate) fn ptr(&self) -> Ptr<T> {
+        Ptr::new(self.address)
+    }
+
+    /// A shared view of the same elements.
+    pub fn view(&self) -> Slice<'_, T> {
+        Slice { address: self.address, len: self.len, element: PhantomData }
+    }
+
+    /// An exclusive view of the same elements, for a shorter time.
+    pub fn reborrow(&mut self) -> SliceMut<'_, T> {
+        SliceMut { address: self.address, len: self.len, element: PhantomData }
+    }
+}

@@ -1,0 +1,312 @@
+//! The CUDA device: the driver through cudarc, loaded at run time, so that one binary starts with and without a driver.
+//!
+//! cudarc's lowest level is used on purpose: its safe level tracks events for every allocation, which breaks capture,
+//! and pools memory, which this runtime has no use for since it allocates once.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::OnceLock;
+
+use cudarc::driver::{result, sys};
+
+use super::host::Recorded;
+use super::kernel::{CUDA_IMAGES, KERNEL_FILES, host_kernel};
+use crate::error::{Error, Result};
+
+pub(super) struct Cuda {
+    context: sys::CUcontext,
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    functions: HashMap<&'static str, Function>,
+    name: String,
+    capability: (i32, i32),
+}
+
+struct Function {
+    handle: sys::CUfunction,
+    max_threads: u32,
+    shared_bytes: u32,
+}
+
+// SAFETY: the driver's handles may be used from any thread; each call sets the context of its thread first.
+unsafe impl Send for Cuda {}
+// SAFETY: as above; the driver serialises calls on one stream.
+unsafe impl Sync for Cuda {}
+
+fn failed(what: &str) -> impl Fn(result::DriverError) -> Error {
+    move |error| {
+        let text = error.error_string().map(|text| text.to_string_lossy().into_owned()).unwrap_or_default();
+        Error::Device(format!("CUDA: {what}: {text} ({error:?})"))
+    }
+}
+
+/// The driver, initialised once: its version, or why it cannot be used. cudarc panics where the library is missing or
+/// too old for a symbol, so both are asked first.
+fn driver() -> &'static std::result::Result<i32, String> {
+    static DRIVER: OnceLock<std::result::Result<i32, String>> = OnceLock::new();
+    DRIVER.get_or_init(|| {
+        if CUDA_IMAGES.is_empty() {
+            return Err("this binary was built without nvcc: it holds no GPU code".into());
+        }
+        // SAFETY: looks the library up by name.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("no CUDA driver (libcuda) on this machine".into());
+        }
+        let mut version = 0;
+        // SAFETY: writes one integer; needs no initialisation.
+        unsafe { sys::cuDriverGetVersion(&mut version).result() }
+            .map_err(|error| format!("the CUDA driver gives no version: {error:?}"))?;
+        if version < 12_000 {
+            return Err(format!("the CUDA driver is too old: expected 12.0 or newer, got {}", text(version)));
+        }
+        result::init().map_err(|error| format!("the CUDA driver cannot start: {error:?}"))?;
+        Ok(version)
+    })
+}
+
+fn text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+pub(super) fn count() -> usize {
+    driver().as_ref().map_or(0, |_| result::device::get_count().unwrap_or(0) as usize)
+}
+
+pub(super) fn status() -> String {
+    match driver() {
+        Ok(version) => format!("CUDA driver {}, {} GPU(s)", text(*version), count()),
+        Err(why) => why.clone(),
+    }
+}
+
+impl Cuda {
+    pub(super) fn open(index: usize) -> Result<Self> {
+        driver().as_ref().map_err(|why| Error::Device(format!("device cuda: {why}; use --device host")))?;
+        if index >= count() {
+            return Err(Error::Device(format!("device cuda:{index}: this machine has {} GPU(s)", count())));
+        }
+        let device = result::device::get(index as i32).map_err(failed("no such device"))?;
+        // SAFETY: the device is valid.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("no context"))?;
+        // SAFETY: the context is valid, and released in Drop.
+        unsafe { result::ctx::set_current(context) }.map_err(failed("context"))?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
+        let attribute = |which| {
+            // SAFETY: the device is valid.
+            unsafe { result::device::get_attribute(device, which) }.map_err(failed("device attribute"))
+        };
+        let capability = (
+            attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        let name = result::device::get_name(device).map_err(failed("device name"))?;
+        let (modules, functions) = (Vec::new(), HashMap::new());
+        let mut cuda = Cuda { context, device, stream, modules, functions, name, capability };
+        cuda.load_kernels()?;
+        Ok(cuda)
+    }
+
+    /// Loads every kernel now: a module that loads during a capture would break it.
+    fn load_kernels(&mut self) -> Result<()> {
+        for (&(stem, image), &(_, kernels)) in CUDA_IMAGES.iter().zip(KERNEL_FILES) {
+            // The driver reads the image's header as words.
+            let mut words = vec![0u64; image.len().div_ceil(8)];
+            bytemuck::cast_slice_mut(&mut words)[..image.len()].copy_from_slice(image);
+            // SAFETY: the image is a fat binary that nvcc made, and is copied by the driver.
+            let module = unsafe { result::module::load_data(words.as_ptr().cast()) }
+                .map_err(failed(&format!("kernels/{stem}.cu has no image for {}", self.name)))?;
+            self.modules.push(module);
+            for &kernel in kernels {
+                let symbol = CString::new(kernel).expect("a C identifier");
+                // SAFETY: the module is loaded.
+                let handle = unsafe { result::module::get_function(module, symbol) }
+                    .map_err(failed(&format!("kernel {kernel} is not in its image")))?;
+                let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+                // SAFETY: the function is valid.
+                let threads = unsafe { result::function::get_function_attribute(handle, most) }
+                    .map_err(failed("function attribute"))?;
+                // SAFETY: as above. Above 48 KiB, shared memory must be asked for; asking for all of it costs nothing.
+                unsafe {
+                    let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                    let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+                    let bytes = result::device::get_attribute(self.device, limit).map_err(failed("attribute"))?;
+                    result::function::set_function_attribute(handle, shared, bytes).map_err(failed("attribute"))?;
+                }
+                // Both compilers lay the struct out alike, so the host's entry knows its size.
+                let shared_bytes = host_kernel(kernel).map_or(0, |sets| sets[0].shared_bytes);
+                let function = Function { handle, max_threads: threads as u32, shared_bytes };
+                self.functions.insert(kernel, function);
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context is valid until Drop.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("context"))
+    }
+
+    pub(super) fn description(&self) -> String {
+        format!("cuda sm_{}{} {}", self.capability.0, self.capability.1, self.name)
+    }
+
+    pub(super) fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.enter()?;
+        // SAFETY: the memory is set before anything reads it; the stream waits for nothing else.
+        unsafe {
+            let address = result::malloc_sync(bytes.max(1)).map_err(|error| {
+                let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+                let hint = format!("{bytes} bytes asked for, {free} of {total} free; try a smaller --batch");
+                failed(&hint)(error)
+            })?;
+            result::memset_d8_async(address, 0, bytes, self.stream).map_err(failed("memset"))?;
+            Ok(address)
+        }
+    }
+
+    pub(super) fn free(&self, address: u64) {
+        if self.enter().is_ok() {
+            // SAFETY: the address came from `alloc`; cuMemFree waits for work that uses it.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
+
+    pub(super) fn write(&self, data: &[u8], to: u64) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller holds an exclusive view of as many bytes; the copy is over before this returns.
+        unsafe { result::memcpy_htod_async(to, data, self.stream) }.map_err(failed("copy to the device"))?;
+        self.synchronize()
+    }
+
+    pub(super) fn read(&self, from: u64, data: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller holds a view of as many bytes; the copy is over before this returns.
+        unsafe { result::memcpy_dtoh_async(data, from, self.stream) }.map_err(failed("copy from the device"))?;
+        self.synchronize()
+    }
+
+    pub(super) fn run(&self, work: &Recorded) -> Result<()> {
+        self.enter()?;
+        match work {
+            Recorded::Launch { kernel, launch, args } => {
+                let function = self.functions.get(kernel).ok_or_else(|| {
+                    Error::Device("there is no kernel of this name in kernels/".into())
+                })?;
+                if launch.block == 0 || launch.block > function.max_threads {
+                    let most = function.max_threads;
+                    return Err(Error::Device(format!("expected 1 to {most} threads a block")));
+                }
+                let [x, y, z] = launch.grid;
+                let mut params = [args.as_ptr().cast_mut()];
+                // SAFETY: promised by the caller of Device::launch; the driver copies the argument struct.
+                unsafe {
+                    let block = (launch.block, 1, 1);
+                    let shared = function.shared_bytes;
+                    result::launch_kernel(function.handle, (x, y, z), block, shared, self.stream, &mut params)
+                }
+                .map_err(failed("launch"))
+            }
+            Recorded::Copy { from, to, bytes } => {
+                // SAFETY: the caller of Device::copy holds views of both ranges.
+                unsafe { result::memcpy_dtod_async(*to, *from, *bytes, self.stream) }.map_err(failed("copy"))
+            }
+            Recorded::Zero { to, bytes } => {
+                // SAFETY: the caller of Device::zero holds an exclusive view.
+                unsafe { result::memset_d8_async(*to, 0, *bytes, self.stream) }.map_err(failed("memset"))
+            }
+        }
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream is valid until Drop.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("a kernel failed"))
+    }
+
+    pub(super) fn begin_capture(&self) -> Result<()> {
+        self.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is valid and not the default one.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("capture"))
+    }
+
+    pub(super) fn end_capture(&self) -> Result<Graph> {
+        self.enter()?;
+        // SAFETY: a capture is under way on this stream; the graph is destroyed once instantiated.
+        unsafe {
+            let graph = result::stream::end_capture(self.stream).map_err(failed("capture"))?;
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            result::graph::destroy(graph).map_err(failed("capture"))?;
+            Ok(Graph(executable.map_err(failed("capture"))?))
+        }
+    }
+
+    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
+        self.enter()?;
+        // SAFETY: both handles are valid; memory that the graph uses is kept while it lives (Device::free).
+        unsafe { result::graph::launch(graph.0, self.stream) }.map_err(failed("replay"))
+    }
+
+    pub(super) fn event(&self) -> Result<Event> {
+        self.enter()?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("event"))?;
+        // SAFETY: both handles are valid.
+        unsafe { result::event::record(event, self.stream) }.map_err(failed("event"))?;
+        Ok(Event(event))
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        // SAFETY: all handles were made in `open` and are used no more; errors of a dead context change nothing.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            for module in self.modules.drain(..) {
+                let _ = result::module::unload(module);
+            }
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// An instantiated CUDA graph.
+pub(super) struct Graph(sys::CUgraphExec);
+
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: instantiated in `end_capture`, and used no more.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
+/// A recorded event.
+pub struct Event(sys::CUevent);
+
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    pub(super) fn elapsed_ms(&self, earlier: &Event) -> Result<f64> {
+        // SAFETY: both events are valid.
+        unsafe {
+            result::event::synchronize(self.0).map_err(failed("event"))?;
+            result::event::elapsed(earlier.0, self.0).map(f64::from).map_err(failed("event"))
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created in `Cuda::event`, and used no more.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+

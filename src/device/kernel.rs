@@ -1,0 +1,190 @@
+//! Kernels as Rust sees them: a name, one argument struct, a launch shape.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+use super::Device;
+use super::host::HostKernel;
+use crate::error::Result;
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// The host entries of a kernel, one for each instruction set.
+pub(super) fn host_kernel(name: &str) -> Option<&'static [&'static HostKernel]> {
+    static KERNELS: OnceLock<HashMap<&str, &[&HostKernel]>> = OnceLock::new();
+    KERNELS.get_or_init(|| HOST_KERNELS.iter().copied().collect()).get(name).copied()
+}
+
+/// A kernel of `kernels/*.cu` and the type of its one argument.
+pub struct Kernel<A> {
+    pub(super) name: &'static str,
+    args: PhantomData<fn(A)>,
+}
+
+impl<A> Kernel<A> {
+    /// The kernel of this name. [`crate::ops::layouts`] is tested against the C++ structs; names are tested by use.
+    pub const fn new(name: &'static str) -> Self {
+        Kernel { name, args: PhantomData }
+    }
+}
+
+/// Blocks, and threads of a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Blocks in x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+}
+
+impl Launch {
+    /// A launch of `grid` blocks of `block` threads.
+    pub fn new(grid: [u32; 3], block: u32) -> Self {
+        Launch { grid, block }
+    }
+}
+
+/// An address in device memory, as a field of an argument struct.
+#[repr(transparent)]
+pub struct Ptr<T>(u64, PhantomData<fn() -> T>);
+
+impl<T> Ptr<T> {
+    pub(super) fn new(address: u64) -> Self {
+        Ptr(address, PhantomData)
+    }
+
+    /// No memory: the kernel leaves out what it would read or write there.
+    pub fn null() -> Self {
+        Ptr(0, PhantomData)
+    }
+
+    pub(super) fn address(self) -> u64 {
+        self.0
+    }
+}
+
+impl<T> Clone for Ptr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Ptr<T> {}
+
+impl<T> fmt::Debug for Ptr<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Name, size and fields of an argument struct.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Name, the same in C++.
+    pub name: &'static str,
+    /// Size in bytes.
+    pub size: usize,
+    /// Name, offset and size of each field, in order.
+    pub fields: Vec<(&'static str, usize, usize)>,
+}
+
+/// A plain `repr(C)` struct that a kernel takes by value.
+///
+/// # Safety
+/// The struct is `repr(C)` and has the layout of the C++ struct of the same name; [`kernel_args!`] implements this, and
+/// a test compares the layouts.
+pub unsafe trait KernelArgs: Copy + fmt::Debug + Send + Sync + 'static {
+    /// The Rust side of the layout.
+    fn layout() -> Layout;
+}
+
+/// Declares argument structs, with the names and the order of fields of their C++ side.
+macro_rules! kernel_args {
+    ($($(#[$meta:meta])* $vis:vis struct $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {$(
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug)]
+        $vis struct $name { $($field: $type),* }
+
+        // SAFETY: repr(C) is set above; the layout test compares the fields with the C++ struct's.
+        unsafe impl $crate::device::KernelArgs for $name {
+            fn layout() -> $crate::device::Layout {
+                fn size_of_field<S, F>(_: impl Fn(&S) -> &F) -> usize { size_of::<F>() }
+                $crate::device::Layout {
+                    name: stringify!($name),
+                    size: size_of::<$name>(),
+                    fields: vec![$((
+                        stringify!($field),
+                        std::mem::offset_of!($name, $field),
+                        size_of_field(|s: &$name| &s.$field),
+                    )),*],
+                }
+            }
+        }
+    )*};
+}
+pub(crate) use kernel_args;
+
+/// The bytes of an argument struct, kept for a captured step.
+pub(super) struct ArgBytes(Box<[u64]>);
+
+impl ArgBytes {
+    pub(super) fn new<A: KernelArgs>(args: &A) -> Self {
+        let mut words = vec![0u64; size_of::<A>().div_ceil(8)].into_boxed_slice();
+        // SAFETY: the words are large enough and aligned for `A`, which is `Copy`, and live as long as the box.
+        unsafe { words.as_mut_ptr().cast::<A>().write(*args) };
+        ArgBytes(words)
+    }
+
+    pub(super) fn as_ptr(&self) -> *const std::ffi::c_void {
+        self.0.as_ptr().cast()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len() * 8
+    }
+}
+
+/// Stem and size in bytes of each embedded fat binary; empty in a build without nvcc.
+pub fn embedded_images() -> impl Iterator<Item = (&'static str, &'static [u8])> {
+    CUDA_IMAGES.iter().copied()
+}
+
+/// Stem of each kernel file and the kernels in it.
+pub fn kernel_files() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
+    KERNEL_FILES.iter().copied()
+}
+
+kernel_args! {
+    /// Argument of the generated `layout_<stem>` kernels.
+    struct LayoutArgs { out: Ptr<u32> }
+}
+
+impl Device {
+    /// The C++ side of every argument struct, as this device's kernels see it.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`] and [`Device::read`].
+    pub fn cpp_layouts(&self) -> Result<Vec<Layout>> {
+        let mut layouts = Vec::new();
+        for &(stem, structs) in STRUCTS {
+            let numbers: usize = structs.iter().map(|(_, fields)| 1 + 2 * fields.len()).sum();
+            let mut out = self.alloc::<u32>(numbers)?;
+            let kernels = KERNEL_FILES.iter().find(|(file, _)| *file == stem).map_or(&[][..], |(_, kernels)| kernels);
+            let name = kernels.last().expect("the generated kernel comes last");
+            let args = LayoutArgs { out: out.view_mut().ptr() };
+            // SAFETY: the kernel writes one number per struct and two per field, which is the length of `out`.
+            unsafe { self.launch(&Kernel::<LayoutArgs>::new(name), Launch::new([1; 3], 1), &args)? };
+            let mut numbers = self.read(out.view())?.into_iter().map(|number| number as usize);
+            let mut next = || numbers.next().expect("counted above");
+            for &(name, fields) in structs {
+                let size = next();
+                let fields = fields.iter().map(|&field| (field, next(), next())).collect();
+                layouts.push(Layout { name, size, fields });
+            }
+        }
+        Ok(layouts)
+    }
+}

@@ -1,0 +1,392 @@
+//! Devices: memory, kernel launches, captured steps, events. Two kinds, one interface.
+//!
+//! | kind | memory | a launch | a captured step |
+//! |---|---|---|---|
+//! | `cuda` | GPU memory | on the handle's own stream, asynchronous | a CUDA graph |
+//! | `host` | aligned heap memory | blocks on a thread pool, returns when done | a list of launches |
+//!
+//! Nothing above this module asks which kind it has, except through [`Device::policy`], which says how a kernel should
+//! be cut into blocks. Only [`crate::ops`] launches.
+
+mod buffer;
+mod cuda;
+mod fiber;
+mod host;
+mod kernel;
+mod tsan;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+pub use buffer::{Buffer, Slice, SliceMut};
+pub use host::HostOptions;
+pub(crate) use kernel::kernel_args;
+pub use kernel::{Kernel, KernelArgs, Launch, Layout, Ptr, embedded_images, kernel_files};
+
+use crate::error::{Error, Result};
+
+/// How kernels are cut into blocks on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// Many threads a block, tiles staged through shared memory: the GPU's way.
+    Staged,
+    /// One thread a block, a register tile per thread, rows read where they lie: the host's way, whose cache stages.
+    Direct,
+}
+
+/// A handle to a device: its memory, and a stream of its own. Clones share the stream.
+#[derive(Clone)]
+pub struct Device(Arc<Inner>);
+
+struct Inner {
+    backend: Backend,
+    policy: Policy,
+    /// `DILT_SYNC=1`: synchronize after each launch, so that an error names its kernel.
+    sync_each_launch: bool,
+    recording: Mutex<Option<Vec<host::Recorded>>>,
+    graphs: AtomicUsize,
+    /// Memory that was dropped while a captured step that may use it was alive.
+    deferred: Mutex<Vec<(u64, usize)>>,
+}
+
+enum Backend {
+    Host(host::Host),
+    Cuda(cuda::Cuda),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Device {
+    /// Opens `auto` (the first GPU if there is one, else the host), `cuda`, `cuda:INDEX` or `host`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for another name; [`Error::Device`] when the device asked for is not there.
+    pub fn open(name: &str) -> Result<Self> {
+        match name {
+            "host" => Self::host(HostOptions::from_environment()?),
+            "auto" if cuda::count() > 0 => Self::cuda(0),
+            "auto" => Self::host(HostOptions::from_environment()?),
+            "cuda" => Self::cuda(0),
+            _ => match name.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
+                Some(index) => Self::cuda(index),
+                None => Err(Error::Usage(format!("device: expected auto, cuda, cuda:INDEX or host, got '{name}'"))),
+            },
+        }
+    }
+
+    /// The host device with these options.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if this machine lacks the instruction set asked for.
+    pub fn host(options: HostOptions) -> Result<Self> {
+        let policy = options.policy;
+        Ok(Self::new(Backend::Host(host::Host::new(options)?), policy))
+    }
+
+    fn cuda(index: usize) -> Result<Self> {
+        Ok(Self::new(Backend::Cuda(cuda::Cuda::open(index)?), Policy::Staged))
+    }
+
+    fn new(backend: Backend, policy: Policy) -> Self {
+        let sync_each_launch = std::env::var("DILT_SYNC").is_ok_and(|value| !value.is_empty() && value != "0");
+        Device(Arc::new(Inner {
+            backend,
+            policy,
+            sync_each_launch,
+            recording: Mutex::new(None),
+            graphs: AtomicUsize::new(0),
+            deferred: Mutex::new(Vec::new()),
+        }))
+    }
+
+    /// Number of GPUs that can be used; 0 without a driver.
+    pub fn cuda_count() -> usize {
+        cuda::count()
+    }
+
+    /// Why [`Device::cuda_count`] is 0, or the driver's version.
+    pub fn cuda_status() -> String {
+        cuda::status()
+    }
+
+    /// What kernels compute with, for people and for the record of a run: `host v4`, `cuda sm_90 NVIDIA H200`.
+    pub fn description(&self) -> String {
+        match &self.0.backend {
+            Backend::Host(host) => host.description(),
+            Backend::Cuda(cuda) => cuda.description(),
+        }
+    }
+
+    /// How kernels are cut into blocks here.
+    pub fn policy(&self) -> Policy {
+        self.0.policy
+    }
+
+    /// Threads for a block that shares rows or elements among `staged` threads: `staged`, or 1 with direct policy.
+    pub fn threads(&self, staged: u32) -> u32 {
+        match self.0.policy {
+            Policy::Staged => staged,
+            Policy::Direct => 1,
+        }
+    }
+
+    /// The launch of an elementwise kernel (`EACH`) over `count` elements.
+    pub fn elementwise(&self, count: usize) -> Launch {
+        let (threads, per_thread, most) = match self.0.policy {
+            Policy::Staged => (256, 4, 4096),
+            Policy::Direct => (1, 16_384, 1024),
+        };
+        Launch::new([count.div_ceil(threads * per_thread).clamp(1, most) as u32, 1, 1], threads as u32)
+    }
+
+    /// Memory for `len` elements, zeroed.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when memory runs out.
+    pub fn alloc<T: bytemuck::Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| Error::Device(format!("{len} elements overflow")))?;
+        let address = match &self.0.backend {
+            Backend::Host(_) => host::alloc(bytes)?,
+            Backend::Cuda(cuda) => cuda.alloc(bytes)?,
+        };
+        Ok(Buffer::new(self.clone(), address, bytes, len))
+    }
+
+    /// Memory with the contents of `data`.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`] and [`Device::write`].
+    pub fn upload<T: bytemuck::Pod>(&self, data: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(data.len())?;
+        self.write(data, buffer.view_mut())?;
+        Ok(buffer)
+    }
+
+    /// Copies `data` to the device; returns when `data` may change again.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the lengths differ, [`Error::Device`] if the copy fails or a step is being captured.
+    pub fn write<T: bytemuck::Pod>(&self, data: &[T], to: SliceMut<T>) -> Result<()> {
+        self.check_copy("write", data.len(), to.len())?;
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        match &self.0.backend {
+            // SAFETY: `to` is valid for `to.len()` elements and exclusively borrowed; lengths are equal.
+            Backend::Host(_) => unsafe { host::write(bytes, to.ptr().address()) },
+            Backend::Cuda(cuda) => cuda.write(bytes, to.ptr().address())?,
+        }
+        Ok(())
+    }
+
+    /// Copies a slice from the device, after everything launched before.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the copy fails or a step is being captured.
+    pub fn read<T: bytemuck::Pod>(&self, from: Slice<T>) -> Result<Vec<T>> {
+        self.check_copy("read", from.len(), from.len())?;
+        let mut data = vec![T::zeroed(); from.len()];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut data);
+        match &self.0.backend {
+            // SAFETY: `from` is valid for `from.len()` elements, which is the length of `data`.
+            Backend::Host(_) => unsafe { host::read(from.ptr().address(), bytes) },
+            Backend::Cuda(cuda) => cuda.read(from.ptr().address(), bytes)?,
+        }
+        Ok(data)
+    }
+
+    fn check_copy(&self, op: &'static str, got: usize, expected: usize) -> Result<()> {
+        if got != expected {
+            let (expected, got) = (expected.to_string(), got.to_string());
+            return Err(Error::Shape { op, what: "number of elements".into(), expected, got });
+        }
+        if lock(&self.0.recording).is_some() {
+            return Err(Error::Device(format!("{op}: not possible while a step is being captured")));
+        }
+        Ok(())
+    }
+
+    /// Copies between two places on the device. Can be captured.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the lengths differ, [`Error::Device`] if the copy fails.
+    pub fn copy<T: bytemuck::Pod>(&self, from: Slice<T>, to: SliceMut<T>) -> Result<()> {
+        if from.len() != to.len() {
+            let (expected, got) = (to.len().to_string(), from.len().to_string());
+            return Err(Error::Shape { op: "copy", what: "number of elements".into(), expected, got });
+        }
+        let bytes = from.len() * size_of::<T>();
+        self.submit(host::Recorded::Copy { from: from.ptr().address(), to: to.ptr().address(), bytes })
+    }
+
+    /// Sets every byte to zero. Can be captured.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn zero<T: bytemuck::Pod>(&self, to: SliceMut<T>) -> Result<()> {
+        self.submit(host::Recorded::Zero { to: to.ptr().address(), bytes: to.len() * size_of::<T>() })
+    }
+
+    /// Launches a kernel.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] with the kernel's name, grid and arguments.
+    ///
+    /// # Safety
+    /// Every pointer in `args` is valid on this device for what the kernel reads and writes through it, and nothing
+    /// else is written through two of them.
+    pub(crate) unsafe fn launch<A: KernelArgs>(&self, kernel: &Kernel<A>, launch: Launch, args: &A) -> Result<()> {
+        let fail = |problem: String| Error::Launch {
+            kernel: kernel.name,
+            grid: launch.grid,
+            block: [launch.block, 1, 1],
+            args: format!("{args:?}"),
+            problem,
+        };
+        if launch.grid.contains(&0) || launch.grid[1].max(launch.grid[2]) > 65_535 {
+            return Err(fail("the grid is empty, or has more than 65535 blocks in y or z".into()));
+        }
+        let args = kernel::ArgBytes::new(args);
+        self.submit(host::Recorded::Launch { kernel: kernel.name, launch, args }).map_err(|error| match error {
+            Error::Device(problem) => fail(problem),
+            other => other,
+        })
+    }
+
+    /// Does a piece of work now, or adds it to the step that is being captured.
+    fn submit(&self, work: host::Recorded) -> Result<()> {
+        match &self.0.backend {
+            Backend::Host(host) => {
+                if let Some(list) = lock(&self.0.recording).as_mut() {
+                    list.push(work);
+                    return Ok(());
+                }
+                host.run(&work)
+            }
+            Backend::Cuda(cuda) => {
+                cuda.run(&work)?;
+                let capturing = lock(&self.0.recording).is_some();
+                if self.0.sync_each_launch && !capturing { cuda.synchronize() } else { Ok(()) }
+            }
+        }
+    }
+
+    /// Records the launches, copies and zeroings of `step` without doing them. Run the step once before, so that
+    /// everything it needs is loaded. Nothing may be allocated, written or read inside.
+    ///
+    /// # Errors
+    /// What `step` returns, or [`Error::Device`] if it cannot be captured.
+    pub fn capture(&self, step: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        if lock(&self.0.recording).replace(Vec::new()).is_some() {
+            return Err(Error::Device("capture: a step is being captured already".into()));
+        }
+        let begun = match &self.0.backend {
+            Backend::Host(_) => Ok(()),
+            Backend::Cuda(cuda) => cuda.begin_capture(),
+        };
+        let result = begun.and_then(|()| step());
+        let list = lock(&self.0.recording).take().unwrap_or_default();
+        let work = match &self.0.backend {
+            Backend::Host(_) => result.map(|()| Captured::Host(list))?,
+            Backend::Cuda(cuda) => {
+                let graph = cuda.end_capture();
+                result.and(graph).map(Captured::Cuda)?
+            }
+        };
+        self.0.graphs.fetch_add(1, Ordering::SeqCst);
+        Ok(Graph { device: self.clone(), work })
+    }
+
+    /// Waits until everything launched has finished.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the error of a kernel that failed since.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.0.backend {
+            Backend::Host(_) => Ok(()),
+            Backend::Cuda(cuda) => cuda.synchronize(),
+        }
+    }
+
+    /// A point in time on this handle's stream.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn event(&self) -> Result<Event> {
+        Ok(match &self.0.backend {
+            Backend::Host(_) => Event::Host(Instant::now()),
+            Backend::Cuda(cuda) => Event::Cuda(cuda.event()?),
+        })
+    }
+
+    fn free(&self, address: u64, bytes: usize) {
+        if self.0.graphs.load(Ordering::SeqCst) > 0 {
+            lock(&self.0.deferred).push((address, bytes));
+            return;
+        }
+        match &self.0.backend {
+            Backend::Host(_) => host::free(address, bytes),
+            Backend::Cuda(cuda) => cuda.free(address),
+        }
+    }
+}
+
+/// A captured step, to be done again and again.
+pub struct Graph {
+    device: Device,
+    work: Captured,
+}
+
+enum Captured {
+    Host(Vec<host::Recorded>),
+    Cuda(cuda::Graph),
+}
+
+impl Graph {
+    /// Does the captured step once more.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn replay(&self) -> Result<()> {
+        match (&self.work, &self.device.0.backend) {
+            (Captured::Host(list), Backend::Host(host)) => list.iter().try_for_each(|work| host.run(work)),
+            (Captured::Cuda(graph), Backend::Cuda(cuda)) => cuda.replay(graph),
+            _ => unreachable!("a graph is captured and replayed by the same device"),
+        }
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.device.0.graphs.fetch_sub(1, Ordering::SeqCst) == 1 {
+            // What the step was using may still run; an error here would have shown, or will show, elsewhere.
+            let _ = self.device.synchronize();
+            let deferred = std::mem::take(&mut *lock(&self.device.0.deferred));
+            deferred.into_iter().for_each(|(address, bytes)| self.device.free(address, bytes));
+        }
+    }
+}
+
+/// A point in time on a stream; see [`Device::event`].
+pub enum Event {
+    #[doc(hidden)]
+    Host(Instant),
+    #[doc(hidden)]
+    Cuda(cuda::Event),
+}
+
+impl Event {
+    /// Milliseconds from `earlier` to this event; waits for both.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the events are of different devices, or the device fails.
+    pub fn elapsed_ms(&self, earlier: &Event) -> Result<f64> {
+        match (earlier, self) {
+            (Event::Host(from), Event::Host(to)) => Ok((*to - *from).as_secs_f64() * 1e3),
+            (Event::Cuda(from), Event::Cuda(to)) => to.elapsed_ms(from),
+            _ => Err(Error::Device("elapsed_ms: events of two devices".into())),
+        }
+    }
+}

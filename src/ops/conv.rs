@@ -1,0 +1,268 @@
+//! Convolution, `Y = W X` (`kernels/conv.cu`). A linear layer is the 1x1 case on a 1x1 image.
+
+use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
+use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use crate::error::{Error, Result};
+
+kernel_args! {
+    /// Shape of a convolution: x `[c, h, w, n]`, w `[k, c, r, s]`, y `[k, p, q, n]`.
+    pub struct ConvShape {
+        c: i32, h: i32, w: i32, k: i32, r: i32, s: i32, p: i32, q: i32, stride: i32, pad: i32, n: i32,
+    }
+    struct ConvArgs {
+        from: Ptr<f32>, w: Ptr<f32>, bias: Ptr<f32>, to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, accumulate: i32,
+    }
+    struct ConvWeightGradientArgs {
+        x: Ptr<f32>, dy: Ptr<f32>, partial: Ptr<f32>, shape: ConvShape, splits: i32,
+    }
+    struct ConvSumArgs { partial: Ptr<f32>, sum: Ptr<f32>, count: i64, splits: i32 }
+    struct ConvBiasGradientArgs { dy: Ptr<f32>, dbias: Ptr<f32>, row: i64 }
+}
+layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs, ConvBiasGradientArgs);
+
+static FORWARD: Product = Product {
+    wide: Kernel::new("conv_forward_wide_f32"),
+    narrow: Kernel::new("conv_forward_narrow_f32"),
+    direct: Kernel::new("conv_forward_direct_f32"),
+};
+static INPUT_GRADIENT: Product = Product {
+    wide: Kernel::new("conv_input_gradient_wide_f32"),
+    narrow: Kernel::new("conv_input_gradient_narrow_f32"),
+    direct: Kernel::new("conv_input_gradient_direct_f32"),
+};
+static WEIGHT_GRADIENT_WIDE: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_wide_f32");
+static WEIGHT_GRADIENT_NARROW: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_narrow_f32");
+static WEIGHT_GRADIENT_DIRECT: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_direct_f32");
+static SUM_SPLITS: Kernel<ConvSumArgs> = Kernel::new("conv_sum_splits_f32");
+static BIAS_GRADIENT: Kernel<ConvBiasGradientArgs> = Kernel::new("conv_bias_gradient_f32");
+
+/// Tile sizes of `kernels/conv.cu`.
+const WIDE: [usize; 2] = [64, 128];
+const NARROW: [usize; 2] = [16, 256];
+const WIDE_GRADIENT: [usize; 2] = [64, 64];
+const NARROW_GRADIENT: [usize; 2] = [16, 128];
+const THREADS: u32 = 256;
+const DIRECT_ROWS: usize = 64;
+const DIRECT_SAMPLES: usize = 64;
+const DIRECT_GRADIENT: [usize; 2] = [4, 12];
+/// Most rows for which the narrow tiles waste less than the wide ones.
+const NARROW_ROWS: usize = 32;
+/// Blocks that a staged weight gradient aims for: two for each of 132 multiprocessors.
+const GRADIENT_BLOCKS: usize = 264;
+
+/// The tilings of one pass.
+struct Product {
+    wide: Kernel<ConvArgs>,
+    narrow: Kernel<ConvArgs>,
+    direct: Kernel<ConvArgs>,
+}
+
+impl ConvShape {
+    /// The shape of a convolution of `n` samples (rounded up to a multiple of 8): input `[c, h, w]`, `k` filters of
+    /// `[r, s]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the filter does not fit the padded image, or a size is 0 or too large for an index.
+    pub fn new(input: [usize; 3], k: usize, filter: [usize; 2], stride: usize, pad: usize, n: usize) -> Result<Self> {
+        let [c, h, w] = input;
+        let [r, s] = filter;
+        let refuse = |what: &str, expected: &str| {
+            let got = format!("input {input:?}, {k} filters {filter:?}, stride {stride}, padding {pad}, {n} samples");
+            Err(Error::Shape { op: "convolution", what: what.into(), expected: expected.into(), got })
+        };
+        if [c, h, w, k, r, s, stride, n].contains(&0) {
+            return refuse("sizes", "none to be 0");
+        }
+        if h + 2 * pad < r || w + 2 * pad < s {
+            return refuse("filter", "one that fits the padded image");
+        }
+        let n = n.next_multiple_of(SAMPLE_ALIGNMENT);
+        let (p, q) = ((h + 2 * pad - r) / stride + 1, (w + 2 * pad - s) / stride + 1);
+        let largest = [h * w * n, p * q * n, c * r * s, k * r * s, pad + h, pad + w, stride];
+        if largest.iter().any(|&size| size >= 1 << 30) {
+            return refuse("sizes", "fewer than 2^30 samples times pixels and weights of a filter");
+        }
+        let [c, h, w, k, r, s, p, q, stride, pad, n] = [c, h, w, k, r, s, p, q, stride, pad, n].map(|x| x as i32);
+        Ok(ConvShape { c, h, w, k, r, s, p, q, stride, pad, n })
+    }
+
+    /// Elements of x, `[c, h, w, n]`.
+    pub fn input_len(&self) -> usize {
+        [self.c, self.h, self.w, self.n].map(|x| x as usize).iter().product()
+    }
+
+    /// Elements of w, `[k, c, r, s]`.
+    pub fn weight_len(&self) -> usize {
+        [self.k, self.c, self.r, self.s].map(|x| x as usize).iter().product()
+    }
+
+    /// Elements of y, `[k, p, q, n]`.
+    pub fn output_len(&self) -> usize {
+        [self.k, self.p, self.q, self.n].map(|x| x as usize).iter().product()
+    }
+
+    /// Output image, `[p, q]`.
+    pub fn output_image(&self) -> [usize; 2] {
+        [self.p as usize, self.q as usize]
+    }
+
+    /// Multiply-adds of one pass.
+    pub fn multiply_adds(&self) -> usize {
+        self.output_len() * (self.c * self.r * self.s) as usize
+    }
+
+    /// Kernel, tap tiles, row tiles and splits of the weight gradient: a function of the shape and the policy alone.
+    fn gradient_plan(&self, policy: Policy) -> (&'static Kernel<ConvWeightGradientArgs>, [usize; 3]) {
+        let (kernel, [rows, taps]) = match policy {
+            Policy::Direct => (&WEIGHT_GRADIENT_DIRECT, DIRECT_GRADIENT),
+            Policy::Staged if self.k as usize <= NARROW_ROWS => (&WEIGHT_GRADIENT_NARROW, NARROW_GRADIENT),
+            Policy::Staged => (&WEIGHT_GRADIENT_WIDE, WIDE_GRADIENT),
+        };
+        let row_tiles = (self.k as usize).div_ceil(rows);
+        let tap_tiles = ((self.c * self.r * self.s) as usize).div_ceil(taps);
+        let columns = (self.p * self.q * self.n) as usize;
+        let splits = match policy {
+            Policy::Direct => 1,
+            Policy::Staged => (GRADIENT_BLOCKS / (row_tiles * tap_tiles)).min(columns / 256).max(1),
+        };
+        (kernel, [tap_tiles, row_tiles, splits])
+    }
+
+    /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.
+    pub fn gradient_scratch_len(&self, device: &Device) -> usize {
+        match self.gradient_plan(device.policy()) {
+            (_, [_, _, 1]) => 0,
+            (_, [_, _, splits]) => splits * self.weight_len(),
+        }
+    }
+}
+
+fn product(device: &Device, kernels: &Product, rows: i32, pixels: i32, args: &ConvArgs) -> Result<()> {
+    let [rows, pixels, n] = [rows, pixels, args.shape.n].map(|x| x as usize);
+    let (kernel, grid, block) = match device.policy() {
+        Policy::Direct => {
+            let grid = [pixels, n.div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
+            (&kernels.direct, grid, 1)
+        }
+        Policy::Staged => {
+            let (kernel, tile) =
+                if rows <= NARROW_ROWS { (&kernels.narrow, NARROW) } else { (&kernels.wide, WIDE) };
+            (kernel, [(pixels * n).div_ceil(tile[1]), rows.div_ceil(tile[0]), 1], THREADS)
+        }
+    };
+    // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape.
+    unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), args) }
+}
+
+/// A bias `[k]` and the number of true samples `[1]`: the padded samples of y are set to zero.
+#[derive(Clone, Copy)]
+pub struct Bias<'a> {
+    /// One value per output channel.
+    pub bias: Slice<'a, f32>,
+    /// Number of true samples, on the device.
+    pub count: Slice<'a, u32>,
+}
+
+/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, w `[k, c, r, s]`, y `[k, p, q, n]`, overwritten.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn conv_forward(
+    device: &Device,
+    shape: &ConvShape,
+    x: Slice<f32>,
+    w: Slice<f32>,
+    bias: Option<Bias>,
+    y: SliceMut<f32>,
+) -> Result<()> {
+    let op = "conv_forward";
+    check_len(op, "x", x.len(), shape.input_len())?;
+    check_len(op, "w", w.len(), shape.weight_len())?;
+    check_len(op, "y", y.len(), shape.output_len())?;
+    if let Some(b) = bias {
+        check_len(op, "bias", b.bias.len(), shape.k as usize)?;
+        check_len(op, "count", b.count.len(), 1)?;
+    }
+    let args = ConvArgs {
+        from: x.ptr(),
+        w: w.ptr(),
+        bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
+        to: y.ptr(),
+        count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
+        shape: *shape,
+        accumulate: 0,
+    };
+    product(device, &FORWARD, shape.k, shape.p * shape.q, &args)
+}
+
+/// Input gradient: dy `[k, p, q, n]`, w `[k, c, r, s]`, dx `[c, h, w, n]`, overwritten or (`accumulate`) added to.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn conv_input_gradient(
+    device: &Device,
+    shape: &ConvShape,
+    dy: Slice<f32>,
+    w: Slice<f32>,
+    accumulate: bool,
+    dx: SliceMut<f32>,
+) -> Result<()> {
+    let op = "conv_input_gradient";
+    check_len(op, "dy", dy.len(), shape.output_len())?;
+    check_len(op, "w", w.len(), shape.weight_len())?;
+    check_len(op, "dx", dx.len(), shape.input_len())?;
+    let (bias, count) = (Ptr::null(), Ptr::null());
+    let accumulate = i32::from(accumulate);
+    let args = ConvArgs { from: dy.ptr(), w: w.ptr(), bias, to: dx.ptr(), count, shape: *shape, accumulate };
+    product(device, &INPUT_GRADIENT, shape.c, shape.h * shape.w, &args)
+}
+
+/// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten. `scratch` has
+/// [`ConvShape::gradient_scratch_len`] elements or more. Padded samples of dy are zero.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn conv_weight_gradient(
+    device: &Device,
+    shape: &ConvShape,
+    x: Slice<f32>,
+    dy: Slice<f32>,
+    scratch: SliceMut<f32>,
+    dw: SliceMut<f32>,
+) -> Result<()> {
+    let op = "conv_weight_gradient";
+    check_len(op, "x", x.len(), shape.input_len())?;
+    check_len(op, "dy", dy.len(), shape.output_len())?;
+    check_len(op, "dw", dw.len(), shape.weight_len())?;
+    let needed = shape.gradient_scratch_len(device);
+    if scratch.len() < needed {
+        check_len(op, "scratch", scratch.len(), needed)?;
+    }
+    let (kernel, grid) = shape.gradient_plan(device.policy());
+    let [_, _, splits] = grid;
+    let partial = if splits == 1 { dw.ptr() } else { scratch.ptr() };
+    let args = ConvWeightGradientArgs { x: x.ptr(), dy: dy.ptr(), partial, shape: *shape, splits: splits as i32 };
+    let launch = Launch::new(grid.map(|x| x as u32), device.threads(THREADS));
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape.
+    unsafe { device.launch(kernel, launch, &args)? };
+    if splits > 1 {
+        let args = ConvSumArgs { partial, sum: dw.ptr(), count: dw.len() as i64, splits: splits as i32 };
+        // SAFETY: the first `splits * dw.len()` elements of scratch were just written.
+        unsafe { device.launch(&SUM_SPLITS, device.elementwise(dw.len()), &args)? };
+    }
+    Ok(())
+}
+
+/// Bias gradient: dy `[k, p, q, n]`, dbias `[k]`, overwritten. Padded samples of dy are zero.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn conv_bias_gradient(device: &Device, shape: &ConvShape, dy: Slice<f32>, dbias: SliceMut<f32>) -> Result<()> {
+    let op = "conv_bias_gradient";
+    check_len(op, "dy", dy.len(), shape.output_len())?;
+    check_len(op, "dbias", dbias.len(), shape.k as usize)?;
+    let row = (shape.output_len() / shape.k as usize) as i64;
+    let args = ConvBiasGradientArgs { dy: dy.ptr(), dbias: dbias.ptr(), row };
+    // SAFETY: the lengths of everything that `args` points to were checked.
+    unsafe { device.launch(&BIAS_GRADIENT, Launch::new([shape.k as u32, 1, 1], device.threads(THREADS)), &args) }
+}

@@ -1,0 +1,5 @@
+//! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
+
+mod conv;
+mod device;
+mod support;

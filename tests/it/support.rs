@@ -1,0 +1,180 @@
+//! What the tests share: devices to run on, golden files, layouts, comparisons.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use dilt::device::{Device, HostOptions, Policy, Slice};
+use safetensors::{Dtype, SafeTensors};
+
+/// A device under test and what to call it in a failure.
+pub struct Case {
+    pub label: String,
+    pub device: Device,
+}
+
+/// The host device in all its forms, and the GPU where there is one.
+///
+/// Without a GPU this prints that its part was skipped; `DILT_REQUIRE_CUDA=1` turns that into a failure.
+pub fn devices() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut host = |label: &str, options: HostOptions| match Device::host(options) {
+        Ok(device) => cases.push(Case { label: label.into(), device }),
+        Err(error) => eprintln!("skipped: {label}: {error}"),
+    };
+    let direct = HostOptions::default();
+    let staged = HostOptions { policy: Policy::Staged, ..direct };
+    host("host", direct);
+    for isa in ["base", "v3", "v4"] {
+        host(&format!("host {isa}"), HostOptions { isa: Some(isa), ..direct });
+    }
+    host("host staged", staged);
+    for seed in [1, 2] {
+        host(&format!("host staged, schedule {seed}"), HostOptions { schedule: Some(seed), ..staged });
+    }
+    host("host, schedule 3", HostOptions { schedule: Some(3), ..direct });
+    match Device::cuda_count() {
+        0 => {
+            let why = Device::cuda_status();
+            let required = std::env::var("DILT_REQUIRE_CUDA").is_ok_and(|value| value == "1");
+            assert!(!required, "DILT_REQUIRE_CUDA is set: {why}");
+            eprintln!("skipped: cuda: {why}");
+        }
+        _ => cases.push(Case { label: "cuda".into(), device: Device::open("cuda").expect("a GPU was counted") }),
+    }
+    cases
+}
+
+/// Runs `test` on every device, and demands the same bits from host devices that differ only in their schedule.
+pub fn on_devices(test: impl Fn(&Device, &str) -> Vec<Vec<f32>>) {
+    let mut results: BTreeMap<String, Vec<Vec<u32>>> = BTreeMap::new();
+    for Case { label, device } in devices() {
+        let bits: Vec<Vec<u32>> =
+            test(&device, &label).iter().map(|values| values.iter().map(|v| v.to_bits()).collect()).collect();
+        let kind = label.split(", schedule").next().unwrap().to_owned();
+        if let Some(first) = results.get(&kind) {
+            assert!(*first == bits, "{label}: the bits depend on the order of threads or blocks");
+        }
+        results.entry(kind).or_insert(bits);
+    }
+}
+
+/// A tensor of a golden file, in PyTorch's layout.
+#[derive(Clone)]
+pub struct Tensor {
+    pub shape: Vec<usize>,
+    pub data: Vec<f64>,
+}
+
+/// A golden file: `<case>/<tensor>`, and the scalars of each case. Made by `tests/golden/generate.py`.
+pub struct Golden {
+    tensors: BTreeMap<String, Tensor>,
+    scalars: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+impl Golden {
+    pub fn open(name: &str) -> Self {
+        let path = golden_dir().join(format!("{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let tensors = file.iter().map(|(name, view)| {
+            let data = view.data();
+            let data: Vec<f64> = match view.dtype() {
+                Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+                Dtype::F32 => data.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
+                Dtype::I64 => data.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
+                Dtype::U8 => data.iter().map(|&b| f64::from(b)).collect(),
+                other => panic!("{name}: {other:?}"),
+            };
+            (name.to_owned(), Tensor { shape: view.shape().to_vec(), data })
+        });
+        let scalars = header.metadata().iter().flatten().map(|(case, list)| {
+            let pairs = list.split(',').filter_map(|pair| pair.split_once('='));
+            (case.clone(), pairs.map(|(key, value)| (key.trim().into(), value.trim().into())).collect())
+        });
+        Golden { tensors: tensors.collect(), scalars: scalars.collect() }
+    }
+
+    /// Names of the cases, in order.
+    pub fn cases(&self) -> Vec<String> {
+        let mut cases: Vec<_> = self.tensors.keys().filter_map(|name| Some(name.split_once('/')?.0.into())).collect();
+        cases.dedup();
+        cases
+    }
+
+    pub fn get(&self, case: &str, tensor: &str) -> Tensor {
+        self.find(case, tensor).unwrap_or_else(|| panic!("no {case}/{tensor} in this golden file"))
+    }
+
+    pub fn find(&self, case: &str, tensor: &str) -> Option<Tensor> {
+        self.tensors.get(&format!("{case}/{tensor}")).cloned()
+    }
+
+    /// A scalar of a case, as text.
+    pub fn text(&self, case: &str, key: &str) -> String {
+        self.scalars[case][key].clone()
+    }
+
+    /// A scalar of a case.
+    pub fn number(&self, case: &str, key: &str) -> f64 {
+        self.text(case, key).parse().unwrap()
+    }
+}
+
+/// The golden files: where this machine's checkout has them, or `DILT_GOLDEN` where only binaries were carried.
+pub fn golden_dir() -> PathBuf {
+    std::env::var_os("DILT_GOLDEN")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), PathBuf::from)
+}
+
+impl Tensor {
+    /// As f32, in PyTorch's layout.
+    pub fn f32(&self) -> Vec<f32> {
+        self.data.iter().map(|&value| value as f32).collect()
+    }
+
+    /// [N, rest] to [rest, N padded to a multiple of 8 with zeros].
+    pub fn samples_last(&self) -> Vec<f32> {
+        let (n, rest) = (self.shape[0], self.shape[1..].iter().product::<usize>());
+        let padded = n.next_multiple_of(8);
+        let mut out = vec![0.0; rest * padded];
+        for sample in 0..n {
+            for i in 0..rest {
+                out[i * padded + sample] = self.data[sample * rest + i] as f32;
+            }
+        }
+        out
+    }
+
+    /// Compares values in dilt's layout, [rest, padded N], with this tensor; padded samples must be exactly zero.
+    pub fn check_samples_last(&self, got: &[f32], tolerance: f64, label: &str) {
+        let (n, rest) = (self.shape[0], self.shape[1..].iter().product::<usize>());
+        let padded = n.next_multiple_of(8);
+        assert_eq!(got.len(), rest * padded, "{label}: number of elements");
+        let at = |sample: usize, i: usize| got[i * padded + sample];
+        let back: Vec<f32> = (0..n).flat_map(|sample| (0..rest).map(move |i| at(sample, i))).collect();
+        self.check(&back, tolerance, label);
+        let stray = (n..padded).flat_map(|sample| (0..rest).map(move |i| at(sample, i))).find(|&value| value != 0.0);
+        assert_eq!(stray, None, "{label}: a padded sample is not zero");
+    }
+
+    /// Compares values in PyTorch's layout: largest difference over largest value.
+    pub fn check(&self, got: &[f32], tolerance: f64, label: &str) {
+        assert_eq!(got.len(), self.data.len(), "{label}: number of elements");
+        let scale = self.data.iter().fold(0.0f64, |most, value| most.max(value.abs())).max(1e-30);
+        for (i, (&got, &want)) in got.iter().zip(&self.data).enumerate() {
+            let error = (f64::from(got) - want).abs() / scale;
+            assert!(error <= tolerance, "{label}: element {i}: expected {want}, got {got}: error {error:.1e} of scale");
+        }
+    }
+}
+
+/// Reads a slice, for the list that [`on_devices`] compares.
+pub fn read(device: &Device, slice: Slice<f32>) -> Vec<f32> {
+    device.read(slice).unwrap()
+}
+
+/// A buffer of NaN, so that an element that a kernel leaves out shows.
+pub fn unwritten(device: &Device, len: usize) -> dilt::device::Buffer<f32> {
+    device.upload(&vec![f32::NAN; len]).unwrap()
+}
