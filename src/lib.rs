@@ -1,4 +1,5 @@
 //! dilt: lottery tickets of ResNets on handwritten CUDA kernels, on a GPU or a CPU.
 pub mod error;
+pub mod mask;
 
 pub use error::{Error, Result};
