@@ -1,5 +1,6 @@
 //! dilt: lottery tickets of ResNets on handwritten CUDA kernels, on a GPU or a CPU.
 pub mod error;
 pub mod mask;
+pub mod nn;
 
 pub use error::{Error, Result};
