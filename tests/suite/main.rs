@@ -1,3 +1,5 @@
 //! The integration tests, one binary: a module for each area.
+mod data;
 mod mask;
+mod partition;
 mod weights;
