@@ -102,9 +102,7 @@ fn compile_host(root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Vec<
     let x86 = env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64";
     // Sanitizer builds test the code, not the instruction set: one is enough, and it must run on any machine.
     let sets: &[(&str, &str)] = match (x86, sanitize.is_empty()) {
-        (true, true) => {
-            &[("base", "-march=x86-64"), ("v3", "-march=x86-64-v3"), ("v4", "-march=x86-64-v4")]
-        }
+        (true, true) => &[("base", "-march=x86-64"), ("v3", "-march=x86-64-v3"), ("v4", "-march=x86-64-v4")],
         (true, false) => &[("base", "-march=x86-64")],
         (false, _) => &[("base", "")],
     };
@@ -254,7 +252,11 @@ fn kernel_list(sources: &[Source], sets: &[&str], fatbins: Option<&[PathBuf]>) -
         kernels.push(format!("layout_{}", source.stem));
         writeln!(text, "    ({:?}, &{kernels:?}),", source.stem).unwrap();
     }
-    writeln!(text, "];\n/// Stem of each kernel file, and the structs and fields that its layout kernel reports, in order.").unwrap();
+    writeln!(
+        text,
+        "];\n/// Stem of each kernel file, and the structs and fields that its layout kernel reports, in order."
+    )
+    .unwrap();
     writeln!(text, "pub(crate) static STRUCTS: &[(&str, &[(&str, &[&str])])] = &[").unwrap();
     for source in sources {
         let structs: Vec<_> =

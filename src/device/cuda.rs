@@ -190,9 +190,10 @@ impl Cuda {
         self.enter()?;
         match work {
             Recorded::Launch { kernel, launch, args } => {
-                let function = self.functions.get(kernel).ok_or_else(|| {
-                    Error::Device("there is no kernel of this name in kernels/".into())
-                })?;
+                let function = self
+                    .functions
+                    .get(kernel)
+                    .ok_or_else(|| Error::Device("there is no kernel of this name in kernels/".into()))?;
                 if launch.block == 0 || launch.block > function.max_threads {
                     let most = function.max_threads;
                     return Err(Error::Device(format!("expected 1 to {most} threads a block")));
@@ -309,4 +310,3 @@ impl Drop for Event {
         let _ = unsafe { result::event::destroy(self.0) };
     }
 }
-

@@ -12,8 +12,8 @@ use std::num::NonZeroUsize;
 use corosensei::stack::{Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use memmap2::MmapMut;
-use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::host::{HostIndex, HostKernel};
@@ -137,7 +137,8 @@ fn schedule(
     loop {
         if let Some(draw) = draw {
             // Warps in random order, and the threads within each: a warp's lanes stay together.
-            let mut warps: Vec<Vec<usize>> = (0..fibers.len()).collect::<Vec<_>>().chunks(WARP).map(Vec::from).collect();
+            let mut warps: Vec<Vec<usize>> =
+                (0..fibers.len()).collect::<Vec<_>>().chunks(WARP).map(Vec::from).collect();
             warps.shuffle(draw);
             warps.iter_mut().for_each(|warp| warp.shuffle(draw));
             warps.concat().into_iter().zip(&mut *order).for_each(|(thread, place)| *place = thread);

@@ -101,7 +101,8 @@ impl Launch {
         let mut kept = self.kept.borrow_mut();
         kept.barriers.push(barriers);
         // SAFETY: creating a fiber asks nothing.
-        let block: Vec<_> = (0..threads).map(|_| Thread { fiber: unsafe { __tsan_create_fiber(0) }, ..thread }).collect();
+        let block: Vec<_> =
+            (0..threads).map(|_| Thread { fiber: unsafe { __tsan_create_fiber(0) }, ..thread }).collect();
         kept.fibers.extend(block.iter().map(|thread| thread.fiber));
         block
     }

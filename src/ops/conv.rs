@@ -145,8 +145,7 @@ fn product(device: &Device, kernels: &Product, rows: i32, pixels: i32, args: &Co
             (&kernels.direct, grid, 1)
         }
         Policy::Staged => {
-            let (kernel, tile) =
-                if rows <= NARROW_ROWS { (&kernels.narrow, NARROW) } else { (&kernels.wide, WIDE) };
+            let (kernel, tile) = if rows <= NARROW_ROWS { (&kernels.narrow, NARROW) } else { (&kernels.wide, WIDE) };
             (kernel, [(pixels * n).div_ceil(tile[1]), rows.div_ceil(tile[0]), 1], THREADS)
         }
     };

@@ -33,4 +33,3 @@ macro_rules! layouts_of {
     };
 }
 pub(crate) use layouts_of;
-

@@ -1,5 +1,9 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
 mod conv;
+mod data;
 mod device;
+mod mask;
+mod partition;
 mod support;
+mod weights;
