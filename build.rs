@@ -2,7 +2,8 @@
 //! with nvcc, where there is one, into fat binaries that the binary embeds. Writes `kernels.rs`, the list of both.
 //!
 //! Environment: `NVCC`, `CUDA_HOME` (where nvcc is), `DILT_REQUIRE_NVCC=1` (no nvcc is an error), `DILT_CUDA_ARCHS`
-//! (default `80,90a`), `DILT_SANITIZE=address|thread` (instruments the host kernels; see CONTRIBUTING.md).
+//! (default `80,90a`), `DILT_SANITIZE=address|thread` (a sanitizer build, which `scripts/sanitize.sh` makes: the host
+//! device alone, instrumented, with the faulty kernels of `tests/faults/` that prove that the sanitizer sees them).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -20,20 +21,60 @@ struct Source {
 fn main() {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
     let out = PathBuf::from(env::var("OUT_DIR").unwrap());
-    println!("cargo:rerun-if-changed=kernels");
-    println!("cargo:rustc-check-cfg=cfg(dilt_tsan)");
-    let mut paths: Vec<_> = fs::read_dir(root.join("kernels"))
-        .expect("kernels/ is part of the source")
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
-        .collect();
+    let sanitizer = environment("DILT_SANITIZE").map(|name| Sanitizer::new(&name));
+    let folders: &[&str] = if sanitizer.is_some() { &["kernels", "tests/faults"] } else { &["kernels"] };
+    let mut paths = Vec::new();
+    for folder in folders {
+        println!("cargo:rerun-if-changed={folder}");
+        let entries = fs::read_dir(root.join(folder)).expect("is part of the source");
+        paths.extend(
+            entries.map(|entry| entry.unwrap().path()).filter(|path| path.extension().is_some_and(|e| e == "cu")),
+        );
+    }
     paths.sort();
     let sources: Vec<_> = paths.iter().map(|path| scan(path)).collect();
     let wrappers: Vec<_> = sources.iter().map(|source| write_wrapper(source, &out)).collect();
 
-    let sets = compile_host(&root, &out, &wrappers);
-    let fatbins = find_nvcc().map(|nvcc| compile_cuda(&nvcc, &root, &out, &wrappers));
+    let sets = compile_host(&root, &out, &wrappers, sanitizer.as_ref());
+    let nvcc = if sanitizer.is_some() { None } else { find_nvcc() };
+    let fatbins = nvcc.map(|nvcc| compile_cuda(&nvcc, &root, &out, &wrappers));
     fs::write(out.join("kernels.rs"), kernel_list(&sources, &sets, fatbins.as_deref())).unwrap();
+    println!("cargo:rustc-check-cfg=cfg(dilt_sanitize, values(none(), \"address\", \"thread\"))");
+    if let Some(sanitizer) = sanitizer {
+        sanitizer.link();
+    }
+}
+
+/// A sanitizer: how the host kernels are instrumented, and which of the compiler's runtime archives they need.
+struct Sanitizer {
+    name: String,
+    flags: &'static [&'static str],
+    /// Archives: the first linked whole, so that it takes the place of malloc and its like in Rust's code too.
+    runtimes: &'static [&'static str],
+}
+
+impl Sanitizer {
+    fn new(name: &str) -> Self {
+        let (flags, runtimes): (&[&str], &[&str]) = match name {
+            "address" => (
+                &["-fsanitize=address,undefined,float-divide-by-zero,bounds-strict", "-fno-sanitize-recover=all"],
+                &["libasan.a", "libubsan.a"],
+            ),
+            "thread" => (&["-fsanitize=thread"], &["libtsan.a"]),
+            other => panic!("DILT_SANITIZE: expected address or thread, got {other}"),
+        };
+        Sanitizer { name: name.to_owned(), flags, runtimes }
+    }
+
+    /// rustc has no argument for a sanitizer's runtime on the stable toolchain, so the archives are named to the linker.
+    fn link(&self) {
+        println!("cargo:rustc-cfg=dilt_sanitize");
+        println!("cargo:rustc-cfg=dilt_sanitize=\"{}\"", self.name);
+        let (whole, rest) = self.runtimes.split_first().expect("every sanitizer has a runtime");
+        println!("cargo:rustc-link-arg=-Wl,--whole-archive,-l:{whole},--no-whole-archive");
+        rest.iter().for_each(|library| println!("cargo:rustc-link-arg=-l:{library}"));
+        ["-lstdc++", "-lm", "-lpthread", "-ldl"].iter().for_each(|library| println!("cargo:rustc-link-arg={library}"));
+    }
 }
 
 /// Finds the `KERNEL(name, ...)` lines and the structs named `...Args` or `...Shape`, one field declaration a line.
@@ -97,11 +138,15 @@ fn write_if_changed(path: &Path, text: &str) {
 }
 
 /// Compiles every kernel file for each instruction set of this architecture; returns the sets' names, best last.
-fn compile_host(root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Vec<&'static str> {
-    let sanitize = environment("DILT_SANITIZE").unwrap_or_default();
+fn compile_host(
+    root: &Path,
+    out: &Path,
+    wrappers: &[(String, PathBuf)],
+    sanitizer: Option<&Sanitizer>,
+) -> Vec<&'static str> {
     let x86 = env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64";
     // Sanitizer builds test the code, not the instruction set: one is enough, and it must run on any machine.
-    let sets: &[(&str, &str)] = match (x86, sanitize.is_empty()) {
+    let sets: &[(&str, &str)] = match (x86, sanitizer.is_none()) {
         (true, true) => &[("base", "-march=x86-64"), ("v3", "-march=x86-64-v3"), ("v4", "-march=x86-64-v4")],
         (true, false) => &[("base", "-march=x86-64")],
         (false, _) => &[("base", "")],
@@ -111,43 +156,22 @@ fn compile_host(root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Vec<
         fs::create_dir_all(&folder).unwrap();
         let mut build = cc::Build::new();
         build.cpp(true).out_dir(&folder).include(root).cargo_metadata(true).warnings(false).opt_level(3);
-        build.define("DILT_ISA", *name).debug(!sanitize.is_empty());
+        build.define("DILT_ISA", *name);
+        // Files are named from the root of the repository, in the words for barriers and in sanitizers' reports.
+        build.flag(format!("-ffile-prefix-map={}/=", root.display()));
         let flags = "-xc++ -std=c++20 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -fno-math-errno \
                      -fno-trapping-math -ffp-contract=fast -fno-semantic-interposition";
         for flag in flags.split_whitespace().chain(march.split_whitespace()) {
             build.flag(flag);
         }
-        match sanitize.as_str() {
-            "" => {}
-            "address" => {
-                build.opt_level(1).flag("-fsanitize=address,undefined,float-divide-by-zero,bounds-strict");
-                build.flag("-fno-sanitize-recover=all").flag("-fno-omit-frame-pointer");
-            }
-            "thread" => {
-                build.opt_level(1).flag("-fsanitize=thread").flag("-fno-omit-frame-pointer");
-            }
-            other => panic!("DILT_SANITIZE: expected address or thread, got {other}"),
+        if let Some(sanitizer) = sanitizer {
+            build.opt_level(1).debug(true).flag("-fno-omit-frame-pointer");
+            sanitizer.flags.iter().for_each(|flag| _ = build.flag(flag));
         }
         for (_, path) in wrappers {
             build.file(path);
         }
         build.compile(&format!("dilt_host_{name}"));
-    }
-    // rustc has no argument for a sanitizer's runtime on the stable toolchain, so the archives are linked whole.
-    let runtimes: &[&str] = match sanitize.as_str() {
-        "address" => &["-l:libasan.a", "-l:libubsan.a"],
-        "thread" => {
-            println!("cargo:rustc-cfg=dilt_tsan");
-            &["-l:libtsan.a"]
-        }
-        _ => &[],
-    };
-    if !runtimes.is_empty() {
-        println!("cargo:rustc-link-arg=-Wl,--whole-archive");
-        runtimes.iter().for_each(|library| println!("cargo:rustc-link-arg={library}"));
-        for argument in ["-Wl,--no-whole-archive", "-lstdc++", "-lm", "-lpthread", "-ldl"] {
-            println!("cargo:rustc-link-arg={argument}");
-        }
     }
     sets.iter().map(|(name, _)| *name).collect()
 }
@@ -257,7 +281,7 @@ fn kernel_list(sources: &[Source], sets: &[&str], fatbins: Option<&[PathBuf]>) -
         "];\n/// Stem of each kernel file, and the structs and fields that its layout kernel reports, in order."
     )
     .unwrap();
-    writeln!(text, "pub(crate) static STRUCTS: &[(&str, &[(&str, &[&str])])] = &[").unwrap();
+    writeln!(text, "pub(crate) static STRUCTS: &[(&str, &[CppStruct])] = &[").unwrap();
     for source in sources {
         let structs: Vec<_> =
             source.structs.iter().map(|(name, fields)| format!("({name:?}, &{fields:?} as &[&str])")).collect();

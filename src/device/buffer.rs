@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Device, Ptr};
+use super::{Device, Ptr, asan};
 
 /// An allocation, freed when the last buffer cut from it is gone.
 struct Memory {
@@ -100,19 +100,23 @@ impl<T: bytemuck::Pod> Buffer<T> {
         SliceMut { address, len, element: PhantomData }
     }
 
-    /// Cuts an arena into buffers that start at `offsets` (in elements) and have the lengths beside them.
+    /// Cuts an arena into pieces, each an offset and a length in elements. Builds with AddressSanitizer report every
+    /// use of what lies between them, so an arena leaves [`super::RED_ZONE_BYTES`] after each.
     ///
     /// # Panics
     /// If two pieces overlap, are out of order, or reach past the end.
     pub fn split(self, pieces: &[(usize, usize)]) -> Vec<Buffer<T>> {
+        let address = |offset: usize| self.address + (offset * size_of::<T>()) as u64;
         let mut end = 0;
         let cut = |&(offset, len): &(usize, usize)| {
             assert!(offset >= end && offset + len <= self.len, "piece {offset}+{len} of {} elements", self.len);
+            asan::poison(address(end), (offset - end) * size_of::<T>());
             end = offset + len;
-            let address = self.address + (offset * size_of::<T>()) as u64;
-            Buffer { memory: self.memory.clone(), address, len, element: PhantomData }
+            Buffer { memory: self.memory.clone(), address: address(offset), len, element: PhantomData }
         };
-        pieces.iter().map(cut).collect()
+        let buffers = pieces.iter().map(cut).collect();
+        asan::poison(address(end), (self.len - end) * size_of::<T>());
+        buffers
     }
 }
 

@@ -17,7 +17,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use super::host::{HostIndex, HostKernel};
-use super::{Launch, tsan};
+use super::{Launch, asan, tsan};
 
 /// Stack of one GPU thread. Kernels keep their arrays in registers; sanitizers need room for their red zones.
 const STACK_BYTES: usize = 256 * 1024;
@@ -62,7 +62,7 @@ impl Grid<'_> {
             shared: shared.pointer(),
         };
         let threads = self.launch.block as usize;
-        let result = if (threads == 1 || self.kernel.barrier_free != 0) && !cfg!(dilt_tsan) {
+        let result = if (threads == 1 || self.kernel.barrier_free != 0) && !cfg!(dilt_sanitize = "thread") {
             self.plain(index, threads, block)
         } else {
             self.coroutines(index, threads, block, tsan)
@@ -85,7 +85,7 @@ impl Grid<'_> {
         }
         let site = WAITED_AT.replace(std::ptr::null());
         if threads > 1 && !site.is_null() {
-            return Err(format!("declared free of barriers, but waits at {}", place(site)));
+            return Err(unexpected_wait(site));
         }
         Ok(())
     }
@@ -93,7 +93,7 @@ impl Grid<'_> {
     fn coroutines(&self, index: HostIndex, threads: usize, block: u64, tsan: &tsan::Launch) -> Result<(), String> {
         STACKS.with_borrow_mut(|stacks| {
             stacks.reserve(threads)?;
-            let state = Box::new(Block::new(tsan.block(threads)));
+            let state = Box::new(Block::new(tsan.block(threads), self.kernel.barrier_free != 0));
             let kernel = self.kernel.thread;
             let args = self.args as usize;
             let mut fibers: Vec<Fiber> = (0..threads)
@@ -117,12 +117,18 @@ impl Grid<'_> {
             let mut draw = self.schedule.map(|seed| ChaCha8Rng::seed_from_u64(seed ^ block));
             let result = schedule(&state, &mut fibers, &mut order, &mut draw);
             BLOCK.set(previous);
-            for fiber in &mut fibers {
+            for (thread, fiber) in fibers.iter_mut().enumerate().filter(|(_, fiber)| !fiber.coroutine.done()) {
                 // SAFETY: no destructor is on the stacks of suspended kernels: C++ without exceptions, and the two
                 // functions of this file that suspend.
                 unsafe { fiber.coroutine.force_reset() };
+                asan::unpoison(stacks.stack(thread).limit.get() as u64, STACK_BYTES);
             }
-            result.and(stacks.check(threads))
+            let result = result.and(stacks.check(threads));
+            if cfg!(dilt_sanitize = "thread") {
+                // To ThreadSanitizer a stack that another thread takes over is a race; memory mapped anew is not.
+                *stacks = Stacks::NONE;
+            }
+            result
         })
     }
 }
@@ -168,6 +174,9 @@ fn run_warp(state: &Block, fibers: &mut [Fiber], warp: &[usize]) -> Result<(), S
                 state.current.set(thread);
                 state.tsan[thread].enter();
                 if let CoroutineResult::Yield(wait) = fibers[thread].coroutine.resume(()) {
+                    if state.barrier_free {
+                        return Err(unexpected_wait(wait.site));
+                    }
                     fibers[thread].waits = Some(wait);
                 }
             }
@@ -206,6 +215,8 @@ struct Fiber {
 
 /// What the waiting words of `kernels/lib/host.cuh` need of the block that runs on this OS thread.
 struct Block {
+    /// The kernel was declared so: only ThreadSanitizer makes coroutines of its threads.
+    barrier_free: bool,
     current: Cell<usize>,
     suspenders: Vec<Cell<*const Suspender>>,
     /// What each lane gave to the last two warp operations: two, since a lane may reach the next operation before
@@ -221,13 +232,14 @@ thread_local! {
     static BLOCK: Cell<*const Block> = const { Cell::new(std::ptr::null()) };
     /// Where a kernel without coroutines waited last.
     static WAITED_AT: Cell<*const c_char> = const { Cell::new(std::ptr::null()) };
-    static STACKS: RefCell<Stacks> = const { RefCell::new(Stacks { memory: None, count: 0 }) };
+    static STACKS: RefCell<Stacks> = const { RefCell::new(Stacks::NONE) };
 }
 
 impl Block {
-    fn new(tsan: Vec<tsan::Thread>) -> Self {
+    fn new(tsan: Vec<tsan::Thread>, barrier_free: bool) -> Self {
         let threads = tsan.len();
         Block {
+            barrier_free,
             current: Cell::new(0),
             suspenders: vec![Cell::new(std::ptr::null()); threads],
             given: [vec![Cell::new(0); threads], vec![Cell::new(0); threads]],
@@ -288,7 +300,7 @@ extern "C" fn dilt_host_ballot(site: *const c_char, lanes: u32, predicate: u32) 
 }
 
 /// Gives a value to the warp, waits for the lanes, returns what all have given.
-fn give<'a>(block: &'a Block, thread: usize, site: *const c_char, lanes: u32, value: u64) -> &'a [Cell<u64>] {
+fn give(block: &Block, thread: usize, site: *const c_char, lanes: u32, value: u64) -> &[Cell<u64>] {
     let turn = block.turn[thread].get();
     block.turn[thread].set(1 - turn);
     block.given[turn][thread].set(value);
@@ -298,10 +310,13 @@ fn give<'a>(block: &'a Block, thread: usize, site: *const c_char, lanes: u32, va
     &block.given[turn]
 }
 
+fn unexpected_wait(site: *const c_char) -> String {
+    format!("declared free of barriers, but waits at {}", place(site))
+}
+
 fn place(site: *const c_char) -> String {
     // SAFETY: sites are string literals of the kernels.
-    let text = unsafe { CStr::from_ptr(site) }.to_string_lossy().into_owned();
-    text.rfind("kernels/").map_or(text.clone(), |at| text[at..].to_owned())
+    unsafe { CStr::from_ptr(site) }.to_string_lossy().into_owned()
 }
 
 /// Stacks of one worker's coroutines, in one mapping.
@@ -328,6 +343,8 @@ unsafe impl Stack for SlabStack {
 }
 
 impl Stacks {
+    const NONE: Stacks = Stacks { memory: None, count: 0 };
+
     fn reserve(&mut self, count: usize) -> Result<(), String> {
         if count > self.count {
             let mut memory = MmapMut::map_anon(count * STACK_BYTES)

@@ -172,7 +172,7 @@ impl Host {
                 let order = fiber::permutation(seed ^ blocks, blocks as usize);
                 grid.run(order.iter().map(|&block| block as u64))
             }
-            None if blocks == 1 || cfg!(dilt_tsan) => grid.run(0..blocks),
+            None if blocks == 1 || cfg!(dilt_sanitize = "thread") => grid.run(0..blocks),
             None => {
                 // A few pieces for each worker: cheap launches stay cheap, uneven blocks still balance.
                 let pieces = (rayon::current_num_threads() as u64 * 8).min(blocks);

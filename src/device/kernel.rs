@@ -9,6 +9,9 @@ use super::Device;
 use super::host::HostKernel;
 use crate::error::Result;
 
+/// Name and fields of an argument struct, as a kernel file declares it.
+type CppStruct = (&'static str, &'static [&'static str]);
+
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// The host entries of a kernel, one for each instruction set.

@@ -8,6 +8,7 @@
 //! Nothing above this module asks which kind it has, except through [`Device::policy`], which says how a kernel should
 //! be cut into blocks. Only [`crate::ops`] launches.
 
+mod asan;
 mod buffer;
 mod cuda;
 mod fiber;
@@ -20,6 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
+pub use asan::RED_ZONE_BYTES;
 pub use buffer::{Buffer, Slice, SliceMut};
 pub use host::HostOptions;
 pub(crate) use kernel::kernel_args;

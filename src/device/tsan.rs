@@ -3,20 +3,24 @@
 //! In a build with `DILT_SANITIZE=thread` each GPU thread is a fiber of its own to ThreadSanitizer, and switching
 //! between fibers orders nothing. What orders: a launch before all its threads, a block barrier between the threads of
 //! its block, all threads before the end of the launch. Fibers and shared memory live until the launch ends, so that
-//! nothing is reused within it. In other builds everything here is empty.
+//! nothing is reused within it. Launches of several OS threads take turns. In other builds everything here is empty.
+//!
+//! Rust's own synchronisation is not instrumented, so calls from there (malloc, memcpy) are left out: the option below.
+//! What a kernel copies by a call of memcpy, which for a few bytes is no call, is left out with them.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::fiber::SharedMemory;
 
-const ON: bool = cfg!(dilt_tsan);
+const ON: bool = cfg!(dilt_sanitize = "thread");
 /// ThreadSanitizer knows about 8,000 threads at a time; past this many, finished ones are given back early.
 const MOST_FIBERS: usize = 6000;
 /// Flag of a switch that orders nothing.
 const NO_SYNC: u32 = 1;
 
-#[cfg(dilt_tsan)]
+#[cfg(dilt_sanitize = "thread")]
 unsafe extern "C" {
     fn __tsan_get_current_fiber() -> *mut c_void;
     fn __tsan_create_fiber(flags: u32) -> *mut c_void;
@@ -26,7 +30,13 @@ unsafe extern "C" {
     fn __tsan_release(object: *const c_void);
 }
 
-#[cfg(not(dilt_tsan))]
+#[cfg(dilt_sanitize = "thread")]
+#[unsafe(no_mangle)]
+extern "C" fn __tsan_default_options() -> *const std::ffi::c_char {
+    c"ignore_interceptors_accesses=1".as_ptr()
+}
+
+#[cfg(not(dilt_sanitize = "thread"))]
 mod off {
     use super::c_void;
     pub(super) unsafe fn __tsan_get_current_fiber() -> *mut c_void {
@@ -40,7 +50,7 @@ mod off {
     pub(super) unsafe fn __tsan_acquire(_: *const c_void) {}
     pub(super) unsafe fn __tsan_release(_: *const c_void) {}
 }
-#[cfg(not(dilt_tsan))]
+#[cfg(not(dilt_sanitize = "thread"))]
 use off::*;
 
 thread_local! {
@@ -50,8 +60,12 @@ thread_local! {
 /// A pair of addresses that stand for synchronisation objects.
 type Objects = Box<[u64; 2]>;
 
+/// Held during a launch, so that all launches together stay under [`MOST_FIBERS`].
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// A launch: what is before all its threads and after all of them.
 pub(super) struct Launch {
+    _alone: Option<MutexGuard<'static, ()>>,
     /// Before the threads, after the threads.
     objects: Option<Objects>,
     kept: RefCell<Kept>,
@@ -78,6 +92,7 @@ fn address(objects: *const [u64; 2], which: usize) -> *const c_void {
 
 impl Launch {
     pub(super) fn begin() -> Self {
+        let alone = ON.then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
         let objects = ON.then(Objects::default);
         if let Some(objects) = &objects {
             // SAFETY: only addresses are used, of memory that lives as long as the launch.
@@ -86,7 +101,7 @@ impl Launch {
                 __tsan_release(address(&raw const **objects, 0));
             }
         }
-        Launch { objects, kept: RefCell::default() }
+        Launch { _alone: alone, objects, kept: RefCell::default() }
     }
 
     /// The threads of one more block.

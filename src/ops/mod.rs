@@ -2,6 +2,10 @@
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
 pub mod conv;
+#[cfg(dilt_sanitize)]
+#[doc(hidden)]
+#[path = "../../tests/faults/faults.rs"]
+pub mod faults;
 
 use crate::device::Layout;
 use crate::error::{Error, Result};
@@ -11,7 +15,12 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts()].concat()
+    [
+        conv::layouts(),
+        #[cfg(dilt_sanitize)]
+        faults::layouts(),
+    ]
+    .concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

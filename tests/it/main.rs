@@ -3,6 +3,8 @@
 mod conv;
 mod data;
 mod device;
+#[cfg(dilt_sanitize)]
+mod faults;
 mod mask;
 mod partition;
 mod support;

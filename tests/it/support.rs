@@ -24,14 +24,19 @@ pub fn devices() -> Vec<Case> {
     let direct = HostOptions::default();
     let staged = HostOptions { policy: Policy::Staged, ..direct };
     host("host", direct);
-    for isa in ["base", "v3", "v4"] {
-        host(&format!("host {isa}"), HostOptions { isa: Some(isa), ..direct });
-    }
     host("host staged", staged);
-    for seed in [1, 2] {
-        host(&format!("host staged, schedule {seed}"), HostOptions { schedule: Some(seed), ..staged });
+    // ThreadSanitizer finds races in any order, at a tenth of a millisecond for each thread of a GPU: no more than that.
+    // Sanitizer builds have one instruction set, and AddressSanitizer one random order, for accesses that depend on it.
+    if !cfg!(dilt_sanitize) {
+        for isa in ["base", "v3", "v4"] {
+            host(&format!("host {isa}"), HostOptions { isa: Some(isa), ..direct });
+        }
+        host("host staged, schedule 2", HostOptions { schedule: Some(2), ..staged });
+        host("host, schedule 3", HostOptions { schedule: Some(3), ..direct });
     }
-    host("host, schedule 3", HostOptions { schedule: Some(3), ..direct });
+    if !cfg!(dilt_sanitize = "thread") {
+        host("host staged, schedule 1", HostOptions { schedule: Some(1), ..staged });
+    }
     match Device::cuda_count() {
         0 => {
             let why = Device::cuda_status();
