@@ -4,6 +4,9 @@
 //   KERNEL(name, Args, Shared, max_threads) { ... }    a kernel that may use barriers and warp operations
 //   BARRIER_FREE_KERNEL(name, Args, max_threads) { }   one that uses neither: the host runs it as a plain loop
 //
+// KERNEL takes one more argument where ptxas guesses wrong: the blocks that a multiprocessor shall hold at a time, whose
+// number limits a thread's registers.
+//
 // The body sees its argument struct as `a`, and threadIdx, blockIdx, blockDim, gridDim. Helper functions take the
 // indices they need as arguments: on the host these are locals of the kernel, not globals.
 // SHARED(Type, name) names the block's shared memory, whose type the KERNEL line gives (NoShared: none). UNROLL unrolls the loop that follows. EACH(i, n) shares the
@@ -15,8 +18,8 @@ struct NoShared {};
 
 #ifdef __CUDACC__
 
-#define KERNEL(name, Args, Shared, max_threads) \
-    extern "C" __global__ void __launch_bounds__(max_threads) name(const __grid_constant__ Args a)
+#define KERNEL(name, Args, Shared, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args a)
 #define BARRIER_FREE_KERNEL(name, Args, max_threads) KERNEL(name, Args, NoShared, max_threads)
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")

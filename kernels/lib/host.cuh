@@ -48,7 +48,7 @@ struct HostKernel {
     static inline void name##_body([[maybe_unused]] const Args& a, [[maybe_unused]] dim3 threadIdx,          \
                                    [[maybe_unused]] dim3 blockIdx, [[maybe_unused]] dim3 blockDim,           \
                                    [[maybe_unused]] dim3 gridDim, [[maybe_unused]] void* dilt_shared)
-#define KERNEL(name, Args, Shared, max_threads) DILT_HOST_KERNEL(name, Args, Shared, max_threads, 0)
+#define KERNEL(name, Args, Shared, max_threads, ...) DILT_HOST_KERNEL(name, Args, Shared, max_threads, 0)
 #define BARRIER_FREE_KERNEL(name, Args, max_threads) DILT_HOST_KERNEL(name, Args, NoShared, max_threads, 1)
 #define SHARED(Type, name) Type& name = *static_cast<Type*>(dilt_shared)
 
