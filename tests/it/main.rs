@@ -4,6 +4,7 @@ mod conv;
 mod data;
 mod device;
 mod mask;
+mod norm;
 mod partition;
 mod support;
 mod weights;
