@@ -3,8 +3,9 @@
 
 pub mod conv;
 pub mod norm;
+pub mod pool;
 
-use crate::device::Layout;
+use crate::device::{Device, Launch, Layout};
 use crate::error::{Error, Result};
 
 /// Samples of a row are padded to a multiple of this.
@@ -12,7 +13,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts(), norm::layouts()].concat()
+    [conv::layouts(), norm::layouts(), pool::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.
@@ -22,6 +23,12 @@ pub(crate) fn check_len(op: &'static str, tensor: &str, got: usize, expected: us
     }
     let what = format!("number of elements of {tensor}");
     Err(Error::Shape { op, what, expected: expected.to_string(), got: got.to_string() })
+}
+
+/// The launch of an elementwise kernel over `row` elements of each channel: blocks for them in x, channels in y.
+pub(crate) fn per_channel(device: &Device, row: usize, channels: i32) -> Launch {
+    let Launch { grid: [blocks, ..], block } = device.elementwise(row);
+    Launch::new([blocks, channels as u32, 1], block)
 }
 
 /// The layouts of some argument structs.

@@ -6,5 +6,6 @@ mod device;
 mod mask;
 mod norm;
 mod partition;
+mod pool;
 mod support;
 mod weights;
