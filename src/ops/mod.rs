@@ -3,6 +3,7 @@
 
 pub mod conv;
 pub mod norm;
+pub mod pointwise;
 pub mod pool;
 
 use crate::device::{Device, Launch, Layout};
@@ -13,7 +14,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts(), norm::layouts(), pool::layouts()].concat()
+    [conv::layouts(), norm::layouts(), pointwise::layouts(), pool::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

@@ -6,6 +6,7 @@ mod device;
 mod mask;
 mod norm;
 mod partition;
+mod pointwise;
 mod pool;
 mod support;
 mod weights;
