@@ -2,6 +2,7 @@
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
 pub mod conv;
+pub mod loss;
 pub mod norm;
 pub mod pointwise;
 pub mod pool;
@@ -14,7 +15,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts(), norm::layouts(), pointwise::layouts(), pool::layouts()].concat()
+    [conv::layouts(), loss::layouts(), norm::layouts(), pointwise::layouts(), pool::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

@@ -3,6 +3,7 @@
 mod conv;
 mod data;
 mod device;
+mod loss;
 mod mask;
 mod norm;
 mod partition;
