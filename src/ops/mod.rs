@@ -2,6 +2,7 @@
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
 pub mod conv;
+pub mod prune;
 
 use crate::device::Layout;
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts()].concat()
+    [conv::layouts(), prune::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

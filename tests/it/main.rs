@@ -5,5 +5,6 @@ mod data;
 mod device;
 mod mask;
 mod partition;
+mod prune;
 mod support;
 mod weights;
