@@ -2,6 +2,7 @@
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
 pub mod conv;
+pub mod optimizer;
 pub mod prune;
 
 use crate::device::Layout;
@@ -12,7 +13,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts(), prune::layouts()].concat()
+    [conv::layouts(), optimizer::layouts(), prune::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

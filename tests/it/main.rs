@@ -4,6 +4,7 @@ mod conv;
 mod data;
 mod device;
 mod mask;
+mod optimizer;
 mod partition;
 mod prune;
 mod support;
