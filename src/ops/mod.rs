@@ -1,6 +1,7 @@
 //! Operations: each checks its arguments, fills a kernel's argument struct and launches it. One file per kernel file,
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
+pub mod augment;
 pub mod conv;
 pub mod optimizer;
 pub mod prune;
@@ -13,7 +14,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts(), optimizer::layouts(), prune::layouts()].concat()
+    [augment::layouts(), conv::layouts(), optimizer::layouts(), prune::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

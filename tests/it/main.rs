@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
+mod augment;
 mod conv;
 mod data;
 mod device;
