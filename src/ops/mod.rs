@@ -5,6 +5,7 @@ pub mod augment;
 pub mod conv;
 pub mod optimizer;
 pub mod prune;
+pub mod step;
 
 use crate::device::Layout;
 use crate::error::{Error, Result};
@@ -14,7 +15,7 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [augment::layouts(), conv::layouts(), optimizer::layouts(), prune::layouts()].concat()
+    [augment::layouts(), conv::layouts(), optimizer::layouts(), prune::layouts(), step::layouts()].concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.

@@ -8,5 +8,6 @@ mod mask;
 mod optimizer;
 mod partition;
 mod prune;
+mod step;
 mod support;
 mod weights;
