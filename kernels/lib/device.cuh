@@ -123,6 +123,15 @@ DEVICE float lane_sum(const Samples<L>& x) {
     }
 }
 
+// The lanes whose bit is set, exactly +0 in the others, whatever they hold. Under g++ 12 this is one compare and one
+// and-not of whole vectors.
+template <int L>
+DEVICE Samples<L> kept(const Samples<L>& x, uint32_t bits) {
+    Samples<L> y;
+    UNROLL for (int i = 0; i < L; ++i) y[i] = bits >> i & 1 ? x[i] : 0.0f;
+    return y;
+}
+
 // Shared memory of a kernel that only sums over its block.
 struct WarpSums {
     float scratch[32];

@@ -81,6 +81,8 @@ template <class T>
 DEVICE T atomicAdd(T* p, T value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 template <class T>
 DEVICE T atomicOr(T* p, T value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }
+template <class T>
+DEVICE T atomicAnd(T* p, T value) { return __atomic_fetch_and(p, value, __ATOMIC_RELAXED); }
 
 DEVICE uint32_t __float_as_uint(float x) {
     uint32_t bits;

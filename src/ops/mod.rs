@@ -1,11 +1,15 @@
 //! Operations: each checks its arguments, fills a kernel's argument struct and launches it. One file per kernel file,
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
+pub mod augment;
 pub mod conv;
 pub mod loss;
 pub mod norm;
+pub mod optimizer;
 pub mod pointwise;
 pub mod pool;
+pub mod prune;
+pub mod step;
 
 use crate::device::{Device, Launch, Layout};
 use crate::error::{Error, Result};
@@ -15,7 +19,18 @@ pub const SAMPLE_ALIGNMENT: usize = 8;
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
-    [conv::layouts(), loss::layouts(), norm::layouts(), pointwise::layouts(), pool::layouts()].concat()
+    let files = [
+        augment::layouts(),
+        conv::layouts(),
+        loss::layouts(),
+        norm::layouts(),
+        optimizer::layouts(),
+        pointwise::layouts(),
+        pool::layouts(),
+        prune::layouts(),
+        step::layouts(),
+    ];
+    files.concat()
 }
 
 /// Refuses a tensor whose number of elements is not what the operation needs.
