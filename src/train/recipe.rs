@@ -127,7 +127,7 @@ impl Recipe {
         if self.clip_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
             return refuse("clip_norm", "a number above 0", format!("{:?}", self.clip_norm));
         }
-        if !(self.warmup.is_finite() && self.warmup >= 0.0) || !self.gamma.is_finite() {
+        if !(self.warmup.is_finite() && self.warmup >= 0.0 && self.gamma.is_finite()) {
             return refuse("warmup and gamma", "numbers of at least 0", format!("{}, {}", self.warmup, self.gamma));
         }
         Ok(())
