@@ -7,5 +7,8 @@ pub mod error;
 pub mod mask;
 pub mod nn;
 pub mod ops;
+pub mod report;
+pub mod ticket;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -85,15 +85,33 @@ DEVICE void store(float* p, const Samples<L>& x) {
     }
 }
 
+// Lane by lane x <= limit ? yes : no, so `no` where one of the two is NaN.
+template <int L>
+DEVICE Samples<L> where_at_most(const Samples<L>& x, const Samples<L>& limit, Samples<L> yes, const Samples<L>& no) {
+    UNROLL for (int i = 0; i < L; ++i) yes.lane[i] = x.lane[i] <= limit.lane[i] ? yes.lane[i] : no.lane[i];
+    return yes;
+}
+
 #else
 #include "host.cuh"
 #endif
+
+// Lanes of the vectors that cut every row of samples evenly, since rows are padded to a multiple of 8.
+constexpr int ROW_LANES = LANES < 8 ? LANES : 8;
 
 template <int L>
 DEVICE Samples<L> splat(float value) {
     Samples<L> x;
     UNROLL for (int i = 0; i < L; ++i) x[i] = value;
     return x;
+}
+
+// The first `live` lanes of x, zeros in the others.
+template <int L>
+DEVICE Samples<L> first_lanes(const Samples<L>& x, int live) {
+    Samples<L> nth;
+    UNROLL for (int i = 0; i < L; ++i) nth[i] = float(i + 1);
+    return where_at_most<L>(nth - float(live), splat<L>(0.0f), x, splat<L>(0.0f));
 }
 
 // The sum of a thread's lanes, in a fixed tree order.
@@ -106,6 +124,15 @@ DEVICE float lane_sum(const Samples<L>& x) {
         UNROLL for (int i = 0; i < L / 2; ++i) half[i] = x[i] + x[i + L / 2];
         return lane_sum<L / 2>(half);
     }
+}
+
+// The lanes whose bit is set, exactly +0 in the others, whatever they hold. Under g++ 12 this is one compare and one
+// and-not of whole vectors.
+template <int L>
+DEVICE Samples<L> kept(const Samples<L>& x, uint32_t bits) {
+    Samples<L> y;
+    UNROLL for (int i = 0; i < L; ++i) y[i] = bits >> i & 1 ? x[i] : 0.0f;
+    return y;
 }
 
 // Shared memory of a kernel that only sums over its block.

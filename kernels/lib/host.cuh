@@ -81,6 +81,8 @@ template <class T>
 DEVICE T atomicAdd(T* p, T value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 template <class T>
 DEVICE T atomicOr(T* p, T value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }
+template <class T>
+DEVICE T atomicAnd(T* p, T value) { return __atomic_fetch_and(p, value, __ATOMIC_RELAXED); }
 
 DEVICE uint32_t __float_as_uint(float x) {
     uint32_t bits;
@@ -117,6 +119,13 @@ template <int L>
 DEVICE Samples<L> load(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::unaligned*>(p); }
 template <int L>
 DEVICE void store(float* p, const Samples<L>& x) { *reinterpret_cast<typename SamplesOf<L>::unaligned*>(p) = x; }
+
+// Lane by lane x <= limit ? yes : no, so `no` where one of the two is NaN.
+template <int L>
+DEVICE Samples<L> where_at_most(const Samples<L>& x, const Samples<L>& limit, const Samples<L>& yes,
+                                const Samples<L>& no) {
+    return x <= limit ? yes : no;
+}
 
 // EACH on the host: every thread takes one contiguous range, which the compiler vectorises (grid strides would not be).
 DEVICE int64_t dilt_first(int64_t n, uint64_t worker, uint64_t workers) { return int64_t(uint64_t(n) * worker / workers); }

@@ -8,6 +8,7 @@ pub mod partition;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
@@ -53,6 +54,38 @@ pub struct DataSet {
     pub test: Examples,
 }
 
+impl DataSet {
+    /// Keeps the first `limit` examples of each split.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if that is none.
+    pub fn limit(&mut self, limit: usize) -> Result<()> {
+        if limit == 0 {
+            return Err(Error::Usage("--limit: expected at least 1, got 0".into()));
+        }
+        let pixels: usize = self.shape.iter().product();
+        for split in [&mut self.train, &mut self.test] {
+            split.labels.truncate(limit);
+            split.images.truncate(limit * pixels);
+        }
+        Ok(())
+    }
+
+    /// What the bits of a training depend on: name, hash of all examples, scale and normalisation.
+    pub fn identity(&self) -> serde_json::Value {
+        let mut hash = Sha256::new();
+        for split in [&self.train, &self.test] {
+            hash.update((split.len() as u64).to_le_bytes());
+            hash.update(&split.images);
+            split.labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
+        }
+        let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        serde_json::json!({
+            "name": self.name, "examples": hash, "scale": self.scale, "mean": self.mean, "std": self.std,
+        })
+    }
+}
+
 /// Opens the data set that `--data` names: `digits`, which is part of the program.
 ///
 /// # Errors
@@ -93,7 +126,7 @@ fn moments(images: &[u8], [channels, height, width]: [usize; 3], scale: f32) -> 
 /// A random order of `0..n`: Fisher-Yates on ChaCha8 with `seed` as the key's first eight bytes, and `stream`.
 ///
 /// Written out, not taken from `rand`, whose shuffles may change between versions: splits must not.
-fn permutation(n: u32, seed: u64, stream: u64) -> Vec<u32> {
+pub(crate) fn permutation(n: u32, seed: u64, stream: u64) -> Vec<u32> {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     let mut random = ChaCha8Rng::from_seed(key);

@@ -12,7 +12,8 @@ use crate::{Error, Result};
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// How examples are divided into parts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Partition {
     /// Contiguous ranges of classes, as equal as possible, the first ones larger.
     Classes {

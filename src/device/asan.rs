@@ -1,9 +1,5 @@
 //! What AddressSanitizer must be told of memory that the host device gives out in pieces. Empty in other builds.
 
-/// Bytes that an arena leaves free between two pieces ([`super::Buffer::split`]): 0, but for builds with
-/// AddressSanitizer, which reports whatever touches them.
-pub const RED_ZONE_BYTES: usize = if cfg!(dilt_sanitize = "address") { 256 } else { 0 };
-
 #[cfg(dilt_sanitize = "address")]
 unsafe extern "C" {
     fn __asan_poison_memory_region(address: *const std::ffi::c_void, bytes: usize);

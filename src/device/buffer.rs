@@ -100,8 +100,25 @@ impl<T: bytemuck::Pod> Buffer<T> {
         SliceMut { address, len, element: PhantomData }
     }
 
+    /// Two ranges that do not overlap, exclusively.
+    ///
+    /// # Panics
+    /// If the ranges overlap or are not within the buffer.
+    pub fn pair_mut(&mut self, a: Range<usize>, b: Range<usize>) -> (SliceMut<'_, T>, SliceMut<'_, T>) {
+        assert!(a.end <= b.start || b.end <= a.start, "slices {a:?} and {b:?} overlap");
+        let (a, b) = (self.slice(a), self.slice(b));
+        let exclusive = |Slice { address, len, .. }| SliceMut { address, len, element: PhantomData };
+        (exclusive(a), exclusive(b))
+    }
+
+    /// The same memory as elements of another type, as many as fit. Any bits are a value of either type.
+    pub fn cast<U: bytemuck::Pod>(self) -> Buffer<U> {
+        let len = self.len * size_of::<T>() / size_of::<U>();
+        Buffer { memory: self.memory, address: self.address, len, element: PhantomData }
+    }
+
     /// Cuts an arena into pieces, each an offset and a length in elements. Builds with AddressSanitizer report every
-    /// use of what lies between them, so an arena leaves [`super::RED_ZONE_BYTES`] after each.
+    /// use of what lies between them.
     ///
     /// # Panics
     /// If two pieces overlap, are out of order, or reach past the end.

@@ -21,7 +21,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
-pub use asan::RED_ZONE_BYTES;
 pub use buffer::{Buffer, Slice, SliceMut};
 pub use host::HostOptions;
 pub(crate) use kernel::kernel_args;

@@ -45,6 +45,12 @@ pub(crate) fn write_atomically(
     Ok(())
 }
 
+/// Whether a file is one that a killed process was writing.
+pub(crate) fn is_temporary(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.starts_with(PREFIX) && name.ends_with(SUFFIX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

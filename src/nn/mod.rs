@@ -1,4 +1,14 @@
-//! Networks: what they are made of, and the files their weights live in.
-mod atomic;
+//! Networks: what they are made of, their memory and passes, and the files their weights live in.
+//!
+//! [`config`] reads a model file, [`resnet`] turns it into a [`model::Model`] (a list of layers), [`plan`] finds its
+//! tensors a place in one arena, [`network`] runs it, [`init`] draws its weights, [`weights`] reads and writes them.
+
+pub(crate) mod atomic;
+pub mod config;
 mod container;
+pub mod init;
+pub mod model;
+pub mod network;
+pub mod plan;
+pub mod resnet;
 pub mod weights;

@@ -109,6 +109,21 @@ impl Weights {
         })
     }
 
+    /// A hash of the content, metadata apart.
+    pub fn identity(&self) -> String {
+        use sha2::{Digest, Sha256};
+        let mut hash = Sha256::new();
+        for (name, tensor) in &self.tensors {
+            hash.update(format!("{name} {:?}", tensor.shape()));
+            tensor.iter().for_each(|value| hash.update(value.to_le_bytes()));
+        }
+        for (name, mask) in &self.masks {
+            hash.update(name);
+            mask.words().iter().for_each(|word| hash.update(word.to_le_bytes()));
+        }
+        hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// Everything before the tensors: all F32 by parameter, then all masks by parameter.
     fn header(&self) -> Checked<Vec<u8>> {
         for (param, mask) in &self.masks {
@@ -170,6 +185,23 @@ impl Weights {
             problems.join("\n  ")
         )))
     }
+}
+
+/// Writes the result of an evaluation: `logits` F32 `[examples, classes]` and `labels` I64 `[examples]`.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be written.
+pub fn save_logits(path: &Path, logits: &[f32], classes: usize, labels: &[u32]) -> Result<()> {
+    use safetensors::tensor::{Dtype, TensorView, serialize};
+    let logit_bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
+    let label_bytes: Vec<u8> = labels.iter().flat_map(|&label| i64::from(label).to_le_bytes()).collect();
+    let refused = |error: safetensors::SafeTensorError| Error::file(path, format!("not written: {error}"));
+    let views = [
+        ("logits", TensorView::new(Dtype::F32, vec![labels.len(), classes], &logit_bytes).map_err(refused)?),
+        ("labels", TensorView::new(Dtype::I64, vec![labels.len()], &label_bytes).map_err(refused)?),
+    ];
+    let bytes = serialize(views, None).map_err(refused)?;
+    write_atomically(path, |file| file.write_all(&bytes))
 }
 
 /// Checks that `_orig` and `_mask` come in pairs, and without a plain tensor of the same name.

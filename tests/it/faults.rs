@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use dilt::device::{Device, HostOptions, Policy, RED_ZONE_BYTES, kernel_files};
+use dilt::device::{Device, HostOptions, Policy, kernel_files};
 use dilt::ops::faults;
 
 /// Names the kernel that the process launches.
@@ -37,7 +37,7 @@ fn process() {
     let device = device(None);
     let kernel = kernel(if name == "red_zone" { "global_overflow" } else { &name });
     // Three pieces of one arena: what overflows the one in the middle stays within the allocation.
-    let step = faults::COUNT + RED_ZONE_BYTES / 4;
+    let step = faults::COUNT + 64;
     let arena = device.alloc::<u32>(3 * step).unwrap();
     let mut pieces = arena.split(&[0, 1, 2].map(|i| (i * step, faults::COUNT)));
     let mut alone = device.alloc::<u32>(faults::COUNT).unwrap();

@@ -115,6 +115,11 @@ impl Golden {
         self.tensors.get(&format!("{case}/{tensor}")).cloned()
     }
 
+    /// A tensor that belongs to no case.
+    pub fn whole(&self, tensor: &str) -> Tensor {
+        self.tensors[tensor].clone()
+    }
+
     /// A scalar of a case, as text.
     pub fn text(&self, case: &str, key: &str) -> String {
         self.scalars[case][key].clone()
@@ -182,4 +187,51 @@ pub fn read(device: &Device, slice: Slice<f32>) -> Vec<f32> {
 /// A buffer of NaN, so that an element that a kernel leaves out shows.
 pub fn unwritten(device: &Device, len: usize) -> dilt::device::Buffer<f32> {
     device.upload(&vec![f32::NAN; len]).unwrap()
+}
+
+/// Tensors laid into one arena as a network's parameters are: each starts at a multiple of 64 elements, gaps are zero.
+pub struct Arena {
+    pub pieces: Vec<std::ops::Range<usize>>,
+    pub len: usize,
+}
+
+impl Arena {
+    pub fn new(lens: impl IntoIterator<Item = usize>) -> Self {
+        let mut len = 0;
+        let place = |piece: usize| {
+            let start: usize = len;
+            len = (start + piece).next_multiple_of(64);
+            start..start + piece
+        };
+        Arena { pieces: lens.into_iter().map(place).collect(), len }
+    }
+
+    pub fn lay(&self, tensors: &[Vec<f32>]) -> Vec<f32> {
+        let mut arena = vec![0.0; self.len];
+        for (piece, tensor) in self.pieces.iter().zip(tensors) {
+            arena[piece.clone()].copy_from_slice(tensor);
+        }
+        arena
+    }
+
+    /// One bit per element: set where the tensor is not 0, clear in the gaps.
+    pub fn bits(&self, tensors: &[Vec<f32>]) -> Vec<u32> {
+        bits_of(self.lay(tensors).into_iter().map(|value| value != 0.0))
+    }
+}
+
+/// Packs bits into words, lowest first.
+pub fn bits_of(bits: impl IntoIterator<Item = bool>) -> Vec<u32> {
+    let bits: Vec<bool> = bits.into_iter().collect();
+    bits.chunks(32).map(|word| word.iter().rev().fold(0, |bits, &bit| bits << 1 | u32::from(bit))).collect()
+}
+
+/// Whether bit `i` is set.
+pub fn bit(words: &[u32], i: usize) -> bool {
+    words[i / 32] >> (i % 32) & 1 == 1
+}
+
+/// Words as the floats of the same bits, for the list that [`on_devices`] compares.
+pub fn as_floats(words: &[u32]) -> Vec<f32> {
+    words.iter().map(|&word| f32::from_bits(word)).collect()
 }

@@ -2,8 +2,10 @@
 //!
 //! Bits follow the order of the weights in a file (`[K, C, R, S]` for a convolution, PyTorch's OIHW), whatever
 //! layout the device uses. Bit `i` is bit `i % 32` of word `i / 32`; the bits of the last word past the last
-//! weight are always zero, so counting and comparing words needs no special case. Set algebra is not here: it
-//! runs as kernels on these words.
+//! weight are always zero, so counting and comparing words needs no special case. Set algebra is in [`set`]: it runs as kernels
+//! on these words.
+
+pub mod set;
 
 use crate::{Error, Result};
 

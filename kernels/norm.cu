@@ -1,0 +1,243 @@
+// norm.cu - batch norm over feature rows, with residual and relu in the same pass, forward and backward, f32.
+//
+//   xhat = (x - mean) invstd,  invstd = 1 / sqrt(var + epsilon);   y = [relu](gamma xhat + beta [+ residual])
+//   dz = dy, with relu where y > 0;   dresidual = dz;   dbeta = sum of dz;   dgamma = sum of dz xhat
+//   dx = gamma invstd (dz - dbeta / M - xhat dgamma / M) in training; gamma invstd dz where the statistics are given
+//
+// x, y, residual and their gradients: [C, HW, N]; gamma, beta, statistics: [C]. M = HW * count true values of a row;
+// padded samples are no part of any sum and are written as zeros.
+//
+// A row is cut into chunks of whole pixels, a function of the shape alone; block (split, feature) owns one. A first
+// kernel sums each chunk, a second adds the chunks' sums in their order (every block its feature's, at most 64) and
+// writes its chunk. The variance is that of deviations from the chunk's own mean, joined by Chan's formula: nothing is
+// lost where the mean is large. Sums are f32, in an order that depends on the shape and the threads of a block.
+// Limit: bytes. Training reads x twice (and once more from cache) and writes y; backward reads x, y, dy twice.
+#include "kernels/lib/device.cuh"
+
+struct NormShape {
+    int32_t features;
+    int32_t pixels;
+    int32_t n;       // samples of a pixel, a multiple of 8
+    int32_t splits;  // chunks of a row
+    int32_t chunk;   // pixels of a chunk; the last may have fewer
+};
+
+struct NormForwardArgs {
+    const float* x;
+    const float* residual;  // or null
+    const float* gamma;
+    const float* beta;
+    float* running_mean;
+    float* running_var;
+    float* mean;            // what normalised, for the backward pass
+    float* invstd;
+    float* partial;         // [C, splits, 2]: mean of a chunk, sum of its squared deviations
+    float* y;
+    const uint32_t* count;  // number of true samples
+    NormShape shape;
+    int32_t relu;
+    float epsilon;
+    float momentum;
+};
+
+struct NormEvalArgs {
+    const float* x;
+    const float* residual;  // or null
+    const float* gamma;
+    const float* beta;
+    const float* mean;
+    const float* var;
+    float* y;
+    const uint32_t* count;
+    NormShape shape;
+    int32_t relu;
+    float epsilon;
+};
+
+struct NormBackwardArgs {
+    const float* x;
+    const float* y;    // read with relu only
+    const float* dy;
+    const float* gamma;
+    const float* mean;
+    const float* invstd;
+    float* partial;    // [C, splits, 2]: sums of dz and of dz xhat over a chunk
+    float* dgamma;
+    float* dbeta;
+    float* dresidual;  // or null
+    float* dx;
+    const uint32_t* count;
+    NormShape shape;
+    int32_t relu;
+    int32_t training;
+};
+
+constexpr int THREADS = 256;
+constexpr int L = ROW_LANES;
+constexpr int CHAINS = 4;  // sums that a thread keeps apart, since one addition cannot start before the last has ended
+
+DEVICE int samples(const NormShape& d, const uint32_t* count) { return int(min64(*count, d.n)); }
+
+DEVICE int pixels_of(const NormShape& d, int split) { return int(min64(d.chunk, d.pixels - int64_t(split) * d.chunk)); }
+
+// Calls f(offset, live, chain) for this thread's vectors of a chunk: `live` lanes (if fewer than L) are true samples.
+template <class F>
+DEVICE void each_vector(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, F f) {
+    const int64_t begin = (int64_t(block.y) * d.pixels + int64_t(block.x) * d.chunk) * d.n;
+    const int length = pixels_of(d, block.x) * d.n;
+    const int step = threads * L, turn = step % d.n;
+    int at = thread * L, n = at % d.n;
+    const auto next = [&](int chain) {
+        f(begin + at, count - n, chain);
+        at += step, n += turn;
+        if (n >= d.n) n -= d.n;
+    };
+    while (at + (CHAINS - 1) * step < length)
+        UNROLL for (int chain = 0; chain < CHAINS; ++chain) next(chain);
+    while (at < length) next(0);
+}
+
+// The chains of one sum of this thread.
+struct Sum {
+    Samples<L> chain[CHAINS];
+
+    DEVICE Sum() {
+        UNROLL for (int i = 0; i < CHAINS; ++i) chain[i] = splat<L>(0.0f);
+    }
+    DEVICE float over_block(WarpSums& shared, uint32_t thread, uint32_t threads) const {
+        const float sum = lane_sum<L>((chain[0] + chain[1]) + (chain[2] + chain[3]));
+        return block_sum(sum, shared.scratch, thread, threads);
+    }
+};
+
+// y of a chunk. `scale` is gamma invstd; the mean is taken off first, since beta - mean scale would cancel.
+DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, const float* x,
+                      const float* residual, bool relu, float mean, float scale, float beta, float* y) {
+    const Samples<L> zero = splat<L>(0.0f);
+    each_vector(d, block, thread, threads, count, [&](int64_t i, int live, int) {
+        Samples<L> z = (load<L>(x + i) - mean) * scale + beta;
+        if (residual) z += load<L>(residual + i);
+        if (relu) z = where_at_most<L>(z, zero, zero, z);
+        store<L>(y + i, first_lanes<L>(z, live));
+    });
+}
+
+// dz of a vector.
+DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i) {
+    const Samples<L> dy = load<L>(a.dy + i), zero = splat<L>(0.0f);
+    return a.relu ? where_at_most<L>(load<L>(a.y + i), zero, zero, dy) : dy;
+}
+
+// Grid of all: splits, features.
+KERNEL(norm_statistics_f32, NormForwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    const NormShape& d = a.shape;
+    const float* x = a.x;
+    const int count = samples(d, a.count);
+    const float items = float(max64(1, int64_t(pixels_of(d, blockIdx.x)) * count));
+    Sum sum;  // padded samples are zero: they need no mask here
+    each_vector(d, blockIdx, threadIdx.x, blockDim.x, count,
+                [&](int64_t i, int, int chain) { sum.chain[chain] += load<L>(x + i); });
+    const float mean = sum.over_block(shared, threadIdx.x, blockDim.x) / items;
+    Sum deviation, square;
+    each_vector(d, blockIdx, threadIdx.x, blockDim.x, count, [&](int64_t i, int live, int chain) {
+        const Samples<L> off = first_lanes<L>(load<L>(x + i) - mean, live);
+        deviation.chain[chain] += off;
+        square.chain[chain] += off * off;
+    });
+    // The deviations would sum to zero but for the rounding of the mean: what is left corrects both moments.
+    const float left = deviation.over_block(shared, threadIdx.x, blockDim.x), correction = left / items;
+    const float squares = square.over_block(shared, threadIdx.x, blockDim.x) - left * correction;
+    if (threadIdx.x == 0) {
+        float* partial = a.partial + (int64_t(blockIdx.y) * d.splits + blockIdx.x) * 2;
+        partial[0] = mean + correction;
+        partial[1] = squares < 0.0f ? 0.0f : squares;  // NaN stays NaN
+    }
+}
+
+KERNEL(norm_forward_f32, NormForwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    const NormShape& d = a.shape;
+    const int feature = blockIdx.y, count = samples(d, a.count);
+    const float items = float(max64(1, int64_t(d.pixels) * count));
+    const float* partial = a.partial + int64_t(feature) * d.splits * 2;
+
+    // Chan, Golub and LeVeque 1983, for all chunks at once: means around the first, then squares around the mean.
+    const float pivot = partial[0];
+    float shift = 0.0f, squares = 0.0f;
+    for (int s = threadIdx.x; s < d.splits; s += blockDim.x)
+        shift += float(pixels_of(d, s)) * count * (partial[2 * s] - pivot);
+    const float mean = pivot + block_sum(shift, shared.scratch, threadIdx.x, blockDim.x) / items;
+    for (int s = threadIdx.x; s < d.splits; s += blockDim.x) {
+        const float off = partial[2 * s] - mean;
+        squares += partial[2 * s + 1] + float(pixels_of(d, s)) * count * (off * off);
+    }
+    squares = block_sum(squares, shared.scratch, threadIdx.x, blockDim.x);
+    const float invstd = 1.0f / sqrtf(squares / items + a.epsilon);
+
+    normalise(d, blockIdx, threadIdx.x, blockDim.x, count, a.x, a.residual, a.relu, mean, a.gamma[feature] * invstd,
+              a.beta[feature], a.y);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        a.mean[feature] = mean;
+        a.invstd[feature] = invstd;
+        if (count == 0) return;
+        const float keep = 1.0f - a.momentum, unbiased = squares / (items > 1.0f ? items - 1.0f : 1.0f);
+        a.running_mean[feature] = keep * a.running_mean[feature] + a.momentum * mean;
+        a.running_var[feature] = keep * a.running_var[feature] + a.momentum * unbiased;
+    }
+}
+
+BARRIER_FREE_KERNEL(norm_eval_f32, NormEvalArgs, THREADS) {
+    const int feature = blockIdx.y;
+    const float invstd = 1.0f / sqrtf(a.var[feature] + a.epsilon);
+    normalise(a.shape, blockIdx, threadIdx.x, blockDim.x, samples(a.shape, a.count), a.x, a.residual, a.relu,
+              a.mean[feature], a.gamma[feature] * invstd, a.beta[feature], a.y);
+}
+
+KERNEL(norm_backward_sums_f32, NormBackwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    const NormShape& d = a.shape;
+    const float mean = a.mean[blockIdx.y], invstd = a.invstd[blockIdx.y];
+    Sum sum, dot;  // dz of padded samples is zero: they need no mask here
+    each_vector(d, blockIdx, threadIdx.x, blockDim.x, d.n, [&](int64_t i, int, int chain) {
+        const Samples<L> dz = above(a, i);
+        sum.chain[chain] += dz;
+        dot.chain[chain] += dz * ((load<L>(a.x + i) - mean) * invstd);
+    });
+    const float sums = sum.over_block(shared, threadIdx.x, blockDim.x);
+    const float dots = dot.over_block(shared, threadIdx.x, blockDim.x);
+    if (threadIdx.x == 0) {
+        float* partial = a.partial + (int64_t(blockIdx.y) * d.splits + blockIdx.x) * 2;
+        partial[0] = sums;
+        partial[1] = dots;
+    }
+}
+
+KERNEL(norm_backward_f32, NormBackwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    const NormShape& d = a.shape;
+    const int feature = blockIdx.y, count = samples(d, a.count);
+    const float* partial = a.partial + int64_t(feature) * d.splits * 2;
+    float sum = 0.0f, dot = 0.0f;
+    for (int s = threadIdx.x; s < d.splits; s += blockDim.x) {
+        sum += partial[2 * s];
+        dot += partial[2 * s + 1];
+    }
+    sum = block_sum(sum, shared.scratch, threadIdx.x, blockDim.x);
+    dot = block_sum(dot, shared.scratch, threadIdx.x, blockDim.x);
+
+    const float mean = a.mean[feature], invstd = a.invstd[feature], scale = a.gamma[feature] * invstd;
+    const float items = float(max64(1, int64_t(d.pixels) * count));
+    const float mean_dz = a.training ? sum / items : 0.0f;
+    const float slope = a.training ? dot / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
+    each_vector(d, blockIdx, threadIdx.x, blockDim.x, count, [&](int64_t i, int live, int) {
+        const Samples<L> dz = above(a, i);
+        const Samples<L> dx = (dz - mean_dz - (load<L>(a.x + i) - mean) * slope) * scale;
+        store<L>(a.dx + i, first_lanes<L>(dx, live));
+        if (a.dresidual) store<L>(a.dresidual + i, first_lanes<L>(dz, live));
+    });
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        a.dgamma[feature] = dot;
+        a.dbeta[feature] = sum;
+    }
+}

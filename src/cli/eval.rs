@@ -1,0 +1,123 @@
+//! `dilt eval`: evaluates weights or a ticket.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use dilt::data::{DataSet, Examples};
+use dilt::nn::network::Network;
+use dilt::nn::plan::Mode;
+use dilt::nn::resnet;
+use dilt::nn::weights::{Weights, save_logits};
+use dilt::train::{Images, Labelled, evaluate};
+use serde::Serialize;
+
+use super::{Common, ModelAndData};
+
+/// Evaluate weights or a ticket: loss and accuracy with running statistics.
+#[derive(Args)]
+pub struct Eval {
+    /// Weights or a ticket; its masks are applied.
+    #[arg(long, value_name = "FILE", alias = "ticket")]
+    weights: PathBuf,
+    /// Which examples.
+    #[arg(long, value_enum, default_value = "test")]
+    split: Split,
+    /// Samples that are computed together.
+    #[arg(long, default_value_t = 128)]
+    batch: usize,
+    /// Write logits [examples, classes] and labels to this safetensors file.
+    #[arg(long, value_name = "FILE")]
+    logits: Option<PathBuf>,
+    #[command(flatten)]
+    target: ModelAndData,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// A split of a data set.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Split {
+    Train,
+    Test,
+}
+
+impl Split {
+    pub fn of(self, data: &DataSet) -> &Examples {
+        match self {
+            Split::Train => &data.train,
+            Split::Test => &data.test,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Split::Train => "train",
+            Split::Test => "test",
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Evaluated {
+    model: String,
+    data: String,
+    split: &'static str,
+    examples: usize,
+    top1: f64,
+    top5: f64,
+    loss: f64,
+    density: f64,
+    device: String,
+    precision: &'static str,
+}
+
+impl Eval {
+    pub fn run(&self) -> anyhow::Result<()> {
+        if self.batch == 0 {
+            return Err(dilt::Error::Usage("--batch: expected at least 1, got 0".into()).into());
+        }
+        let (config, data) = self.target.load()?;
+        let model = resnet::build(&config)?;
+        let device = self.common.open()?;
+        let weights = Weights::load(&self.weights)?;
+        let mut network = Network::new(&device, &model, self.batch, Mode::Evaluate)?;
+        network.load(&weights).with_context(|| self.weights.display().to_string())?;
+        let split = self.split.of(&data);
+        let images = Images::new(&device, &data, split)?;
+        let examples = Labelled::all(&device, &images, split, data.classes)?;
+        let score = evaluate(&mut network, &examples, self.batch, self.logits.is_some())?;
+        if let Some(path) = &self.logits {
+            save_logits(path, &score.logits, model.classes, &split.labels)?;
+        }
+        let (kept, total) = model.prunable().fold((0, 0), |(kept, total), parameter| {
+            let count = weights.masks.get(&parameter.name).map_or(parameter.elements(), |mask| mask.count());
+            (kept + count, total + parameter.elements())
+        });
+        let result = Evaluated {
+            model: model.name.clone(),
+            data: data.name.clone(),
+            split: self.split.name(),
+            examples: score.examples,
+            top1: score.top1,
+            top5: score.top5,
+            loss: score.loss,
+            density: kept as f64 / total as f64,
+            device: device.description(),
+            precision: self.common.precision(),
+        };
+        self.common.print(&result, |r| {
+            format!(
+                "{} on {} {} ({} examples): top-1 {:.2} %, top-5 {:.2} %, loss {:.4}, density {:.4}",
+                r.model,
+                r.data,
+                r.split,
+                r.examples,
+                r.top1 * 100.0,
+                r.top5 * 100.0,
+                r.loss,
+                r.density
+            )
+        })
+    }
+}

@@ -1,0 +1,300 @@
+//! The command line: one file per subcommand, and here what several of them share.
+
+mod assemble;
+mod eval;
+mod find;
+mod mask;
+mod prune;
+mod train;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dilt::data::DataSet;
+use dilt::device::Device;
+use dilt::nn::config::ModelConfig;
+use dilt::report::progress::{Progress, Verbosity};
+use dilt::train::{Augmentation, Recipe, Schedule};
+use serde::Serialize;
+
+/// Lottery tickets of residual networks: found, trained, evaluated and taken apart, with handwritten CUDA kernels
+/// that also run on a CPU.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Find tickets by a method, retrain and score each beside its controls.
+    Find(find::Find),
+    /// Train a dense network or a ticket.
+    Train(train::Train),
+    /// Evaluate weights or a ticket.
+    Eval(eval::Eval),
+    /// Prune a weights file by magnitude, in one shot.
+    Prune(prune::Prune),
+    /// Set algebra on the masks of ticket files.
+    Mask(mask::Mask),
+    /// Put core and specialists together again, retrained or merged, beside a random control.
+    Assemble(assemble::Assemble),
+}
+
+/// Runs the command that the arguments name. Wrong arguments exit with 2, as clap does.
+pub fn run() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Find(command) => command.run(),
+        Command::Train(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Prune(command) => command.run(),
+        Command::Mask(command) => command.run(),
+        Command::Assemble(command) => command.run(),
+    }
+}
+
+/// Options of every command that computes.
+#[derive(Args)]
+struct Common {
+    /// Where to compute: auto (a GPU if there is one), cuda, cuda:INDEX or host.
+    #[arg(long, default_value = "auto", global = true, help_heading = "Computing")]
+    device: String,
+    /// Number format of weights and activations.
+    #[arg(long, value_enum, default_value = "f32", help_heading = "Computing")]
+    precision: Precision,
+    /// Seed of initial weights and orders of examples.
+    #[arg(long, default_value_t = 0, help_heading = "Computing")]
+    seed: u64,
+    /// Print one JSON object instead of a table.
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    /// Show more on stderr.
+    #[arg(short, long, conflicts_with = "quiet", help_heading = "Output")]
+    verbose: bool,
+    /// Show nothing on stderr but errors.
+    #[arg(short, long, help_heading = "Output")]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    /// 32-bit floats.
+    F32,
+    /// Tensor cores; not built yet.
+    Bf16,
+}
+
+impl Common {
+    /// Opens the device and says which.
+    fn open(&self) -> anyhow::Result<Device> {
+        if self.precision == Precision::Bf16 {
+            let what = "--precision bf16 is not built yet in this version; expected f32";
+            return Err(dilt::Error::Usage(what.into()).into());
+        }
+        let device = Device::open(&self.device)?;
+        if self.verbose {
+            eprintln!("device: {} ({})", device.description(), Device::cuda_status());
+        }
+        Ok(device)
+    }
+
+    fn precision(&self) -> &'static str {
+        "f32"
+    }
+
+    fn progress(&self) -> Progress {
+        Progress::new(match (self.quiet, self.verbose) {
+            (true, _) => Verbosity::Quiet,
+            (_, true) => Verbosity::Verbose,
+            _ => Verbosity::Normal,
+        })
+    }
+
+    /// Prints a result: as JSON, or as the table that `table` makes.
+    fn print<T: Serialize>(&self, result: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+        let text = if self.json { serde_json::to_string_pretty(result)? } else { table(result) };
+        println!("{text}");
+        Ok(())
+    }
+}
+
+/// Which model and which data.
+#[derive(Args)]
+struct ModelAndData {
+    /// A model of models/ by name, or a path to a .toml file.
+    #[arg(long, default_value = "resnet8", help_heading = "Model and data")]
+    model: String,
+    /// Set a field of the model file, e.g. widths=[8,16,32]; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE", help_heading = "Model and data")]
+    set: Vec<String>,
+    /// A data set: digits.
+    #[arg(long, default_value = "digits", help_heading = "Model and data")]
+    data: String,
+    /// Use only the first N examples of a split.
+    #[arg(long, value_name = "N", help_heading = "Model and data")]
+    limit: Option<usize>,
+    /// Mean of each channel, instead of the data set's.
+    #[arg(long, value_delimiter = ',', value_name = "MEAN", help_heading = "Model and data")]
+    mean: Vec<f32>,
+    /// Standard deviation of each channel, instead of the data set's.
+    #[arg(long, value_delimiter = ',', value_name = "STD", help_heading = "Model and data")]
+    std: Vec<f32>,
+}
+
+impl ModelAndData {
+    fn load(&self) -> dilt::Result<(ModelConfig, DataSet)> {
+        let config = ModelConfig::load(&self.model, &self.set)?;
+        let mut data = dilt::data::load(&self.data)?;
+        let channels = data.shape[0];
+        for (option, given, field) in [("--mean", &self.mean, &mut data.mean), ("--std", &self.std, &mut data.std)] {
+            if given.is_empty() {
+                continue;
+            }
+            let usable = given.iter().all(|value| value.is_finite() && (option == "--mean" || *value > 0.0));
+            if given.len() != channels || !usable {
+                return Err(dilt::Error::Usage(format!(
+                    "{option}: expected {channels} numbers (above 0 for --std), separated by commas, got {given:?}"
+                )));
+            }
+            field.clone_from(given);
+        }
+        if let Some(limit) = self.limit {
+            data.limit(limit)?;
+        }
+        Ok((config, data))
+    }
+}
+
+/// How to train; each overrides the model file's `[train]` table.
+#[derive(Args)]
+struct RecipeOptions {
+    /// Times that each example is seen.
+    #[arg(long, conflicts_with = "steps", help_heading = "Training")]
+    epochs: Option<usize>,
+    /// Steps, instead of epochs.
+    #[arg(long, help_heading = "Training")]
+    steps: Option<usize>,
+    /// Samples of a step.
+    #[arg(long, help_heading = "Training")]
+    batch: Option<usize>,
+    /// Optimizer.
+    #[arg(long, value_parser = ["sgd"], default_value = "sgd", help_heading = "Training")]
+    optimizer: String,
+    /// Highest learning rate.
+    #[arg(long, help_heading = "Training")]
+    lr: Option<f64>,
+    /// Share of the velocity that is kept.
+    #[arg(long, help_heading = "Training")]
+    momentum: Option<f32>,
+    /// Nesterov's momentum.
+    #[arg(long, help_heading = "Training")]
+    nesterov: bool,
+    /// Weight decay, added to the gradient as in PyTorch's SGD.
+    #[arg(long, help_heading = "Training")]
+    weight_decay: Option<f32>,
+    /// Leave norms and biases out of weight decay.
+    #[arg(long, help_heading = "Training")]
+    no_decay_norms: bool,
+    /// How the learning rate changes.
+    #[arg(long, value_enum, help_heading = "Training")]
+    schedule: Option<ScheduleOption>,
+    /// Epochs after which the multi-step schedule multiplies by --gamma.
+    #[arg(long, value_delimiter = ',', help_heading = "Training")]
+    milestones: Option<Vec<f64>>,
+    /// Factor of the multi-step schedule.
+    #[arg(long, help_heading = "Training")]
+    gamma: Option<f64>,
+    /// Epochs in which the learning rate rises linearly.
+    #[arg(long, help_heading = "Training")]
+    warmup: Option<f64>,
+    /// Share of the target that is spread over all classes.
+    #[arg(long, help_heading = "Training")]
+    label_smoothing: Option<f32>,
+    /// Largest norm of all gradients together.
+    #[arg(long, help_heading = "Training")]
+    clip_norm: Option<f32>,
+    /// Whether examples come in a new random order each epoch, or in file order.
+    #[arg(long, action = clap::ArgAction::Set, help_heading = "Training")]
+    shuffle: Option<bool>,
+    /// How images are varied.
+    #[arg(long, value_enum, help_heading = "Training")]
+    augment: Option<AugmentOption>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ScheduleOption {
+    Constant,
+    Multistep,
+    Cosine,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AugmentOption {
+    None,
+    /// Random crop and horizontal flip.
+    Standard,
+}
+
+impl RecipeOptions {
+    /// The model file's recipe with these options on top.
+    fn apply(&self, config: &ModelConfig) -> dilt::Result<Recipe> {
+        let mut recipe = Recipe::from_table(&config.train)?;
+        fn set<T: Clone>(field: &mut T, option: &Option<T>) {
+            if let Some(value) = option {
+                field.clone_from(value);
+            }
+        }
+        set(&mut recipe.epochs, &self.epochs);
+        set(&mut recipe.batch, &self.batch);
+        set(&mut recipe.lr, &self.lr);
+        set(&mut recipe.momentum, &self.momentum);
+        set(&mut recipe.weight_decay, &self.weight_decay);
+        set(&mut recipe.milestones, &self.milestones);
+        set(&mut recipe.gamma, &self.gamma);
+        set(&mut recipe.warmup, &self.warmup);
+        set(&mut recipe.label_smoothing, &self.label_smoothing);
+        set(&mut recipe.shuffle, &self.shuffle);
+        recipe.steps = self.steps.or(recipe.steps);
+        recipe.clip_norm = self.clip_norm.or(recipe.clip_norm);
+        recipe.nesterov |= self.nesterov;
+        recipe.decay_norms &= !self.no_decay_norms;
+        if let Some(schedule) = self.schedule {
+            recipe.schedule = match schedule {
+                ScheduleOption::Constant => Schedule::Constant,
+                ScheduleOption::Multistep => Schedule::Multistep,
+                ScheduleOption::Cosine => Schedule::Cosine,
+            };
+        }
+        if let Some(augment) = self.augment {
+            recipe.augment = match augment {
+                AugmentOption::None => Augmentation::None,
+                AugmentOption::Standard => Augmentation::Standard,
+            };
+        }
+        recipe.check()?;
+        Ok(recipe)
+    }
+}
+
+/// Where runs are kept.
+#[derive(Args)]
+struct RunOptions {
+    /// Folder of the run folders.
+    #[arg(long, default_value = "runs", help_heading = "Output")]
+    runs: PathBuf,
+    /// Go on with a run that was begun on another device, instruction set or version: its bits will differ.
+    #[arg(long, help_heading = "Output")]
+    allow_device_change: bool,
+}
+
+/// What a run's bits depend on beside its settings.
+fn machine(device: &Device) -> serde_json::Value {
+    serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "device": device.description() })
+}
+
+/// `model` and `data` for the name of a run folder: without paths.
+fn short_name(text: &str) -> String {
+    let stem = Path::new(text).file_stem().and_then(|stem| stem.to_str()).unwrap_or("model");
+    stem.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).collect()
+}

@@ -1,0 +1,176 @@
+//! `dilt train`: trains a dense network or a ticket.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use dilt::device::Device;
+use dilt::nn::model::Model;
+use dilt::nn::network::Network;
+use dilt::nn::plan::{Group, Mode, Plan};
+use dilt::nn::weights::Weights;
+use dilt::nn::{init, resnet};
+use dilt::report::table::table;
+use dilt::ticket::experiment::{Saver, resume};
+use dilt::train::{Images, Labelled, MetricsFile, Recipe, Training, evaluate};
+use serde::Serialize;
+
+use super::{Common, ModelAndData, RecipeOptions};
+
+/// Train a dense network, or a ticket under its masks.
+///
+/// Writes OUT/weights.safetensors and OUT/metrics.csv, which has one row per step. A training that was stopped goes
+/// on from its last checkpoint in OUT when the same command is given again.
+#[derive(Args)]
+pub struct Train {
+    /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.
+    #[arg(long, value_name = "FILE", alias = "ticket")]
+    weights: Option<PathBuf>,
+    /// Folder for weights and metrics.
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    out: Option<PathBuf>,
+    /// Train on the train or the test split.
+    #[arg(long, value_enum, default_value = "train")]
+    split: super::eval::Split,
+    /// Show the network's tensors with their bytes, and train nothing.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    target: ModelAndData,
+    #[command(flatten)]
+    recipe: RecipeOptions,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Serialize)]
+struct Trained {
+    top1: f64,
+    loss: f64,
+    epochs: usize,
+    steps: usize,
+    images_per_second: f64,
+    weights: String,
+}
+
+impl Train {
+    pub fn run(&self) -> anyhow::Result<()> {
+        let (config, data) = self.target.load()?;
+        let recipe = self.recipe.apply(&config)?;
+        let model = resnet::build(&config)?;
+        let device = self.common.open()?;
+        if self.dry_run {
+            return self.show_plan(&device, &model, &recipe);
+        }
+        let out = self.out.as_ref().expect("required by clap");
+        std::fs::create_dir_all(out).map_err(|error| {
+            dilt::Error::file(out, format!("the folder cannot be made: {error}; choose another with --out"))
+        })?;
+        let split = self.split.of(&data);
+        let images = Images::new(&device, &data, split)?;
+        let examples = Labelled::all(&device, &images, split, data.classes)?;
+        let mut network = Network::new(&device, &model, recipe.batch, Mode::Train)?;
+        match &self.weights {
+            Some(path) => network.load(&Weights::load(path)?).with_context(|| path.display().to_string())?,
+            None => network.load(&init::draw(&model, self.common.seed))?,
+        }
+        let checkpoint = out.join("checkpoint.safetensors");
+        let done = resume(&mut network, &checkpoint)?;
+        let mut training = Training::new(&mut network, &examples, &recipe, self.common.seed)?;
+        let total = training.total_steps();
+        let stage = self.common.progress().stage("train", total);
+        let begun = Instant::now();
+        let mut observer = Saver {
+            metrics: MetricsFile::resume(&out.join("metrics.csv"), done)?,
+            checkpoint: &checkpoint,
+            saved: begun,
+            shown: &mut |done, loss| stage.show(done, loss),
+        };
+        training.run(&mut network, done, &mut observer)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        let per_epoch = recipe.steps_per_epoch(examples.len());
+        let seen = (total - done) as f64 * examples.len().min(per_epoch * recipe.batch) as f64 / per_epoch as f64;
+        let path = out.join("weights.safetensors");
+        network.weights()?.save(&path)?;
+        // Left behind, a later training in this folder would go on from it.
+        let _ = std::fs::remove_file(&checkpoint);
+        let score = evaluate(&mut network, &examples, recipe.batch, false)?;
+        let trained = Trained {
+            top1: score.top1,
+            loss: score.loss,
+            epochs: total.div_ceil(per_epoch),
+            steps: total,
+            images_per_second: seen / seconds,
+            weights: path.to_string_lossy().into_owned(),
+        };
+        self.common.print(&trained, |trained| {
+            format!(
+                "trained {} steps at {:.0} images/s; on the same examples: top-1 {:.2} %, loss {:.4}\nweights: {}",
+                trained.steps,
+                trained.images_per_second,
+                trained.top1 * 100.0,
+                trained.loss,
+                trained.weights
+            )
+        })
+    }
+
+    fn show_plan(&self, device: &Device, model: &Model, recipe: &Recipe) -> anyhow::Result<()> {
+        let plan = Plan::new(device, model, recipe.batch, Mode::Train)?;
+        #[derive(Serialize)]
+        struct Row<'a> {
+            name: &'a str,
+            group: String,
+            offset_bytes: usize,
+            bytes: usize,
+        }
+        #[derive(Serialize)]
+        struct DryRun<'a> {
+            model: &'a str,
+            parameters: usize,
+            batch: usize,
+            bytes: usize,
+            tensors: Vec<Row<'a>>,
+        }
+        let row = |tensor: &'_ dilt::nn::plan::PlannedTensor| (format!("{:?}", tensor.group), tensor.clone());
+        let rows: Vec<_> = plan.tensors.iter().map(row).collect();
+        let tensors = rows.iter().map(|(group, tensor)| Row {
+            name: &tensor.name,
+            group: group.clone(),
+            offset_bytes: tensor.offset_bytes,
+            bytes: tensor.bytes,
+        });
+        let result = DryRun {
+            model: &model.name,
+            parameters: model.parameter_count(),
+            batch: recipe.batch,
+            bytes: plan.bytes,
+            tensors: tensors.collect(),
+        };
+        self.common.print(&result, |result| {
+            let rows = result.tensors.iter().map(|tensor| {
+                let bytes = if tensor.bytes == 0 { "shared".into() } else { tensor.bytes.to_string() };
+                vec![tensor.name.to_owned(), tensor.group.clone(), tensor.offset_bytes.to_string(), bytes]
+            });
+            let mut text = table(&["tensor", "group", "offset", "bytes"], rows);
+            let groups = [
+                Group::Parameters,
+                Group::Gradients,
+                Group::Optimizer,
+                Group::Masks,
+                Group::Statistics,
+                Group::Activations,
+                Group::ActivationGradients,
+                Group::Scratch,
+            ];
+            let sums = groups.map(|group| vec![format!("{group:?}"), plan.group_bytes(group).to_string()]);
+            text += &format!("\n\n{}", table(&["group", "bytes"], sums));
+            let (model, parameters, batch) = (result.model, result.parameters, result.batch);
+            text + &format!(
+                "\n\n{model}: {parameters} parameters; {} bytes in one arena at batch {batch}",
+                result.bytes
+            )
+        })
+    }
+}

@@ -1,0 +1,306 @@
+//! Batch norm with residual and relu in the same pass (`kernels/norm.cu`).
+
+use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
+use crate::device::{Device, Kernel, Launch, Ptr, Slice, SliceMut, kernel_args};
+use crate::error::{Error, Result};
+
+kernel_args! {
+    /// Shape of a batch norm: x `[features, pixels, n]`, and how its rows are cut into chunks.
+    pub struct NormShape { features: i32, pixels: i32, n: i32, splits: i32, chunk: i32 }
+    struct NormForwardArgs {
+        x: Ptr<f32>, residual: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, running_mean: Ptr<f32>,
+        running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>, y: Ptr<f32>, count: Ptr<u32>,
+        shape: NormShape, relu: i32, epsilon: f32, momentum: f32,
+    }
+    struct NormEvalArgs {
+        x: Ptr<f32>, residual: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, var: Ptr<f32>, y: Ptr<f32>,
+        count: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
+    }
+    struct NormBackwardArgs {
+        x: Ptr<f32>, y: Ptr<f32>, dy: Ptr<f32>, gamma: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>,
+        dgamma: Ptr<f32>, dbeta: Ptr<f32>, dresidual: Ptr<f32>, dx: Ptr<f32>, count: Ptr<u32>, shape: NormShape,
+        relu: i32, training: i32,
+    }
+}
+layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormBackwardArgs);
+
+static STATISTICS: Kernel<NormForwardArgs> = Kernel::new("norm_statistics_f32");
+static FORWARD: Kernel<NormForwardArgs> = Kernel::new("norm_forward_f32");
+static EVAL: Kernel<NormEvalArgs> = Kernel::new("norm_eval_f32");
+static BACKWARD_SUMS: Kernel<NormBackwardArgs> = Kernel::new("norm_backward_sums_f32");
+static BACKWARD: Kernel<NormBackwardArgs> = Kernel::new("norm_backward_f32");
+
+const THREADS: u32 = 256;
+/// Elements of a chunk: 32 KiB, so that reading it a second time hits the cache nearest by.
+const CHUNK: usize = 8192;
+/// Most chunks of a row, since every block adds up all of its row's sums.
+const MOST_SPLITS: usize = 64;
+
+impl NormShape {
+    /// The shape of a batch norm of `features` rows of `pixels` times `n` samples (rounded up to a multiple of 8).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a size is 0 or too large for an index.
+    pub fn new(features: usize, pixels: usize, n: usize) -> Result<Self> {
+        let refuse = |expected: &str| {
+            let got = format!("{features} features, {pixels} pixels, {n} samples");
+            Err(Error::Shape { op: "batch norm", what: "sizes".into(), expected: expected.into(), got })
+        };
+        if [features, pixels, n].contains(&0) {
+            return refuse("none to be 0");
+        }
+        let row = n.checked_next_multiple_of(SAMPLE_ALIGNMENT).and_then(|n| n.checked_mul(pixels));
+        let Some(row) = row.filter(|&row| row < 1 << 30 && features <= 65_535) else {
+            return refuse("at most 65535 features, and fewer than 2^30 samples times pixels");
+        };
+        let chunk = pixels.div_ceil(row.div_ceil(CHUNK).min(MOST_SPLITS));
+        let splits = pixels.div_ceil(chunk);
+        let [features, n, pixels, splits, chunk] = [features, row / pixels, pixels, splits, chunk].map(|x| x as i32);
+        Ok(NormShape { features, pixels, n, splits, chunk })
+    }
+
+    /// Elements of x.
+    #[expect(clippy::len_without_is_empty, reason = "no shape is empty")]
+    pub fn len(&self) -> usize {
+        [self.features, self.pixels, self.n].map(|x| x as usize).iter().product()
+    }
+
+    /// Elements of scratch memory that [`norm_forward`] and [`norm_backward`] need.
+    pub fn scratch_len(&self) -> usize {
+        2 * self.features as usize * self.splits as usize
+    }
+
+    fn launch(&self, device: &Device) -> Launch {
+        Launch::new([self.splits as u32, self.features as u32, 1], device.threads(THREADS))
+    }
+
+    /// Checks tensors of the size of x, values per feature, the sample count, and scratch memory.
+    fn check(&self, op: &'static str, tensors: &[(&str, usize)], rows: &[(&str, usize)], count: usize) -> Result<()> {
+        tensors.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.len()))?;
+        rows.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.features as usize))?;
+        check_len(op, "count", count, 1)
+    }
+
+    fn check_scratch(&self, op: &'static str, scratch: &SliceMut<f32>) -> Result<()> {
+        let needed = self.scratch_len();
+        if scratch.len() < needed { check_len(op, "scratch", scratch.len(), needed) } else { Ok(()) }
+    }
+}
+
+/// The affine part, `[features]` each, and what is added to the variance.
+#[derive(Clone, Copy)]
+pub struct NormAffine<'a> {
+    /// Scale.
+    pub gamma: Slice<'a, f32>,
+    /// Shift.
+    pub beta: Slice<'a, f32>,
+    /// Added to the variance.
+    pub epsilon: f32,
+}
+
+/// Running statistics, `[features]` each: `running = (1 - momentum) running + momentum batch`.
+pub struct NormRunning<'a> {
+    /// Of the batch means.
+    pub mean: SliceMut<'a, f32>,
+    /// Of the unbiased batch variances.
+    pub var: SliceMut<'a, f32>,
+    /// Share of the new batch, 0.1 in PyTorch.
+    pub momentum: f32,
+}
+
+/// What normalised the batch, `[features]` each; [`norm_backward`] needs it.
+pub struct NormSaved<'a> {
+    /// Batch mean.
+    pub mean: SliceMut<'a, f32>,
+    /// `1 / sqrt(var + epsilon)`, the variance being the biased one.
+    pub invstd: SliceMut<'a, f32>,
+}
+
+/// What a batch norm is applied to. Padded samples are zero.
+#[derive(Clone, Copy)]
+pub struct NormInput<'a> {
+    /// `[features, pixels, n]`.
+    pub x: Slice<'a, f32>,
+    /// Added before the relu, of the size of x.
+    pub residual: Option<Slice<'a, f32>>,
+    /// Whether negative results become zero.
+    pub relu: bool,
+    /// Number of true samples, `[1]`.
+    pub count: Slice<'a, u32>,
+}
+
+impl NormInput<'_> {
+    fn residual_len(&self) -> usize {
+        self.residual.unwrap_or(self.x).len()
+    }
+
+    fn residual_ptr(&self) -> Ptr<f32> {
+        self.residual.map_or(Ptr::null(), |residual| residual.ptr())
+    }
+}
+
+/// Forward in training, with the batch's statistics: `y = [relu](gamma (x - mean) invstd + beta [+ residual])`.
+/// y is overwritten, its padded samples with zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+#[expect(clippy::too_many_arguments, reason = "inputs and outputs are grouped already")]
+pub fn norm_forward(
+    device: &Device,
+    shape: &NormShape,
+    input: NormInput,
+    affine: NormAffine,
+    running: NormRunning,
+    saved: NormSaved,
+    scratch: SliceMut<f32>,
+    y: SliceMut<f32>,
+) -> Result<()> {
+    let op = "norm_forward";
+    let rows = [
+        ("gamma", affine.gamma.len()),
+        ("beta", affine.beta.len()),
+        ("running mean", running.mean.len()),
+        ("running var", running.var.len()),
+        ("saved mean", saved.mean.len()),
+        ("saved invstd", saved.invstd.len()),
+    ];
+    let tensors = [("x", input.x.len()), ("residual", input.residual_len()), ("y", y.len())];
+    shape.check(op, &tensors, &rows, input.count.len())?;
+    shape.check_scratch(op, &scratch)?;
+    let args = NormForwardArgs {
+        x: input.x.ptr(),
+        residual: input.residual_ptr(),
+        gamma: affine.gamma.ptr(),
+        beta: affine.beta.ptr(),
+        running_mean: running.mean.ptr(),
+        running_var: running.var.ptr(),
+        mean: saved.mean.ptr(),
+        invstd: saved.invstd.ptr(),
+        partial: scratch.ptr(),
+        y: y.ptr(),
+        count: input.count.ptr(),
+        shape: *shape,
+        relu: i32::from(input.relu),
+        epsilon: affine.epsilon,
+        momentum: running.momentum,
+    };
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
+    unsafe {
+        device.launch(&STATISTICS, shape.launch(device), &args)?;
+        device.launch(&FORWARD, shape.launch(device), &args)
+    }
+}
+
+/// Forward with given statistics, `[features]` each: `y = [relu](gamma (x - mean) / sqrt(var + epsilon) + beta
+/// [+ residual])`. y is overwritten, its padded samples with zeros.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn norm_eval(
+    device: &Device,
+    shape: &NormShape,
+    input: NormInput,
+    affine: NormAffine,
+    mean: Slice<f32>,
+    var: Slice<f32>,
+    y: SliceMut<f32>,
+) -> Result<()> {
+    let rows = [("gamma", affine.gamma.len()), ("beta", affine.beta.len()), ("mean", mean.len()), ("var", var.len())];
+    let tensors = [("x", input.x.len()), ("residual", input.residual_len()), ("y", y.len())];
+    shape.check("norm_eval", &tensors, &rows, input.count.len())?;
+    let args = NormEvalArgs {
+        x: input.x.ptr(),
+        residual: input.residual_ptr(),
+        gamma: affine.gamma.ptr(),
+        beta: affine.beta.ptr(),
+        mean: mean.ptr(),
+        var: var.ptr(),
+        y: y.ptr(),
+        count: input.count.ptr(),
+        shape: *shape,
+        relu: i32::from(input.relu),
+        epsilon: affine.epsilon,
+    };
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape.
+    unsafe { device.launch(&EVAL, shape.launch(device), &args) }
+}
+
+/// What the backward pass reads. Padded samples are zero.
+#[derive(Clone, Copy)]
+pub struct NormBackward<'a> {
+    /// `[features, pixels, n]`, as in the forward pass.
+    pub x: Slice<'a, f32>,
+    /// What the forward pass wrote; read only with `relu`.
+    pub y: Slice<'a, f32>,
+    /// Gradient of y.
+    pub dy: Slice<'a, f32>,
+    /// As in the forward pass.
+    pub relu: bool,
+    /// `[features]`.
+    pub gamma: Slice<'a, f32>,
+    /// What normalised, `[features]`.
+    pub mean: Slice<'a, f32>,
+    /// What normalised, `[features]`.
+    pub invstd: Slice<'a, f32>,
+    /// Whether mean and invstd depend on x: true after [`norm_forward`], false after [`norm_eval`].
+    pub training: bool,
+    /// Number of true samples, `[1]`.
+    pub count: Slice<'a, u32>,
+}
+
+/// Backward: dgamma and dbeta `[features]`, dresidual and dx of the size of x, all overwritten, padded samples with
+/// zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+#[expect(clippy::too_many_arguments, reason = "inputs are grouped already, and outputs are the callers' own")]
+pub fn norm_backward(
+    device: &Device,
+    shape: &NormShape,
+    input: NormBackward,
+    scratch: SliceMut<f32>,
+    dgamma: SliceMut<f32>,
+    dbeta: SliceMut<f32>,
+    dresidual: Option<SliceMut<f32>>,
+    dx: SliceMut<f32>,
+) -> Result<()> {
+    let op = "norm_backward";
+    let rows = [
+        ("gamma", input.gamma.len()),
+        ("mean", input.mean.len()),
+        ("invstd", input.invstd.len()),
+        ("dgamma", dgamma.len()),
+        ("dbeta", dbeta.len()),
+    ];
+    let tensors = [
+        ("x", input.x.len()),
+        ("y", if input.relu { input.y.len() } else { shape.len() }),
+        ("dy", input.dy.len()),
+        ("dresidual", dresidual.as_ref().map_or(shape.len(), SliceMut::len)),
+        ("dx", dx.len()),
+    ];
+    shape.check(op, &tensors, &rows, input.count.len())?;
+    shape.check_scratch(op, &scratch)?;
+    let args = NormBackwardArgs {
+        x: input.x.ptr(),
+        y: input.y.ptr(),
+        dy: input.dy.ptr(),
+        gamma: input.gamma.ptr(),
+        mean: input.mean.ptr(),
+        invstd: input.invstd.ptr(),
+        partial: scratch.ptr(),
+        dgamma: dgamma.ptr(),
+        dbeta: dbeta.ptr(),
+        dresidual: dresidual.as_ref().map_or(Ptr::null(), SliceMut::ptr),
+        dx: dx.ptr(),
+        count: input.count.ptr(),
+        shape: *shape,
+        relu: i32::from(input.relu),
+        training: i32::from(input.training),
+    };
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
+    unsafe {
+        device.launch(&BACKWARD_SUMS, shape.launch(device), &args)?;
+        device.launch(&BACKWARD, shape.launch(device), &args)
+    }
+}

@@ -1,0 +1,86 @@
+//! What touches each element once (`kernels/pointwise.cu`): the shortcut without parameters of ResNets for CIFAR.
+
+use super::{SAMPLE_ALIGNMENT, check_len, layouts_of, per_channel};
+use crate::device::{Device, Kernel, Ptr, Slice, SliceMut, kernel_args};
+use crate::error::{Error, Result};
+
+kernel_args! {
+    /// Shape of a shortcut: x `[c, h, w, n]`, y `[k, p, q, n]`, of whose channels `before` come before x's.
+    pub struct ShortcutShape { c: i32, h: i32, w: i32, k: i32, p: i32, q: i32, before: i32, stride: i32, n: i32 }
+    struct ShortcutArgs { from: Ptr<f32>, to: Ptr<f32>, shape: ShortcutShape }
+}
+layouts_of!(ShortcutShape, ShortcutArgs);
+
+static FORWARD: Kernel<ShortcutArgs> = Kernel::new("shortcut_forward_f32");
+static BACKWARD: Kernel<ShortcutArgs> = Kernel::new("shortcut_backward_f32");
+
+impl ShortcutShape {
+    /// The shape of a shortcut of `n` samples (rounded up to a multiple of 8): input `[c, h, w]`, every `stride`-th
+    /// pixel of it, and channels of zeros, half of them (rounded down) before x's, the others after.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are fewer channels than x has, or a size is 0 or too large for an index.
+    pub fn new(input: [usize; 3], out_channels: usize, stride: usize, n: usize) -> Result<Self> {
+        let [c, h, w] = input;
+        let refuse = |what: &str, expected: &str| {
+            let got = format!("input {input:?}, {out_channels} output channels, stride {stride}, {n} samples");
+            Err(Error::Shape { op: "shortcut", what: what.into(), expected: expected.into(), got })
+        };
+        if [c, h, w, stride, n].contains(&0) {
+            return refuse("sizes", "none to be 0");
+        }
+        if out_channels < c || out_channels > 65_535 {
+            return refuse("output channels", "at least those of the input, and at most 65535");
+        }
+        let n = n.next_multiple_of(SAMPLE_ALIGNMENT);
+        if [h, w, n, stride].iter().any(|&x| x >= 1 << 20) || h * w * n >= 1 << 30 {
+            return refuse("sizes", "fewer than 2^30 samples times pixels");
+        }
+        let (p, q, before) = (h.div_ceil(stride), w.div_ceil(stride), (out_channels - c) / 2);
+        let [c, h, w, k, p, q, before, stride, n] = [c, h, w, out_channels, p, q, before, stride, n].map(|x| x as i32);
+        Ok(ShortcutShape { c, h, w, k, p, q, before, stride, n })
+    }
+
+    /// Output image, `[p, q]`.
+    pub fn output_image(&self) -> [usize; 2] {
+        [self.p as usize, self.q as usize]
+    }
+
+    /// Elements of x, `[c, h, w, n]`.
+    pub fn input_len(&self) -> usize {
+        [self.c, self.h, self.w, self.n].map(|x| x as usize).iter().product()
+    }
+
+    /// Elements of y, `[k, p, q, n]`.
+    pub fn output_len(&self) -> usize {
+        [self.k, self.p, self.q, self.n].map(|x| x as usize).iter().product()
+    }
+}
+
+/// Shortcut: x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn shortcut_forward(device: &Device, shape: &ShortcutShape, x: Slice<f32>, y: SliceMut<f32>) -> Result<()> {
+    let op = "shortcut_forward";
+    check_len(op, "x", x.len(), shape.input_len())?;
+    check_len(op, "y", y.len(), shape.output_len())?;
+    let args = ShortcutArgs { from: x.ptr(), to: y.ptr(), shape: *shape };
+    let launch = per_channel(device, (shape.p * shape.q * shape.n) as usize, shape.k);
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape.
+    unsafe { device.launch(&FORWARD, launch, &args) }
+}
+
+/// Gradient of a shortcut: dy `[k, p, q, n]`, dx `[c, h, w, n]`, overwritten, with zeros where nothing was read.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn shortcut_backward(device: &Device, shape: &ShortcutShape, dy: Slice<f32>, dx: SliceMut<f32>) -> Result<()> {
+    let op = "shortcut_backward";
+    check_len(op, "dy", dy.len(), shape.output_len())?;
+    check_len(op, "dx", dx.len(), shape.input_len())?;
+    let args = ShortcutArgs { from: dy.ptr(), to: dx.ptr(), shape: *shape };
+    let launch = per_channel(device, (shape.h * shape.w * shape.n) as usize, shape.c);
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape.
+    unsafe { device.launch(&BACKWARD, launch, &args) }
+}

@@ -1,0 +1,86 @@
+//! Progress on stderr: a bar for each stage on a terminal, a line for each stage elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How much is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verbosity {
+    /// Errors alone.
+    Quiet,
+    /// Progress.
+    Normal,
+    /// Progress, and details.
+    Verbose,
+}
+
+/// Shows how far a long job is.
+pub struct Progress {
+    verbosity: Verbosity,
+    stages: AtomicUsize,
+    begun: Instant,
+}
+
+/// The progress of one stage.
+pub struct Stage {
+    bar: ProgressBar,
+    name: String,
+    number: usize,
+    total: usize,
+    begun: Instant,
+    job_begun: Instant,
+    lines: bool,
+}
+
+impl Progress {
+    /// Shows progress as `verbosity` says.
+    pub fn new(verbosity: Verbosity) -> Self {
+        Progress { verbosity, stages: AtomicUsize::new(0), begun: Instant::now() }
+    }
+
+    /// A stage of `total` steps begins.
+    pub fn stage(&self, name: &str, total: usize) -> Stage {
+        let number = self.stages.fetch_add(1, Ordering::Relaxed) + 1;
+        let shown = self.verbosity > Verbosity::Quiet;
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if shown && terminal { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
+        let template = "{elapsed_precise} {bar:24} {pos:>5}/{len} steps  {wide_msg}";
+        bar.set_style(ProgressStyle::with_template(template).expect("a constant template").progress_chars("=> "));
+        bar.set_message(name.to_owned());
+        Stage {
+            bar,
+            name: name.into(),
+            number,
+            total,
+            begun: Instant::now(),
+            job_begun: self.begun,
+            lines: shown && !terminal,
+        }
+    }
+
+    /// A message that is no error, for those who want progress.
+    pub fn say(&self, message: &str) {
+        if self.verbosity > Verbosity::Quiet {
+            eprintln!("{message}");
+        }
+    }
+}
+
+impl Stage {
+    /// `done` steps are done; the last had this loss.
+    pub fn show(&self, done: usize, loss: f32) {
+        self.bar.set_position(done as u64);
+        self.bar.set_message(format!("{}  loss {loss:.4}", self.name));
+        if done == self.total {
+            self.bar.finish_and_clear();
+            if self.lines {
+                let (job, stage) = (self.job_begun.elapsed().as_secs_f64(), self.begun.elapsed().as_secs_f64());
+                let (number, name) = (self.number, &self.name);
+                eprintln!("{job:7.1} s  {number:3}  {name}: {done} steps in {stage:.1} s, loss {loss:.4}");
+            }
+        }
+    }
+}

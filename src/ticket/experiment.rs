@@ -1,0 +1,394 @@
+//! One repetition of an experiment: it trains networks under masks, each in a folder of its own, and scores tickets.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::run::{RunFolder, StageFolder};
+use super::settings::Settings;
+use crate::data::DataSet;
+use crate::data::partition::Part;
+use crate::device::Device;
+use crate::error::Result;
+use crate::mask::set::MaskSet;
+use crate::nn::config::ModelConfig;
+use crate::nn::model::Model;
+use crate::nn::network::Network;
+use crate::nn::plan::Mode;
+use crate::nn::weights::Weights;
+use crate::nn::{init, resnet};
+use crate::report::progress::Progress;
+use crate::train::{
+    Checkpoint, Chunk, Images, Labelled, MetricsFile, Observer, Recipe, Training, evaluate, refresh_statistics,
+};
+
+/// A training writes a checkpoint when this much time has passed since the last.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(20);
+
+/// What all repetitions share.
+pub struct Experiment<'a> {
+    /// Where networks run.
+    pub device: &'a Device,
+    /// What they are trained and tested on.
+    pub data: &'a DataSet,
+    /// The network, with as many outputs as the data has classes.
+    pub config: &'a ModelConfig,
+    /// How tickets are trained.
+    pub recipe: &'a Recipe,
+    /// How they are found.
+    pub settings: &'a Settings,
+    /// Where everything is kept.
+    pub folder: &'a RunFolder,
+    /// Is told how far it is.
+    pub progress: &'a Progress,
+}
+
+/// One repetition: a seed, its starting point, and the data on the device.
+pub struct Repetition<'a> {
+    /// What all repetitions share.
+    pub experiment: &'a Experiment<'a>,
+    /// Of initial weights and orders of examples.
+    pub seed: u64,
+    /// The weights that are pruned, all kept.
+    pub candidates: MaskSet,
+    /// The parts of the training examples.
+    pub parts: Vec<Part>,
+    /// The parts of the test examples.
+    pub test_parts: Vec<Part>,
+    /// Where every training starts: θ_k.
+    pub start: Weights,
+    train_images: Images,
+    test_images: Images,
+}
+
+/// The kinds of randomness of a repetition: trainings of one kind see examples in the same order.
+#[derive(Clone, Copy)]
+pub enum Purpose {
+    /// From the initial weights to where every training starts.
+    Rewind,
+    /// To find masks.
+    Search,
+    /// To judge a ticket.
+    Retrain,
+}
+
+/// What a training sees and for how long.
+#[derive(Clone, Copy)]
+pub struct Task<'a> {
+    /// The part of the examples; all of them if none.
+    pub part: Option<&'a Part>,
+    /// The outputs of the network.
+    pub head: Head,
+    /// The weights that are trained; all that the mask keeps if none.
+    pub only: Option<&'a MaskSet>,
+    /// Which orders of examples.
+    pub purpose: Purpose,
+    /// Times the recipe's epochs.
+    pub times: usize,
+}
+
+/// The outputs of a network that is trained on a part.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Head {
+    /// The part's own classes.
+    Own,
+    /// All classes of the data.
+    All,
+}
+
+impl Task<'_> {
+    /// Training of all weights on all examples.
+    pub fn all(purpose: Purpose) -> Self {
+        Task { part: None, head: Head::All, only: None, purpose, times: 1 }
+    }
+}
+
+/// How a ticket did on the test examples.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct TicketScore {
+    /// Kept / prunable weights.
+    pub density: f64,
+    /// Accuracy on all test examples.
+    pub top1: f64,
+    /// Mean cross entropy on all test examples.
+    pub loss: f64,
+    /// Accuracy on each part's test examples, with all outputs.
+    pub parts: Vec<f64>,
+    /// Accuracy on each part's test examples, when only the outputs of its classes may be chosen.
+    pub restricted: Vec<f64>,
+    /// Layers that the mask leaves nothing of.
+    pub empty_layers: Vec<String>,
+}
+
+impl<'a> Repetition<'a> {
+    /// Prepares a repetition: copies the data to the device, and trains to where every training starts.
+    ///
+    /// # Errors
+    /// [`crate::Error::Usage`] if data, model and settings do not fit together; an error of the training.
+    pub fn new(experiment: &'a Experiment<'a>, seed: u64) -> Result<Self> {
+        let settings = experiment.settings;
+        let model = resnet::build(experiment.config)?;
+        let start = init::draw(&model, seed);
+        let mut repetition = Self::from_ticket(experiment, seed, settings.candidates(&model)?, start)?;
+        if settings.rewind > 0 {
+            let folder = experiment.folder.search(seed, "rewind")?;
+            let recipe = Recipe { steps: Some(settings.rewind), ..experiment.recipe.clone() };
+            let task = Task::all(Purpose::Rewind);
+            repetition.start = repetition.train_with(&folder, &model, &repetition.start, task, &recipe)?;
+        }
+        Ok(repetition)
+    }
+
+    /// Prepares a repetition whose starting point and prunable weights are given.
+    ///
+    /// # Errors
+    /// [`crate::Error::Usage`] if data, model and settings do not fit together.
+    pub fn from_ticket(experiment: &'a Experiment<'a>, seed: u64, candidates: MaskSet, start: Weights) -> Result<Self> {
+        let Experiment { device, data, settings, .. } = *experiment;
+        Ok(Repetition {
+            experiment,
+            seed,
+            candidates,
+            parts: settings.partition.split(&data.train.labels, data.classes)?,
+            test_parts: settings.partition.split(&data.test.labels, data.classes)?,
+            start,
+            train_images: Images::new(device, data, &data.train)?,
+            test_images: Images::new(device, data, &data.test)?,
+        })
+    }
+
+    /// The network with these outputs.
+    fn model(&self, classes: usize) -> Result<Model> {
+        resnet::build(&ModelConfig { classes, ..self.experiment.config.clone() })
+    }
+
+    /// Outputs of the network of a task.
+    fn classes(&self, task: Task) -> usize {
+        match (task.part, task.head) {
+            (Some(part), Head::Own) => part.classes.len(),
+            _ => self.experiment.data.classes,
+        }
+    }
+
+    /// The training examples of a task.
+    fn examples(&self, task: Task) -> Result<Labelled<'_>> {
+        let Experiment { device, data, .. } = *self.experiment;
+        let (images, split, classes) = (&self.train_images, &data.train, data.classes);
+        match (task.part, task.head) {
+            (None, _) => Labelled::all(device, images, split, classes),
+            (Some(part), Head::All) => Labelled::part_of_all(device, images, split, part, classes),
+            (Some(part), Head::Own) => Labelled::part(device, images, split, part),
+        }
+    }
+
+    /// Trains from `start` under `masks` in a folder of the search, or reads what was trained there.
+    ///
+    /// # Errors
+    /// [`crate::Error::Run`] if the training diverges; [`crate::Error::File`] if the folder cannot be written.
+    pub fn search(&self, stage: &str, masks: &MaskSet, task: Task) -> Result<Weights> {
+        let model = self.model(self.classes(task))?;
+        self.search_from(stage, &self.starting_weights(&model, &self.start, masks), task)
+    }
+
+    /// The same from given weights under their own masks.
+    ///
+    /// # Errors
+    /// As [`Repetition::search`].
+    pub fn search_from(&self, stage: &str, start: &Weights, task: Task) -> Result<Weights> {
+        let folder = self.experiment.folder.search(self.seed, stage)?;
+        let model = self.model(self.classes(task))?;
+        self.train_with(&folder, &model, start, task, &self.stretched(task.times))
+    }
+
+    fn stretched(&self, times: usize) -> Recipe {
+        let recipe = self.experiment.recipe;
+        Recipe {
+            epochs: recipe.epochs * times,
+            steps: recipe.steps.map(|steps| steps * times),
+            milestones: recipe.milestones.iter().map(|epoch| epoch * times as f64).collect(),
+            ..recipe.clone()
+        }
+    }
+
+    fn train_with(
+        &self,
+        folder: &StageFolder,
+        model: &Model,
+        start: &Weights,
+        task: Task,
+        recipe: &Recipe,
+    ) -> Result<Weights> {
+        let output = folder.weights();
+        if output.exists() {
+            return Weights::load(&output);
+        }
+        let Experiment { device, progress, .. } = *self.experiment;
+        let examples = self.examples(task)?;
+        let mut network = Network::new(device, model, recipe.batch, Mode::Train)?;
+        if let Some(only) = task.only {
+            network.train_only(only)?;
+        }
+        network.load(start)?;
+        let done = resume(&mut network, &folder.checkpoint())?;
+        let seed = self.seed * 4 + task.purpose as u64;
+        let mut training = Training::new(&mut network, &examples, recipe, seed)?;
+        let bar = progress.stage(folder.name(), training.total_steps());
+        let mut observer = Saver {
+            metrics: MetricsFile::resume(&folder.metrics(), done)?,
+            checkpoint: &folder.checkpoint(),
+            saved: Instant::now(),
+            shown: &mut |done, loss| bar.show(done, loss),
+        };
+        training.run(&mut network, done, &mut observer)?;
+        let mut weights = network.weights()?;
+        weights.metadata.insert("seed".into(), self.seed.to_string());
+        weights.metadata.insert("stage".into(), folder.name().into());
+        weights.save(&output)?;
+        // Left behind, it would only take space.
+        let _ = std::fs::remove_file(folder.checkpoint());
+        Ok(weights)
+    }
+
+    /// The body of `start`, the model's own drawn head, and the masks.
+    fn starting_weights(&self, model: &Model, start: &Weights, masks: &MaskSet) -> Weights {
+        let mut weights = init::draw(model, self.seed);
+        for (name, tensor) in start.tensors.iter().filter(|(name, _)| !model.is_head(name)) {
+            weights.tensors.insert(name.clone(), tensor.clone());
+        }
+        weights.masks = masks.to_file();
+        weights
+    }
+
+    /// Writes a ticket, retrains it on all data from `start` (θ_k if none), and evaluates it; or reads what is there.
+    ///
+    /// # Errors
+    /// As [`Repetition::search`].
+    pub fn retrain(
+        &self,
+        name: &str,
+        method: &str,
+        masks: &MaskSet,
+        start: Option<&Weights>,
+    ) -> Result<(TicketScore, StageFolder)> {
+        let folder = self.experiment.folder.ticket(self.seed, name)?;
+        if let Some(score) = folder.score()? {
+            return Ok((score, folder));
+        }
+        let start = start.unwrap_or(&self.start);
+        if masks.kept() < masks.total() {
+            self.write_ticket(&folder, method, masks, start)?;
+        }
+        let model = self.model(self.experiment.data.classes)?;
+        let start = self.starting_weights(&model, start, masks);
+        let task = Task::all(Purpose::Retrain);
+        let weights = self.train_with(&folder, &model, &start, task, self.experiment.recipe)?;
+        let score = self.score(&weights, masks)?;
+        folder.write_score(&score)?;
+        Ok((score, folder))
+    }
+
+    /// Writes a ticket: the weights to start from and the masks.
+    pub(super) fn write_ticket(
+        &self,
+        folder: &StageFolder,
+        method: &str,
+        masks: &MaskSet,
+        start: &Weights,
+    ) -> Result<()> {
+        let settings = self.experiment.settings;
+        let model = self.model(self.experiment.data.classes)?;
+        let mut ticket = self.starting_weights(&model, start, masks);
+        let partition = serde_json::to_string(&settings.partition).unwrap_or_default();
+        ticket.metadata = BTreeMap::from([
+            ("method".into(), method.into()),
+            ("sparsity".into(), (1.0 - masks.density()).to_string()),
+            ("level".into(), settings.levels.to_string()),
+            ("seed".into(), self.seed.to_string()),
+            ("partition".into(), partition),
+            ("model".into(), model.name.clone()),
+            ("dilt".into(), env!("CARGO_PKG_VERSION").into()),
+        ]);
+        ticket.save(&folder.ticket())
+    }
+
+    /// These weights with running statistics of one more pass over all training examples.
+    pub(super) fn with_fresh_statistics(&self, weights: &Weights) -> Result<Weights> {
+        let Experiment { device, data, recipe, .. } = *self.experiment;
+        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Mode::Train)?;
+        network.load(weights)?;
+        refresh_statistics(&mut network, &self.examples(Task::all(Purpose::Retrain))?, recipe.batch)?;
+        network.weights()
+    }
+
+    /// Evaluates weights on the test examples: all of them, and each part's.
+    pub(super) fn score(&self, weights: &Weights, masks: &MaskSet) -> Result<TicketScore> {
+        let Experiment { device, data, recipe, .. } = *self.experiment;
+        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Mode::Evaluate)?;
+        network.load(weights)?;
+        let examples = Labelled::all(device, &self.test_images, &data.test, data.classes)?;
+        let score = evaluate(&mut network, &examples, recipe.batch, true)?;
+        let labels = &data.test.labels;
+        let accuracy = |part: &Part, among: &dyn Fn(u32) -> bool| {
+            let right = |&&example: &&u32| {
+                let logits = &score.logits[example as usize * data.classes..][..data.classes];
+                let allowed = (0..data.classes as u32).filter(|&class| among(class));
+                // The first of equal logits, as everywhere.
+                let best = allowed.reduce(
+                    |best, class| {
+                        if logits[class as usize] > logits[best as usize] { class } else { best }
+                    },
+                );
+                best == Some(labels[example as usize])
+            };
+            part.examples.iter().filter(right).count() as f64 / part.examples.len() as f64
+        };
+        Ok(TicketScore {
+            density: masks.density(),
+            top1: score.top1,
+            loss: score.loss,
+            parts: self.test_parts.iter().map(|part| accuracy(part, &|_| true)).collect(),
+            restricted: self
+                .test_parts
+                .iter()
+                .map(|part| accuracy(part, &|class| part.classes.contains(&class)))
+                .collect(),
+            empty_layers: masks.empty_layers(),
+        })
+    }
+}
+
+/// Puts a network into the state of a checkpoint, if there is one; returns the steps done.
+pub fn resume(network: &mut Network, checkpoint: &Path) -> Result<usize> {
+    if !checkpoint.exists() {
+        return Ok(0);
+    }
+    let checkpoint = Checkpoint::load(checkpoint)?;
+    checkpoint.restore(network)?;
+    Ok(checkpoint.step)
+}
+
+/// Writes metrics and checkpoints of a training, and shows its progress.
+pub struct Saver<'a> {
+    /// One row per step.
+    pub metrics: MetricsFile,
+    /// Where the state is kept.
+    pub checkpoint: &'a Path,
+    /// When it was kept last.
+    pub saved: Instant,
+    /// Is given the steps done and the last loss.
+    pub shown: &'a mut dyn FnMut(usize, f32),
+}
+
+impl Observer for Saver<'_> {
+    fn chunk(&mut self, chunk: &Chunk, network: &Network, done: usize, total: usize) -> Result<()> {
+        self.metrics.append(chunk)?;
+        (self.shown)(done, *chunk.loss.last().expect("a chunk has a step"));
+        if done < total && self.saved.elapsed() > CHECKPOINT_EVERY {
+            Checkpoint::take(network, done)?.save(self.checkpoint)?;
+            self.saved = Instant::now();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+//! Tickets: how they are found, what they are compared with, and the run folder that holds them.
+//!
+//! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder; [`lth`],
+//! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`] and [`assemble`] put them together into a
+//! [`result`]. [`select`] is the exact choice by magnitude that all share.
+
+pub mod assemble;
+pub mod controls;
+pub mod experiment;
+pub mod find;
+pub mod lth;
+pub mod parts;
+pub mod result;
+pub mod run;
+pub mod select;
+pub mod settings;

@@ -1,0 +1,137 @@
+//! What a search for tickets does.
+
+use serde::{Deserialize, Serialize};
+
+use super::select::Scope;
+use crate::data::partition::Partition;
+use crate::error::{Error, Result};
+use crate::mask::Mask;
+use crate::mask::set::MaskSet;
+use crate::nn::model::{Model, ParameterKind};
+
+/// How tickets are found.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Disentangled tickets (arXiv 2508.16915): core, specialists and union of masks found on parts of the data.
+    Dilt,
+    /// Cyclic overlapping tickets (COLT, arXiv 2212.12770): parts share the intersection after each level.
+    Colt,
+    /// Iterative magnitude pruning on all data (arXiv 1803.03635, rewinding 1912.05671).
+    Lth,
+}
+
+/// When masks of parts are intersected.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Algebra {
+    /// Once, after each part has been pruned to its last level.
+    Final,
+    /// After each level: all parts go on from the consensus; a specialist collects what the consensus dropped.
+    EachLevel,
+}
+
+/// What a search for tickets does.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Settings {
+    /// How tickets are found.
+    pub method: Method,
+    /// How the examples are divided into parts.
+    pub partition: Partition,
+    /// Levels of training and pruning.
+    pub levels: usize,
+    /// Share of what is left that each level removes.
+    pub prune: f64,
+    /// Steps on all data from the initial weights to where every training starts; 0: the initial weights.
+    pub rewind: usize,
+    /// Where magnitudes are compared.
+    pub scope: Scope,
+    /// Patterns (`*`, `?`) of weights that are not pruned.
+    pub exclude: Vec<String>,
+    /// When masks of parts are intersected.
+    pub algebra: Algebra,
+    /// The core is what at least this many parts keep.
+    pub at_least: usize,
+    /// Number of repetitions with other initial weights and orders of examples.
+    pub seeds: usize,
+    /// The first of the seeds.
+    pub first_seed: u64,
+}
+
+impl Settings {
+    /// Refuses what cannot be done.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] names the option, what was expected and what it is.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |option: &str, expected: &str, got: String| {
+            Err(Error::Usage(format!("{option}: expected {expected}, got {got}")))
+        };
+        if !(self.prune > 0.0 && self.prune < 1.0) {
+            return refuse("--prune", "a fraction above 0 and below 1", self.prune.to_string());
+        }
+        if self.levels == 0 || self.seeds == 0 {
+            return refuse("--levels and --seeds", "at least 1", format!("{} and {}", self.levels, self.seeds));
+        }
+        let parts = self.partition.parts();
+        if self.at_least == 0 || self.at_least > parts {
+            return refuse("--at-least", &format!("1 to {parts}, the number of parts"), self.at_least.to_string());
+        }
+        Ok(())
+    }
+
+    /// Whether parts have classifiers of their own, which then belong to no mask.
+    fn own_heads(&self) -> bool {
+        self.method != Method::Lth && !matches!(self.partition, Partition::Random { .. })
+    }
+
+    /// The weights that are pruned, all kept: convolutions, and the classifier where all parts share it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a pattern matches nothing, or nothing is left to prune.
+    pub fn candidates(&self, model: &Model) -> Result<MaskSet> {
+        for pattern in &self.exclude {
+            if !model.parameters.iter().any(|parameter| glob(pattern, &parameter.name)) {
+                let known: Vec<_> = model.parameters.iter().map(|parameter| parameter.name.as_str()).collect();
+                let known = known.join(", ");
+                return Err(Error::Usage(format!("--exclude '{pattern}': no such weights; the model has {known}")));
+            }
+        }
+        let pruned = model.parameters.iter().filter(|parameter| match parameter.kind {
+            ParameterKind::Convolution => true,
+            ParameterKind::Classifier => !self.own_heads(),
+            _ => false,
+        });
+        let pruned = pruned.filter(|parameter| !self.exclude.iter().any(|pattern| glob(pattern, &parameter.name)));
+        let layers: Vec<_> = pruned.map(|p| (p.name.clone(), Mask::ones(&p.shape))).collect();
+        if layers.is_empty() {
+            return Err(Error::Usage("--exclude leaves no weights to prune".into()));
+        }
+        Ok(MaskSet::new(layers))
+    }
+}
+
+/// Whether a name matches a pattern, in which `*` stands for any characters and `?` for one.
+pub fn glob(pattern: &str, name: &str) -> bool {
+    match (pattern.chars().next(), name.chars().next()) {
+        (None, None) => true,
+        (Some('*'), _) if glob(&pattern[1..], name) => true,
+        (Some('*'), Some(c)) => glob(pattern, &name[c.len_utf8()..]),
+        (Some(p), Some(c)) if p == '?' || p == c => glob(&pattern[p.len_utf8()..], &name[c.len_utf8()..]),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::glob;
+
+    #[test]
+    fn patterns_match_whole_names() {
+        assert!(glob("conv1.weight", "conv1.weight"));
+        assert!(glob("*.conv?.weight", "layer1.0.conv2.weight"));
+        assert!(glob("*", ""));
+        assert!(!glob("conv1", "conv1.weight"));
+        assert!(!glob("?", ""));
+    }
+}

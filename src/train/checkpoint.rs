@@ -1,0 +1,67 @@
+//! The state of a training between two steps, in one file.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::nn::network::Network;
+use crate::nn::weights::Weights;
+
+/// Prefix of the optimizer's tensors in a checkpoint.
+const VELOCITY: &str = "velocity.";
+const STEP: &str = "step";
+
+/// Weights, masks, statistics, the optimizer's velocity, and the number of steps done.
+pub struct Checkpoint {
+    /// Steps done.
+    pub step: usize,
+    weights: Weights,
+    velocity: Weights,
+}
+
+impl Checkpoint {
+    /// The state of a network after `step` steps.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn take(network: &Network, step: usize) -> Result<Self> {
+        Ok(Checkpoint { step, weights: network.weights()?, velocity: network.velocity()? })
+    }
+
+    /// Writes it: whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the file cannot be written.
+    pub fn save(mut self, path: &Path) -> Result<()> {
+        let velocity = std::mem::take(&mut self.velocity.tensors);
+        self.weights.tensors.extend(velocity.into_iter().map(|(name, tensor)| (format!("{VELOCITY}{name}"), tensor)));
+        self.weights.metadata.insert(STEP.into(), self.step.to_string());
+        self.weights.save(path)
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be read or is not a checkpoint.
+    pub fn load(path: &Path) -> Result<Self> {
+        let mut weights = Weights::load(path)?;
+        let step = weights.metadata.remove(STEP).and_then(|step| step.parse().ok());
+        let step = step.ok_or_else(|| Error::file(path, "not a checkpoint: it has no number of steps"))?;
+        let mut velocity = Weights::default();
+        for (name, tensor) in std::mem::take(&mut weights.tensors) {
+            match name.strip_prefix(VELOCITY) {
+                Some(name) => velocity.tensors.insert(name.into(), tensor),
+                None => weights.tensors.insert(name, tensor),
+            };
+        }
+        Ok(Checkpoint { step, weights, velocity })
+    }
+
+    /// Puts a network into this state.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the checkpoint is of another model.
+    pub fn restore(&self, network: &mut Network) -> Result<()> {
+        network.load(&self.weights)?;
+        network.set_velocity(&self.velocity)
+    }
+}

@@ -1,0 +1,104 @@
+//! Evaluation: loss and accuracy with running statistics.
+
+use super::labelled::Labelled;
+use super::run::load;
+use crate::device::Slice;
+use crate::error::Result;
+use crate::nn::network::Network;
+use crate::nn::plan::Mode;
+use crate::ops::augment::GatherShape;
+use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
+use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+
+/// Moves the running statistics to those of the network as it is: one pass over the examples in file order, with the
+/// batches' statistics, and without a step of the optimizer.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn refresh_statistics(network: &mut Network, data: &Labelled, batch: usize) -> Result<()> {
+    pass(network, data, batch, Mode::Train, |_, _, _| Ok(()))
+}
+
+/// Goes over the examples in file order, forward. After each batch `done` is told the network, the row of the batch
+/// in device memory, and its number of true samples.
+fn pass(
+    network: &mut Network,
+    data: &Labelled,
+    batch: usize,
+    mode: Mode,
+    mut done: impl FnMut(&mut Network, Slice<u32>, usize) -> Result<()>,
+) -> Result<()> {
+    data.check_fits(network.model().image, network.model().classes)?;
+    let device = network.device().clone();
+    let examples = data.len();
+    let counts: Vec<u32> = (0..examples.div_ceil(batch)).map(|row| batch.min(examples - row * batch) as u32).collect();
+    let mut order = data.examples.clone();
+    order.resize(counts.len() * batch, 0);
+    let mut state = device.alloc::<u32>(2)?;
+    let (order, count) = (device.upload(&order)?, device.upload(&counts)?);
+    let rate = device.alloc::<f32>(counts.len())?;
+    let gather = GatherShape::new(network.model().image, batch)?;
+    for &samples in &counts {
+        let current = network.batch();
+        let current = StepCurrent { count: current.count, rate: current.rate };
+        step_begin(&device, state.view(), StepTables { count: count.view(), rate: rate.view() }, current)?;
+        load(&device, &gather, data, &order, &state, None, network)?;
+        network.forward(mode)?;
+        done(network, state.slice(0..1), samples as usize)?;
+        step_end(&device, state.view_mut())?;
+    }
+    Ok(())
+}
+
+/// How well a network does on some examples.
+#[derive(Clone, Debug)]
+pub struct Score {
+    /// Number of examples.
+    pub examples: usize,
+    /// Mean cross entropy.
+    pub loss: f64,
+    /// Fraction whose label has the largest logit.
+    pub top1: f64,
+    /// Fraction whose label is among the five largest.
+    pub top5: f64,
+    /// Logits, `[examples, classes]` in file order, where they were asked for.
+    pub logits: Vec<f32>,
+}
+
+/// Evaluates a network, whose batches have room for `batch` samples, on all examples of `data`.
+///
+/// # Errors
+/// [`crate::Error::Usage`] if the data does not fit the network; [`crate::Error::Launch`] if the device fails.
+pub fn evaluate(network: &mut Network, data: &Labelled, batch: usize, with_logits: bool) -> Result<Score> {
+    let classes = network.model().classes;
+    let device = network.device().clone();
+    let (examples, rows) = (data.len(), data.len().div_ceil(batch));
+    let (mut loss, mut top1, mut top5) = (device.alloc::<f32>(rows)?, device.alloc(rows)?, device.alloc(rows)?);
+    let shape = LossShape::new(classes, batch)?;
+    let (mut logits, mut counts) = (Vec::new(), Vec::new());
+    pass(network, data, batch, Mode::Evaluate, |network, step, samples| {
+        let head = network.head();
+        let input = LossInput { logits: head.logits, labels: head.labels, count: head.count, step, smoothing: 0.0 };
+        let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
+        cross_entropy(&device, &shape, input, tables, None)?;
+        counts.push(samples as f64);
+        if with_logits {
+            let columns = device.read(network.head().logits)?;
+            let n = columns.len() / classes;
+            for sample in 0..samples {
+                logits.extend((0..classes).map(|class| columns[class * n + sample]));
+            }
+        }
+        Ok(())
+    })?;
+    let share = |table: Vec<u32>| table.into_iter().map(u64::from).sum::<u64>() as f64 / examples as f64;
+    let losses = device.read(loss.view())?;
+    let sum: f64 = losses.iter().zip(&counts).map(|(&loss, count)| f64::from(loss) * count).sum();
+    Ok(Score {
+        examples,
+        loss: sum / examples as f64,
+        top1: share(device.read(top1.view())?),
+        top5: share(device.read(top5.view())?),
+        logits,
+    })
+}

@@ -1,0 +1,19 @@
+//! Training and evaluation of a network on labelled images: recipe, loop, metrics, checkpoints.
+//!
+//! Time is counted in steps. Steps are done in chunks of an epoch's; for each chunk the host writes a table of sample
+//! counts, learning rates and example indices, then replays one captured step per row. Losses come back in a table
+//! too, so that nothing waits for the device within a chunk.
+
+mod checkpoint;
+mod evaluate;
+mod labelled;
+mod metrics;
+mod recipe;
+mod run;
+
+pub use checkpoint::Checkpoint;
+pub use evaluate::{Score, evaluate, refresh_statistics};
+pub use labelled::{Images, Labelled};
+pub use metrics::MetricsFile;
+pub use recipe::{Augmentation, Recipe, Schedule};
+pub use run::{Chunk, Observer, Training};

@@ -1,0 +1,168 @@
+//! How a network is trained.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How a network is trained: the `[train]` table of a model file, with options on top.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Recipe {
+    /// Times that each example is seen.
+    pub epochs: usize,
+    /// Steps, instead of epochs.
+    pub steps: Option<usize>,
+    /// Samples of a step; the last step of an epoch takes what is left.
+    pub batch: usize,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Share of the velocity that is kept.
+    pub momentum: f32,
+    /// Nesterov's momentum.
+    pub nesterov: bool,
+    /// Weight decay, added to the gradient as in PyTorch's SGD.
+    pub weight_decay: f32,
+    /// Whether norms and biases decay too, as in PyTorch with `model.parameters()`.
+    pub decay_norms: bool,
+    /// How the learning rate changes.
+    pub schedule: Schedule,
+    /// Epochs after which the multi-step schedule multiplies by `gamma`.
+    pub milestones: Vec<f64>,
+    /// Factor of the multi-step schedule.
+    pub gamma: f64,
+    /// Epochs in which the learning rate rises linearly.
+    pub warmup: f64,
+    /// Share of the target that is spread over all classes.
+    pub label_smoothing: f32,
+    /// Largest norm of all gradients together.
+    pub clip_norm: Option<f32>,
+    /// Whether examples come in a new random order each epoch, or in file order.
+    pub shuffle: bool,
+    /// How images are varied.
+    pub augment: Augmentation,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Recipe {
+            epochs: 1,
+            steps: None,
+            batch: 128,
+            lr: 0.1,
+            momentum: 0.9,
+            nesterov: false,
+            weight_decay: 5e-4,
+            decay_norms: true,
+            schedule: Schedule::Cosine,
+            milestones: Vec::new(),
+            gamma: 0.1,
+            warmup: 0.0,
+            label_smoothing: 0.0,
+            clip_norm: None,
+            shuffle: true,
+            augment: Augmentation::None,
+        }
+    }
+}
+
+/// How the learning rate changes after the warm-up.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Not at all.
+    Constant,
+    /// Multiplied by `gamma` after each milestone.
+    Multistep,
+    /// Half a cosine, to zero (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
+    Cosine,
+}
+
+/// How images are varied in training.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Augmentation {
+    /// Not at all.
+    None,
+    /// Random crop after padding by an eighth of the image, and random horizontal flip.
+    Standard,
+}
+
+impl Recipe {
+    /// The `[train]` table of a model file.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for an unknown field or a value of another type.
+    pub fn from_table(table: &toml::Table) -> Result<Self> {
+        let wrong = |error: toml::de::Error| Error::Usage(format!("model file, table train: {}", error.message()));
+        table.clone().try_into().map_err(wrong)
+    }
+
+    /// Refuses what cannot be trained.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] names the field, what was expected and what it is.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |field: &str, expected: &str, got: String| {
+            Err(Error::Usage(format!("training: {field}: expected {expected}, got {got}")))
+        };
+        if self.batch == 0 || (self.epochs == 0 && self.steps.is_none()) || self.steps == Some(0) {
+            let got = format!("batch {}, epochs {}, steps {:?}", self.batch, self.epochs, self.steps);
+            return refuse("batch, epochs and steps", "at least 1", got);
+        }
+        if !(self.lr.is_finite() && self.lr >= 0.0) {
+            return refuse("lr", "a number of at least 0", self.lr.to_string());
+        }
+        if !(0.0..1.0).contains(&self.momentum) {
+            return refuse("momentum", "0 or more, less than 1", self.momentum.to_string());
+        }
+        if self.nesterov && self.momentum == 0.0 {
+            return refuse("nesterov", "momentum above 0 with it", "0".into());
+        }
+        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
+            return refuse("weight_decay", "a number of at least 0", self.weight_decay.to_string());
+        }
+        if !(0.0..1.0).contains(&self.label_smoothing) {
+            return refuse("label_smoothing", "0 or more, less than 1", self.label_smoothing.to_string());
+        }
+        if self.clip_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
+            return refuse("clip_norm", "a number above 0", format!("{:?}", self.clip_norm));
+        }
+        if !(self.warmup.is_finite() && self.warmup >= 0.0 && self.gamma.is_finite()) {
+            return refuse("warmup and gamma", "numbers of at least 0", format!("{}, {}", self.warmup, self.gamma));
+        }
+        Ok(())
+    }
+
+    /// Steps of an epoch of `examples` examples. A last batch of one sample is left out: it has no variance.
+    pub fn steps_per_epoch(&self, examples: usize) -> usize {
+        let rest = examples % self.batch;
+        (examples / self.batch + usize::from(rest > 1)).max(1)
+    }
+
+    /// Steps of the whole training.
+    pub fn total_steps(&self, examples: usize) -> usize {
+        self.steps.unwrap_or_else(|| self.epochs * self.steps_per_epoch(examples))
+    }
+
+    /// The learning rate of a step.
+    pub fn rate(&self, step: usize, examples: usize) -> f64 {
+        let per_epoch = self.steps_per_epoch(examples) as f64;
+        let total = self.total_steps(examples) as f64;
+        let warmup = (self.warmup * per_epoch).round().min(total);
+        let step = step as f64;
+        if step < warmup {
+            return self.lr * (step + 1.0) / warmup;
+        }
+        match self.schedule {
+            Schedule::Constant => self.lr,
+            Schedule::Multistep => {
+                let passed = self.milestones.iter().filter(|&&epoch| step >= epoch * per_epoch).count();
+                self.lr * self.gamma.powi(passed as i32)
+            }
+            Schedule::Cosine => {
+                let progress = (step - warmup) / (total - warmup).max(1.0);
+                self.lr * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The training loop.
+
+use super::labelled::Labelled;
+use super::recipe::{Augmentation, Recipe};
+use crate::data::permutation;
+use crate::device::{Buffer, Device, Graph};
+use crate::error::{Error, Result};
+use crate::nn::network::Network;
+use crate::nn::plan::Mode;
+use crate::ops::augment::{Augment, GatherShape, GatherSource, gather};
+use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
+use crate::ops::optimizer::Sgd;
+use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+
+/// Most steps of a chunk: after so many the host looks at the losses, and a NaN stops the run.
+const MOST_ROWS: usize = 256;
+
+/// Steps that are done, and what they measured.
+pub struct Chunk {
+    /// Number of the first step, from 0.
+    pub first_step: usize,
+    /// Epoch of the steps, from 0.
+    pub epoch: usize,
+    /// Mean loss of each step's batch.
+    pub loss: Vec<f32>,
+    /// Correct predictions of each step.
+    pub top1: Vec<u32>,
+    /// Samples of each step.
+    pub count: Vec<u32>,
+    /// Learning rate of each step.
+    pub rate: Vec<f32>,
+}
+
+/// Is told of each chunk: writes metrics and checkpoints, shows progress.
+pub trait Observer {
+    /// `done` steps of `total` are done.
+    ///
+    /// # Errors
+    /// An error stops the training.
+    fn chunk(&mut self, chunk: &Chunk, network: &Network, done: usize, total: usize) -> Result<()>;
+}
+
+/// Observes nothing.
+impl Observer for () {
+    fn chunk(&mut self, _: &Chunk, _: &Network, _: usize, _: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The training of one network: what a step reads and writes beside the network itself.
+pub struct Training<'a> {
+    device: Device,
+    data: &'a Labelled<'a>,
+    recipe: Recipe,
+    seed: u64,
+    gather: GatherShape,
+    loss_shape: LossShape,
+    rows: usize,
+    tables: Tables,
+    graph: Option<Graph>,
+}
+
+/// On the device: one row per step of a chunk.
+struct Tables {
+    /// Row of the next step, number of the next step.
+    state: Buffer<u32>,
+    count: Buffer<u32>,
+    rate: Buffer<f32>,
+    order: Buffer<u32>,
+    loss: Buffer<f32>,
+    top1: Buffer<u32>,
+    top5: Buffer<u32>,
+}
+
+impl<'a> Training<'a> {
+    /// Prepares the training of `network`, whose weights and velocity are where the first step begins.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the recipe makes no sense or the data does not fit the network.
+    pub fn new(network: &mut Network, data: &'a Labelled<'a>, recipe: &Recipe, seed: u64) -> Result<Self> {
+        recipe.check()?;
+        data.check_fits(network.model().image, network.model().classes)?;
+        network.set_decay(recipe.decay_norms)?;
+        let device = network.device().clone();
+        let rows = recipe.steps_per_epoch(data.len()).min(MOST_ROWS);
+        let tables = Tables {
+            state: device.alloc(2)?,
+            count: device.alloc(rows)?,
+            rate: device.alloc(rows)?,
+            order: device.alloc(rows * recipe.batch)?,
+            loss: device.alloc(rows)?,
+            top1: device.alloc(rows)?,
+            top5: device.alloc(rows)?,
+        };
+        let model = network.model();
+        Ok(Training {
+            gather: GatherShape::new(model.image, recipe.batch)?,
+            loss_shape: LossShape::new(model.classes, recipe.batch)?,
+            recipe: recipe.clone(),
+            device,
+            data,
+            seed,
+            rows,
+            tables,
+            graph: None,
+        })
+    }
+
+    /// Steps of the whole training.
+    pub fn total_steps(&self) -> usize {
+        self.recipe.total_steps(self.data.len())
+    }
+
+    /// Trains from step `from` to the end.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if the loss is not finite, with the step and the first layer whose value is not;
+    /// [`Error::Launch`] if the device fails; an error of the observer.
+    pub fn run(&mut self, network: &mut Network, from: usize, observer: &mut dyn Observer) -> Result<()> {
+        let (total, per_epoch) = (self.total_steps(), self.recipe.steps_per_epoch(self.data.len()));
+        let mut step = from;
+        while step < total {
+            let epoch = step / per_epoch;
+            let rows = self.rows.min(total - step).min((epoch + 1) * per_epoch - step);
+            let chunk = self.chunk(network, step, rows)?;
+            step += rows;
+            if let Some(row) = chunk.loss.iter().position(|loss| !loss.is_finite()) {
+                let layer = network.first_not_finite()?;
+                return Err(Error::Run(format!(
+                    "training diverged: the loss of step {} (epoch {epoch}) is {}; the first layer with such a value \
+                     is {layer}; try a smaller --lr, a longer --warmup or --clip-norm",
+                    chunk.first_step + row,
+                    chunk.loss[row],
+                )));
+            }
+            observer.chunk(&chunk, network, step, total)?;
+        }
+        Ok(())
+    }
+
+    /// Does `rows` steps of one epoch.
+    fn chunk(&mut self, network: &mut Network, first_step: usize, rows: usize) -> Result<Chunk> {
+        let (examples, batch) = (self.data.len(), self.recipe.batch);
+        let per_epoch = self.recipe.steps_per_epoch(examples);
+        let (epoch, place) = (first_step / per_epoch, first_step % per_epoch * batch);
+        let in_epoch = self.order(epoch);
+        let mut order: Vec<u32> = in_epoch[place..].iter().copied().take(rows * batch).collect();
+        let count: Vec<u32> = (0..rows).map(|row| batch.min(examples - place - row * batch) as u32).collect();
+        let rate: Vec<f32> = (first_step..first_step + rows).map(|s| self.recipe.rate(s, examples) as f32).collect();
+        order.resize(rows * batch, 0);
+        let (device, tables) = (&self.device, &mut self.tables);
+        device.write(&[0, first_step as u32], tables.state.view_mut())?;
+        device.write(&count, tables.count.slice_mut(0..rows))?;
+        device.write(&rate, tables.rate.slice_mut(0..rows))?;
+        device.write(&order, tables.order.slice_mut(0..rows * batch))?;
+        for _ in 0..rows {
+            match &self.graph {
+                Some(graph) => graph.replay()?,
+                None => {
+                    // Once without capture, so that everything is loaded; then captured, to be replayed from now on.
+                    self.step(network)?;
+                    let device = self.device.clone();
+                    self.graph = Some(device.capture(|| self.step(network))?);
+                }
+            }
+        }
+        Ok(Chunk {
+            first_step,
+            epoch,
+            loss: self.device.read(self.tables.loss.slice(0..rows))?,
+            top1: self.device.read(self.tables.top1.slice(0..rows))?,
+            count,
+            rate,
+        })
+    }
+
+    /// Indices of the examples in the order of an epoch.
+    fn order(&self, epoch: usize) -> Vec<u32> {
+        let examples = &self.data.examples;
+        if !self.recipe.shuffle {
+            return examples.clone();
+        }
+        let order = permutation(examples.len() as u32, self.seed, epoch as u64);
+        order.into_iter().map(|place| examples[place as usize]).collect()
+    }
+
+    fn step(&mut self, network: &mut Network) -> Result<()> {
+        let augment = self.augment();
+        let (device, tables) = (&self.device, &mut self.tables);
+        let Recipe { label_smoothing, momentum, nesterov, weight_decay, clip_norm, .. } = self.recipe;
+        let batch = network.batch();
+        let current = StepCurrent { count: batch.count, rate: batch.rate };
+        let rows = StepTables { count: tables.count.view(), rate: tables.rate.view() };
+        step_begin(device, tables.state.view(), rows, current)?;
+        load(device, &self.gather, self.data, &tables.order, &tables.state, augment, network)?;
+        network.forward(Mode::Train)?;
+        let head = network.head();
+        let step = tables.state.slice(0..1);
+        let input =
+            LossInput { logits: head.logits, labels: head.labels, count: head.count, step, smoothing: label_smoothing };
+        let (loss, top1, top5) = (tables.loss.view_mut(), tables.top1.view_mut(), tables.top5.view_mut());
+        cross_entropy(device, &self.loss_shape, input, LossTables { loss, top1, top5 }, head.gradient)?;
+        network.backward()?;
+        network.update(&Sgd { momentum, nesterov, weight_decay }, clip_norm)?;
+        step_end(device, tables.state.view_mut())
+    }
+
+    fn augment(&self) -> Option<Augment> {
+        let [_, height, _] = self.data.images.shape;
+        match self.recipe.augment {
+            Augmentation::None => None,
+            Augmentation::Standard => Some(Augment { pad: (height / 8) as u32, flip: true, seed: self.seed }),
+        }
+    }
+}
+
+/// Gathers the batch of the current row into the network's input.
+pub(super) fn load(
+    device: &Device,
+    shape: &GatherShape,
+    data: &Labelled,
+    order: &Buffer<u32>,
+    state: &Buffer<u32>,
+    augment: Option<Augment>,
+    network: &mut Network,
+) -> Result<()> {
+    let batch = network.batch();
+    let source = GatherSource {
+        images: data.images.bytes.view(),
+        labels: data.labels.view(),
+        order: order.view(),
+        state: state.view(),
+        count: batch.count.view(),
+    };
+    gather(device, shape, source, data.images.normalise(), augment, batch.x, batch.labels)
+}
