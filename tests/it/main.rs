@@ -4,6 +4,7 @@ mod augment;
 mod conv;
 mod data;
 mod device;
+mod doctor;
 mod loss;
 mod mask;
 mod norm;
