@@ -37,8 +37,8 @@ fn main() {
 
     let sets = compile_host(&root, &out, &wrappers, sanitizer.as_ref());
     let nvcc = if sanitizer.is_some() { None } else { find_nvcc() };
-    let fatbins = nvcc.map(|nvcc| compile_cuda(&nvcc, &root, &out, &wrappers));
-    fs::write(out.join("kernels.rs"), kernel_list(&sources, &sets, fatbins.as_deref())).unwrap();
+    let cuda = nvcc.map(|nvcc| compile_cuda(&nvcc, &root, &out, &wrappers)).unwrap_or_default();
+    fs::write(out.join("kernels.rs"), kernel_list(&sources, &sets, &cuda)).unwrap();
     println!("cargo:rustc-check-cfg=cfg(dilt_sanitize, values(none(), \"address\", \"thread\"))");
     if let Some(sanitizer) = sanitizer {
         sanitizer.link();
@@ -75,6 +75,13 @@ impl Sanitizer {
         rest.iter().for_each(|library| println!("cargo:rustc-link-arg=-l:{library}"));
         ["-lstdc++", "-lm", "-lpthread", "-ldl"].iter().for_each(|library| println!("cargo:rustc-link-arg={library}"));
     }
+}
+
+/// What nvcc made: the architectures, and a fat binary of each kernel file; nothing without nvcc.
+#[derive(Default)]
+struct Cuda {
+    archs: Vec<String>,
+    fatbins: Vec<PathBuf>,
 }
 
 /// Finds the `KERNEL(name, ...)` lines and the structs named `...Args` or `...Shape`, one field declaration a line.
@@ -204,9 +211,9 @@ fn find_nvcc() -> Option<PathBuf> {
 }
 
 /// Compiles every kernel file to a fat binary: machine code for each architecture, and PTX of the first for newer GPUs.
-fn compile_cuda(nvcc: &Path, root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Vec<PathBuf> {
+fn compile_cuda(nvcc: &Path, root: &Path, out: &Path, wrappers: &[(String, PathBuf)]) -> Cuda {
     let archs = environment("DILT_CUDA_ARCHS").unwrap_or_else(|| "80,90a".into());
-    let archs: Vec<_> = archs.split(',').map(str::trim).collect();
+    let archs: Vec<_> = archs.split(',').map(|arch| arch.trim().to_owned()).collect();
     let mut targets: Vec<_> = archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
     targets.push(format!("-gencode=arch=compute_{0},code=compute_{0}", archs[0]));
     let compile = |(stem, path): &(String, PathBuf)| {
@@ -242,11 +249,11 @@ fn compile_cuda(nvcc: &Path, root: &Path, out: &Path, wrappers: &[(String, PathB
         report.push_str(log);
     }
     fs::write(out.join("ptxas.txt"), report).unwrap();
-    results.into_iter().map(|(fatbin, _)| fatbin).collect()
+    Cuda { archs, fatbins: results.into_iter().map(|(fatbin, _)| fatbin).collect() }
 }
 
 /// `kernels.rs`: the host kernels of each instruction set, the fat binaries, and the C++ side of each struct.
-fn kernel_list(sources: &[Source], sets: &[&str], fatbins: Option<&[PathBuf]>) -> String {
+fn kernel_list(sources: &[Source], sets: &[&str], cuda: &Cuda) -> String {
     let mut text = String::from("unsafe extern \"C\" {\n");
     let layouts = sources.iter().map(|source| format!("layout_{}", source.stem));
     let names: Vec<String> = sources.iter().flat_map(|s| s.kernels.iter().cloned()).chain(layouts).collect();
@@ -264,9 +271,11 @@ fn kernel_list(sources: &[Source], sets: &[&str], fatbins: Option<&[PathBuf]>) -
         let entries: Vec<_> = sets.iter().map(|set| format!("unsafe {{ &dilt_{set}_{name} }}")).collect();
         writeln!(text, "    ({name:?}, &[{}]),", entries.join(", ")).unwrap();
     }
-    writeln!(text, "];\n/// Stem and fat binary of each kernel file; empty without nvcc.").unwrap();
+    writeln!(text, "];\n/// Architectures that the fat binaries have machine code for; empty without nvcc.").unwrap();
+    writeln!(text, "pub(crate) const CUDA_ARCHS: &[&str] = &{:?};", cuda.archs).unwrap();
+    writeln!(text, "/// Stem and fat binary of each kernel file; empty without nvcc.").unwrap();
     writeln!(text, "pub(crate) static CUDA_IMAGES: &[(&str, &[u8])] = &[").unwrap();
-    for (source, fatbin) in sources.iter().zip(fatbins.unwrap_or_default()) {
+    for (source, fatbin) in sources.iter().zip(&cuda.fatbins) {
         writeln!(text, "    ({:?}, include_bytes!({:?})),", source.stem, fatbin).unwrap();
     }
     writeln!(text, "];\n/// Stem and kernels of each kernel file.").unwrap();

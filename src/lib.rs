@@ -8,6 +8,7 @@ pub mod mask;
 pub mod nn;
 pub mod ops;
 pub mod report;
+pub mod selftest;
 pub mod ticket;
 pub mod train;
 

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, and here what several of them share.
 
 mod assemble;
+mod doctor;
 mod eval;
 mod find;
 mod mask;
@@ -40,6 +41,8 @@ enum Command {
     Mask(mask::Mask),
     /// Put core and specialists together again, retrained or merged, beside a random control.
     Assemble(assemble::Assemble),
+    /// Look at this machine: driver, GPUs, embedded kernels, and a self-test of every kernel.
+    Doctor(doctor::Doctor),
 }
 
 /// Runs the command that the arguments name. Wrong arguments exit with 2, as clap does.
@@ -51,6 +54,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Prune(command) => command.run(),
         Command::Mask(command) => command.run(),
         Command::Assemble(command) => command.run(),
+        Command::Doctor(command) => command.run(),
     }
 }
 

@@ -14,6 +14,7 @@ use super::kernel::{CUDA_IMAGES, KERNEL_FILES, host_kernel};
 use crate::error::{Error, Result};
 
 pub(super) struct Cuda {
+    index: usize,
     context: sys::CUcontext,
     device: sys::CUdevice,
     stream: sys::CUstream,
@@ -73,6 +74,37 @@ pub(super) fn count() -> usize {
     driver().as_ref().map_or(0, |_| result::device::get_count().unwrap_or(0) as usize)
 }
 
+/// A GPU of this machine.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    /// As the driver calls it.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (i32, i32),
+    /// Memory in all.
+    pub memory_bytes: usize,
+}
+
+impl Gpu {
+    /// What the driver tells without a context.
+    pub(super) fn find(index: usize) -> Result<Self> {
+        let device = result::device::get(index as i32).map_err(failed("no such device"))?;
+        let attribute = |which| {
+            // SAFETY: the device is valid.
+            unsafe { result::device::get_attribute(device, which) }.map_err(failed("device attribute"))
+        };
+        Ok(Gpu {
+            name: result::device::get_name(device).map_err(failed("device name"))?,
+            capability: (
+                attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            // SAFETY: the device is valid.
+            memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("device memory"))?,
+        })
+    }
+}
+
 pub(super) fn status() -> String {
     match driver() {
         Ok(version) => format!("CUDA driver {}, {} GPU(s)", text(*version), count()),
@@ -92,19 +124,16 @@ impl Cuda {
         // SAFETY: the context is valid, and released in Drop.
         unsafe { result::ctx::set_current(context) }.map_err(failed("context"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
-        let attribute = |which| {
-            // SAFETY: the device is valid.
-            unsafe { result::device::get_attribute(device, which) }.map_err(failed("device attribute"))
-        };
-        let capability = (
-            attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        );
-        let name = result::device::get_name(device).map_err(failed("device name"))?;
+        let Gpu { name, capability, .. } = Gpu::find(index)?;
         let (modules, functions) = (Vec::new(), HashMap::new());
-        let mut cuda = Cuda { context, device, stream, modules, functions, name, capability };
+        let mut cuda = Cuda { index, context, device, stream, modules, functions, name, capability };
         cuda.load_kernels()?;
         Ok(cuda)
+    }
+
+    /// Another stream on the same GPU.
+    pub(super) fn reopen(&self) -> Result<Self> {
+        Cuda::open(self.index)
     }
 
     /// Loads every kernel now: a module that loads during a capture would break it.

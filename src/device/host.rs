@@ -86,6 +86,7 @@ pub(super) enum Recorded {
     Zero { to: u64, bytes: usize },
 }
 
+#[derive(Clone)]
 pub(super) struct Host {
     set: usize,
     schedule: Option<u64>,
@@ -118,6 +119,11 @@ fn supported(set: &str) -> bool {
     {
         set == "base"
     }
+}
+
+/// Threads that share the blocks of a launch.
+pub fn host_threads() -> usize {
+    rayon::current_num_threads()
 }
 
 impl Host {
@@ -175,7 +181,7 @@ impl Host {
             None if blocks == 1 || cfg!(dilt_sanitize = "thread") => grid.run(0..blocks),
             None => {
                 // A few pieces for each worker: cheap launches stay cheap, uneven blocks still balance.
-                let pieces = (rayon::current_num_threads() as u64 * 8).min(blocks);
+                let pieces = (host_threads() as u64 * 8).min(blocks);
                 (0..pieces)
                     .into_par_iter()
                     .try_for_each(|piece| grid.run(blocks * piece / pieces..blocks * (piece + 1) / pieces))

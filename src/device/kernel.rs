@@ -150,9 +150,19 @@ impl ArgBytes {
     }
 }
 
-/// Stem and size in bytes of each embedded fat binary; empty in a build without nvcc.
+/// Stem and bytes of each embedded fat binary; empty in a build without nvcc.
 pub fn embedded_images() -> impl Iterator<Item = (&'static str, &'static [u8])> {
     CUDA_IMAGES.iter().copied()
+}
+
+/// The GPU architectures that every embedded image has machine code for, as nvcc names them; the first as PTX too.
+pub fn embedded_archs() -> &'static [&'static str] {
+    CUDA_ARCHS
+}
+
+/// The instruction sets that the host kernels are compiled for, best last.
+pub fn host_instruction_sets() -> &'static [&'static str] {
+    HOST_SETS
 }
 
 /// Stem of each kernel file and the kernels in it.

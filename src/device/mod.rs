@@ -22,9 +22,12 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 pub use buffer::{Buffer, Slice, SliceMut};
-pub use host::HostOptions;
+pub use cuda::Gpu;
+pub use host::{HostOptions, host_threads};
 pub(crate) use kernel::kernel_args;
-pub use kernel::{Kernel, KernelArgs, Launch, Layout, Ptr, embedded_images, kernel_files};
+pub use kernel::{
+    Kernel, KernelArgs, Launch, Layout, Ptr, embedded_archs, embedded_images, host_instruction_sets, kernel_files,
+};
 
 use crate::error::{Error, Result};
 
@@ -47,6 +50,7 @@ struct Inner {
     /// `DILT_SYNC=1`: synchronize after each launch, so that an error names its kernel.
     sync_each_launch: bool,
     recording: Mutex<Option<Vec<host::Recorded>>>,
+    trace: Mutex<Option<Vec<Traced>>>,
     graphs: AtomicUsize,
     /// Memory that was dropped while a captured step that may use it was alive.
     deferred: Mutex<Vec<(u64, usize)>>,
@@ -99,14 +103,35 @@ impl Device {
             policy,
             sync_each_launch,
             recording: Mutex::new(None),
+            trace: Mutex::new(None),
             graphs: AtomicUsize::new(0),
             deferred: Mutex::new(Vec::new()),
         }))
     }
 
+    /// Another handle to the same device, with a stream of its own, whose kernels are cut into blocks by `policy`.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn with_policy(&self, policy: Policy) -> Result<Self> {
+        let backend = match &self.0.backend {
+            Backend::Host(host) => Backend::Host(host.clone()),
+            Backend::Cuda(cuda) => Backend::Cuda(cuda.reopen()?),
+        };
+        Ok(Self::new(backend, policy))
+    }
+
     /// Number of GPUs that can be used; 0 without a driver.
     pub fn cuda_count() -> usize {
         cuda::count()
+    }
+
+    /// The GPUs that can be used.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the driver fails.
+    pub fn gpus() -> Result<Vec<Gpu>> {
+        (0..cuda::count()).map(Gpu::find).collect()
     }
 
     /// Why [`Device::cuda_count`] is 0, or the driver's version.
@@ -250,10 +275,29 @@ impl Device {
             return Err(fail("the grid is empty, or has more than 65535 blocks in y or z".into()));
         }
         let args = kernel::ArgBytes::new(args);
-        self.submit(host::Recorded::Launch { kernel: kernel.name, launch, args }).map_err(|error| match error {
+        let submit = || self.submit(host::Recorded::Launch { kernel: kernel.name, launch, args });
+        let result = if lock(&self.0.trace).is_some() { self.timed(kernel.name, submit) } else { submit() };
+        result.map_err(|error| match error {
             Error::Device(problem) => fail(problem),
             other => other,
         })
+    }
+
+    /// Does a launch that is traced, and waits for it.
+    fn timed(&self, kernel: &'static str, submit: impl FnOnce() -> Result<()>) -> Result<()> {
+        let begun = self.event()?;
+        let ms = submit().and_then(|()| self.event()?.elapsed_ms(&begun));
+        let traced = Traced { kernel, ms: ms.as_ref().ok().copied() };
+        lock(&self.0.trace).get_or_insert_default().push(traced);
+        ms.map(drop)
+    }
+
+    /// Does `work`, waiting after each launch on this handle, and tells which kernels it launched, in order. Not while
+    /// a step is being captured, whose launches are not done.
+    pub fn trace(&self, work: impl FnOnce() -> Result<()>) -> (Vec<Traced>, Result<()>) {
+        *lock(&self.0.trace) = Some(Vec::new());
+        let result = work();
+        (lock(&self.0.trace).take().unwrap_or_default(), result)
     }
 
     /// Does a piece of work now, or adds it to the step that is being captured.
@@ -332,6 +376,15 @@ impl Device {
             Backend::Cuda(cuda) => cuda.free(address),
         }
     }
+}
+
+/// A launch that [`Device::trace`] saw.
+#[derive(Clone, Copy, Debug)]
+pub struct Traced {
+    /// Name in `kernels/`.
+    pub kernel: &'static str,
+    /// Milliseconds from submission to end; `None` if it failed.
+    pub ms: Option<f64>,
 }
 
 /// A captured step, to be done again and again.

@@ -101,6 +101,11 @@ impl ConvShape {
         [self.k, self.p, self.q, self.n].map(|x| x as usize).iter().product()
     }
 
+    /// Output channels, `k`.
+    pub fn filters(&self) -> usize {
+        self.k as usize
+    }
+
     /// Output image, `[p, q]`.
     pub fn output_image(&self) -> [usize; 2] {
         [self.p as usize, self.q as usize]

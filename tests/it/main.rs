@@ -4,6 +4,7 @@ mod augment;
 mod conv;
 mod data;
 mod device;
+mod doctor;
 #[cfg(dilt_sanitize)]
 mod faults;
 mod loss;

@@ -6,6 +6,11 @@ use proptest::prelude::*;
 
 use crate::support::{Arena, Golden, as_floats, bit, bits_of, devices, on_devices, read};
 
+/// Weights, and how many of them are removed.
+type Case = (Vec<f32>, usize);
+/// The mask that must be left, and the report.
+type Want = (Vec<u32>, PruneReport);
+
 /// Prunes on a device; the mask starts as `mask`. Returns the mask and the report.
 fn prune(
     device: &Device,
@@ -139,7 +144,8 @@ fn a_million_weights_are_pruned_exactly_in_many_blocks() {
     let wants: Vec<_> =
         cases.iter().map(|(weights, remove)| prune_by_sorting(weights, &live, &live, *remove)).collect();
     on_devices(|device, label| {
-        let check = |((weights, remove), want): (&(Vec<f32>, usize), &(Vec<u32>, PruneReport))| {
+        let check = |(case, want): (&Case, &Want)| {
+            let (weights, remove) = case;
             let (mask, report) = prune(device, weights, &live, &live, *remove);
             assert_eq!(report.unwrap(), want.1, "{label}");
             assert!(mask == want.0, "{label}: mask");
@@ -201,7 +207,8 @@ fn mask_algebra_is_that_of_sets() {
         let masks = device.upload(&stack).unwrap();
         let mut out = device.upload(&[0xdead_beefu32; WORDS]).unwrap();
         let mut results = Vec::new();
-        let ops: [(MaskOp, fn(u32, u32) -> u32); 4] = [
+        type Formula = fn(u32, u32) -> u32;
+        let ops: [(MaskOp, Formula); 4] = [
             (MaskOp::And, |a, b| a & b),
             (MaskOp::Or, |a, b| a | b),
             (MaskOp::AndNot, |a, b| a & !b),

@@ -1,0 +1,334 @@
+//! The checks: each runs one operation on random inputs and hands its results over. One function per operation.
+
+use rand::Rng;
+
+use super::{PADDED, SAMPLES, Trial};
+use crate::error::{Error, Result};
+use crate::ops::augment::{Augment, GatherShape, GatherSource, Normalise, gather};
+use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::layouts;
+use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
+use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
+use crate::ops::norm::{norm_backward, norm_eval, norm_forward};
+use crate::ops::optimizer::{Clip, GRADIENT_NORM_PARTIALS, Sgd, SgdInput, gradient_norm, sgd_step};
+use crate::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
+use crate::ops::pool::{MeanPoolShape, PoolShape, max_pool_backward, max_pool_forward};
+use crate::ops::pool::{mean_pool_backward, mean_pool_forward};
+use crate::ops::prune::{MaskOp, Selection, apply_mask, mask_combine, mask_consensus, mask_counts};
+use crate::ops::prune::{prune_report, prune_scratch_len, prune_smallest};
+use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+
+/// The checks, each of as few kernels as its operation allows.
+pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
+    argument_layouts,
+    augment,
+    |t| convolution(t, &few_channels()?),
+    |t| convolution(t, &many_channels()?),
+    |t| convolution_input_gradient(t, &few_channels()?),
+    |t| convolution_input_gradient(t, &many_channels()?),
+    |t| convolution_weight_gradient(t, &few_channels()?),
+    |t| convolution_weight_gradient(t, &many_channels()?),
+    |t| convolution_bias_gradient(t, &few_channels()?),
+    loss,
+    norm_in_training,
+    norm_in_evaluation,
+    norm_gradient,
+    sgd,
+    norm_of_gradients,
+    shortcut,
+    shortcut_gradient,
+    max_pool,
+    max_pool_gradient,
+    mean_pool,
+    mean_pool_gradient,
+    prune,
+    masked,
+    combined_masks,
+    consensus,
+    mask_sizes,
+    step_beginning,
+    step_ending,
+];
+
+/// The generated `layout_*` kernels.
+fn argument_layouts(t: &mut Trial) -> Result<()> {
+    let rust = layouts();
+    for cpp in t.device.cpp_layouts()? {
+        if !rust.contains(&cpp) {
+            let twin = rust.iter().find(|layout| layout.name == cpp.name);
+            return Err(Error::Device(format!("argument struct: expected Rust's {twin:?}, got C++'s {cpp:?}")));
+        }
+    }
+    Ok(())
+}
+
+fn augment(t: &mut Trial) -> Result<()> {
+    const EXAMPLES: usize = 9;
+    let shape = GatherShape::new([3, 7, 11], SAMPLES)?;
+    let (images, labels) = (t.draw(EXAMPLES * shape.image_len(), Rng::random::<u8>)?, t.below(EXAMPLES, 10)?);
+    let (order, state) = (t.below(2 * SAMPLES, EXAMPLES as u32)?, t.device.upload(&[1, 5])?);
+    let (count, mean, std) = (t.count()?, t.floats(3)?, t.positive(3)?);
+    let (mut x, mut to_labels) = (t.unwritten(shape.output_len())?, t.bits(shape.samples())?);
+    let source = GatherSource {
+        images: images.view(),
+        labels: labels.view(),
+        order: order.view(),
+        state: state.view(),
+        count: count.view(),
+    };
+    let normalise = Normalise { scale: 255.0, mean: mean.view(), std: std.view() };
+    let augment = Some(Augment { pad: 2, flip: true, seed: 3 });
+    gather(t.device, &shape, source, normalise, augment, x.view_mut(), to_labels.view_mut())?;
+    t.close("x", &x)?;
+    t.exact("labels", &to_labels)
+}
+
+/// Takes the narrow tiles, and two splits of the weight gradient.
+fn few_channels() -> Result<ConvShape> {
+    ConvShape::new([5, 13, 11], 7, [3, 3], 2, 1, SAMPLES)
+}
+
+/// Takes the wide tiles.
+fn many_channels() -> Result<ConvShape> {
+    ConvShape::new([37, 5, 6], 70, [3, 3], 1, 1, SAMPLES)
+}
+
+fn convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
+    let (bias, count) = (t.floats(shape.filters())?, t.count()?);
+    let mut y = t.unwritten(shape.output_len())?;
+    let bias = Bias { bias: bias.view(), count: count.view() };
+    conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
+    t.close("y", &y)
+}
+
+fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (dy, w) = (t.samples(shape.output_len())?, t.floats(shape.weight_len())?);
+    let mut dx = t.samples(shape.input_len())?;
+    conv_input_gradient(t.device, shape, dy.view(), w.view(), true, dx.view_mut())?;
+    t.close("dx", &dx)
+}
+
+fn convolution_weight_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (x, dy) = (t.samples(shape.input_len())?, t.samples(shape.output_len())?);
+    let (mut scratch, mut dw) = (t.unwritten(shape.gradient_scratch_len(t.device))?, t.unwritten(shape.weight_len())?);
+    conv_weight_gradient(t.device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())?;
+    t.close("dw", &dw)
+}
+
+fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (dy, mut dbias) = (t.samples(shape.output_len())?, t.unwritten(shape.filters())?);
+    conv_bias_gradient(t.device, shape, dy.view(), dbias.view_mut())?;
+    t.close("dbias", &dbias)
+}
+
+fn loss(t: &mut Trial) -> Result<()> {
+    let shape = LossShape::new(11, SAMPLES)?;
+    let (logits, labels) = (t.samples(shape.len())?, t.below(PADDED, 11)?);
+    let (count, step) = (t.count()?, t.device.upload(&[1])?);
+    let (mut loss, mut top1, mut top5) = (t.floats(3)?, t.bits(3)?, t.bits(3)?);
+    let mut dlogits = t.unwritten(shape.len())?;
+    let input = LossInput {
+        logits: logits.view(),
+        labels: labels.view(),
+        count: count.view(),
+        step: step.view(),
+        smoothing: 0.1,
+    };
+    let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
+    cross_entropy(t.device, &shape, input, tables, Some(dlogits.view_mut()))?;
+    t.close("loss", &loss)?;
+    t.exact("top1", &top1)?;
+    t.exact("top5", &top5)?;
+    t.close("dlogits", &dlogits)
+}
+
+const FEATURES: usize = 5;
+
+/// Two chunks a row.
+fn norm_shape() -> Result<NormShape> {
+    NormShape::new(FEATURES, 600, SAMPLES)
+}
+
+fn norm_in_training(t: &mut Trial) -> Result<()> {
+    let shape = norm_shape()?;
+    let (x, residual, count) = (t.samples(shape.len())?, t.samples(shape.len())?, t.count()?);
+    let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
+    let (mut running_mean, mut running_var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
+    let (mut mean, mut invstd) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
+    let (mut scratch, mut y) = (t.unwritten(shape.scratch_len())?, t.unwritten(shape.len())?);
+    let input = NormInput { x: x.view(), residual: Some(residual.view()), relu: true, count: count.view() };
+    let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
+    let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
+    let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
+    norm_forward(t.device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut())?;
+    t.close("running mean", &running_mean)?;
+    t.close("running var", &running_var)?;
+    t.close("mean", &mean)?;
+    t.close("invstd", &invstd)?;
+    t.close("y", &y)
+}
+
+fn norm_in_evaluation(t: &mut Trial) -> Result<()> {
+    let shape = norm_shape()?;
+    let (x, count, mut y) = (t.samples(shape.len())?, t.count()?, t.unwritten(shape.len())?);
+    let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
+    let (mean, var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
+    let input = NormInput { x: x.view(), residual: None, relu: true, count: count.view() };
+    let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
+    norm_eval(t.device, &shape, input, affine, mean.view(), var.view(), y.view_mut())?;
+    t.close("y", &y)
+}
+
+fn norm_gradient(t: &mut Trial) -> Result<()> {
+    let shape = norm_shape()?;
+    let (x, y, dy) = (t.samples(shape.len())?, t.samples(shape.len())?, t.samples(shape.len())?);
+    let (gamma, mean, invstd) = (t.floats(FEATURES)?, t.floats(FEATURES)?, t.positive(FEATURES)?);
+    let (mut scratch, count) = (t.unwritten(shape.scratch_len())?, t.count()?);
+    let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
+    let (mut dresidual, mut dx) = (t.unwritten(shape.len())?, t.unwritten(shape.len())?);
+    let input = NormBackward {
+        x: x.view(),
+        y: y.view(),
+        dy: dy.view(),
+        relu: true,
+        gamma: gamma.view(),
+        mean: mean.view(),
+        invstd: invstd.view(),
+        training: true,
+        count: count.view(),
+    };
+    let (dg, db, dr) = (dgamma.view_mut(), dbeta.view_mut(), Some(dresidual.view_mut()));
+    norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dr, dx.view_mut())?;
+    t.close("dgamma", &dgamma)?;
+    t.close("dbeta", &dbeta)?;
+    t.exact("dresidual", &dresidual)?;
+    t.close("dx", &dx)
+}
+
+/// Weights of the optimizer and of pruning: more than a block of either, and no whole number of mask words.
+const WEIGHTS: usize = 5003;
+const WORDS: usize = WEIGHTS.div_ceil(32);
+
+fn sgd(t: &mut Trial) -> Result<()> {
+    let (mut weights, mut velocity, gradients) = (t.floats(WEIGHTS)?, t.floats(WEIGHTS)?, t.floats(WEIGHTS)?);
+    let (mask, decay) = (t.bits(WORDS)?, t.bits(WORDS)?);
+    let (partials, rate) = (t.positive(GRADIENT_NORM_PARTIALS)?, t.device.upload(&[0.1])?);
+    let input = SgdInput {
+        rate: rate.view(),
+        gradients: gradients.view(),
+        mask: mask.view(),
+        decay: Some(decay.view()),
+        clip: Some(Clip { partials: partials.view(), max_norm: 2.0 }),
+    };
+    let settings = Sgd { momentum: 0.9, nesterov: true, weight_decay: 0.01 };
+    sgd_step(t.device, &settings, input, weights.view_mut(), velocity.view_mut())?;
+    t.close("weights", &weights)?;
+    t.close("velocity", &velocity)
+}
+
+fn norm_of_gradients(t: &mut Trial) -> Result<()> {
+    let (gradients, mask) = (t.floats(WEIGHTS)?, t.bits(WORDS)?);
+    let mut partials = t.unwritten(GRADIENT_NORM_PARTIALS)?;
+    gradient_norm(t.device, gradients.view(), mask.view(), partials.view_mut())?;
+    t.close("partials", &partials)
+}
+
+fn shortcut(t: &mut Trial) -> Result<()> {
+    let shape = ShortcutShape::new([3, 7, 5], 8, 2, SAMPLES)?;
+    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    shortcut_forward(t.device, &shape, x.view(), y.view_mut())?;
+    t.exact("y", &y)
+}
+
+fn shortcut_gradient(t: &mut Trial) -> Result<()> {
+    let shape = ShortcutShape::new([3, 7, 5], 8, 2, SAMPLES)?;
+    let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+    shortcut_backward(t.device, &shape, dy.view(), dx.view_mut())?;
+    t.exact("dx", &dx)
+}
+
+fn max_pool(t: &mut Trial) -> Result<()> {
+    let shape = PoolShape::new(3, [7, 6], 3, 2, 1, SAMPLES)?;
+    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    let mut index = t.draw(shape.output_len(), Rng::random::<u8>)?;
+    max_pool_forward(t.device, &shape, x.view(), index.view_mut(), y.view_mut())?;
+    t.exact("index", &index)?;
+    t.exact("y", &y)
+}
+
+/// Without padding, where every tap is one of the image.
+fn max_pool_gradient(t: &mut Trial) -> Result<()> {
+    let shape = PoolShape::new(3, [7, 6], 3, 2, 0, SAMPLES)?;
+    let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+    let index = t.draw(shape.output_len(), |random| random.random_range(0..9u8))?;
+    max_pool_backward(t.device, &shape, dy.view(), index.view(), dx.view_mut())?;
+    t.close("dx", &dx)
+}
+
+fn mean_pool(t: &mut Trial) -> Result<()> {
+    let shape = MeanPoolShape::new(5, 42, SAMPLES)?;
+    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    mean_pool_forward(t.device, &shape, x.view(), y.view_mut())?;
+    t.close("y", &y)
+}
+
+fn mean_pool_gradient(t: &mut Trial) -> Result<()> {
+    let shape = MeanPoolShape::new(5, 42, SAMPLES)?;
+    let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+    mean_pool_backward(t.device, &shape, dy.view(), dx.view_mut())?;
+    t.close("dx", &dx)
+}
+
+fn prune(t: &mut Trial) -> Result<()> {
+    let (weights, live, mut mask) = (t.floats(WEIGHTS)?, t.bits(WORDS)?, t.bits(WORDS)?);
+    let mut scratch = t.bits(prune_scratch_len(WEIGHTS))?;
+    let selection = Selection { weights: weights.view(), live: live.view(), remove: WEIGHTS / 5 };
+    prune_smallest(t.device, selection, scratch.view_mut(), mask.view_mut())?;
+    prune_report(t.device, scratch.view())?;
+    t.exact("mask", &mask)
+}
+
+fn masked(t: &mut Trial) -> Result<()> {
+    let (mask, mut values) = (t.bits(WORDS)?, t.floats(WEIGHTS)?);
+    apply_mask(t.device, mask.view(), values.view_mut())?;
+    t.exact("values", &values)
+}
+
+fn combined_masks(t: &mut Trial) -> Result<()> {
+    for op in [MaskOp::And, MaskOp::Or, MaskOp::AndNot, MaskOp::Xor] {
+        let (a, b, mut out) = (t.bits(WORDS)?, t.bits(WORDS)?, t.bits(WORDS)?);
+        mask_combine(t.device, op, a.view(), b.view(), out.view_mut())?;
+        t.exact("out", &out)?;
+    }
+    Ok(())
+}
+
+fn consensus(t: &mut Trial) -> Result<()> {
+    let (stack, mut out) = (t.bits(5 * WORDS)?, t.bits(WORDS)?);
+    mask_consensus(t.device, stack.view(), 5, 3, out.view_mut())?;
+    t.exact("out", &out)
+}
+
+fn mask_sizes(t: &mut Trial) -> Result<()> {
+    let (mask, ranges) = (t.bits(WORDS)?, t.device.upload(&[0, 1, 1, 150, 40, 0])?);
+    let mut counts = t.bits(3)?;
+    mask_counts(t.device, mask.view(), ranges.view(), counts.view_mut())?;
+    t.exact("counts", &counts)
+}
+
+fn step_beginning(t: &mut Trial) -> Result<()> {
+    let (state, counts, rates) = (t.device.upload(&[2, 7])?, t.bits(4)?, t.floats(4)?);
+    let (mut count, mut rate) = (t.bits(1)?, t.unwritten(1)?);
+    let tables = StepTables { count: counts.view(), rate: rates.view() };
+    let current = StepCurrent { count: count.view_mut(), rate: rate.view_mut() };
+    step_begin(t.device, state.view(), tables, current)?;
+    t.exact("count", &count)?;
+    t.exact("rate", &rate)
+}
+
+fn step_ending(t: &mut Trial) -> Result<()> {
+    let mut state = t.below(2, 1 << 20)?;
+    step_end(t.device, state.view_mut())?;
+    t.exact("state", &state)
+}

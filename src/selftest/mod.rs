@@ -1,0 +1,180 @@
+//! A self-test of every kernel: each operation, on random inputs of a small ragged shape, on the device under test and
+//! on an independent form of it.
+//!
+//! The other form is the host device with the other policy and the plainest instruction set: another tiling of the same
+//! sums, other vectors, and, for a GPU, another compiler. Both policies are tested, so that every tiling runs on the
+//! device. Which kernels a check launches is seen by [`Device::trace`], not written down: a kernel that no check
+//! launches fails.
+
+mod checks;
+
+use bytemuck::Pod;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+use crate::device::{Buffer, Device, HostOptions, Policy, Traced, kernel_files};
+use crate::error::Result;
+use crate::ops::SAMPLE_ALIGNMENT;
+use checks::CHECKS;
+
+/// Largest difference of f32 results, as a share of the largest value of the tensor. Two orders of a sum of n terms
+/// differ by about sqrt(n) roundings of 2^-24; the longest sums here have 10,000 terms, which makes 6e-6.
+pub const TOLERANCE: f64 = 1e-5;
+
+/// True samples, which are padded to [`PADDED`].
+const SAMPLES: usize = 13;
+const PADDED: usize = SAMPLES.next_multiple_of(SAMPLE_ALIGNMENT);
+
+/// What the self-test found about a kernel.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Name in `kernels/`.
+    pub kernel: &'static str,
+    /// Largest difference in what the checks that launch it gave, as a share of the tensor's largest value.
+    pub error: f64,
+    /// Milliseconds of its shortest launch; `None` if none ended well.
+    pub ms: Option<f64>,
+    /// What is wrong, if anything is.
+    pub problem: Option<String>,
+}
+
+/// Tests every kernel of [`kernel_files`], in that order, with inputs drawn from `seed`.
+///
+/// # Errors
+/// As [`Device::with_policy`]. What fails in a kernel is told in its [`Outcome`].
+pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
+    let mut findings = Vec::new();
+    for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
+        let device = device.with_policy(policy)?;
+        let reference = Device::host(HostOptions { policy: other, schedule: None, isa: Some("base") })?;
+        for check in CHECKS {
+            let (mut got, mut want) = (Trial::new(&device, seed), Trial::new(&reference, seed));
+            let (launches, done) = device.trace(|| check(&mut got));
+            let compared = done.and_then(|()| check(&mut want)).map(|()| compare(&got.results, &want.results));
+            let (error, problem) = compared.unwrap_or_else(|error| (f64::INFINITY, Some(error.to_string())));
+            findings.push(Finding { launches, error, problem });
+        }
+    }
+    let kernels = kernel_files().flat_map(|(_, kernels)| kernels);
+    Ok(kernels.map(|kernel| outcome(kernel, &findings)).collect())
+}
+
+/// What a check found, which concerns every kernel that it launched.
+struct Finding {
+    launches: Vec<Traced>,
+    error: f64,
+    problem: Option<String>,
+}
+
+fn outcome(kernel: &'static str, findings: &[Finding]) -> Outcome {
+    let is_own = |launch: &&Traced| launch.kernel == kernel;
+    let own: Vec<_> = findings.iter().filter(|finding| finding.launches.iter().any(|l| is_own(&l))).collect();
+    let missing = || {
+        // After a kernel has failed, a GPU refuses all work.
+        let refused = findings.iter().find(|finding| finding.launches.is_empty()).and_then(|f| f.problem.as_deref());
+        format!("not launched: {}", refused.unwrap_or("no check of src/selftest does"))
+    };
+    let problem = own.iter().find_map(|finding| finding.problem.clone());
+    Outcome {
+        kernel,
+        error: own.iter().map(|finding| finding.error).fold(0.0, f64::max),
+        ms: own.iter().flat_map(|f| f.launches.iter().filter(is_own)).filter_map(|l| l.ms).reduce(f64::min),
+        problem: problem.or_else(|| own.is_empty().then(missing)),
+    }
+}
+
+/// The largest difference of two runs of a check, and the first that is too large.
+fn compare(got: &[Tensor], want: &[Tensor]) -> (f64, Option<String>) {
+    let (mut largest, mut problem) = (0.0f64, None);
+    for (got, want) in got.iter().zip(want) {
+        let scale = want.values.iter().fold(1e-30f64, |most, value| most.max(value.abs()));
+        for (i, (value, expected)) in got.values.iter().zip(&want.values).enumerate() {
+            // What a kernel left out is NaN on both sides, and wrong.
+            let error = (value - expected).abs() / scale;
+            let error = if error.is_finite() { error } else { f64::INFINITY };
+            if error > got.tolerance && problem.is_none() {
+                let name = got.name;
+                problem = Some(format!("{name}[{i}]: expected {expected}, got {value}: error {error:.1e} of scale"));
+            }
+            largest = largest.max(error);
+        }
+    }
+    (largest, problem)
+}
+
+/// A result of a check, and how far from the other form's it may be.
+struct Tensor {
+    name: &'static str,
+    values: Vec<f64>,
+    tolerance: f64,
+}
+
+/// A run of a check: where, on what, and what came out. Equal seeds give equal inputs on every device.
+struct Trial<'a> {
+    device: &'a Device,
+    random: ChaCha8Rng,
+    results: Vec<Tensor>,
+}
+
+impl<'a> Trial<'a> {
+    fn new(device: &'a Device, seed: u64) -> Self {
+        Trial { device, random: ChaCha8Rng::seed_from_u64(seed), results: Vec::new() }
+    }
+
+    fn draw<T: Pod>(&mut self, len: usize, value: impl Fn(&mut ChaCha8Rng) -> T) -> Result<Buffer<T>> {
+        let values: Vec<T> = (0..len).map(|_| value(&mut self.random)).collect();
+        self.device.upload(&values)
+    }
+
+    /// From -1 to 1.
+    fn floats(&mut self, len: usize) -> Result<Buffer<f32>> {
+        self.draw(len, |random| random.random_range(-1.0..1.0))
+    }
+
+    /// From 0.5 to 1.5.
+    fn positive(&mut self, len: usize) -> Result<Buffer<f32>> {
+        self.draw(len, |random| random.random_range(0.5..1.5))
+    }
+
+    fn below(&mut self, len: usize, end: u32) -> Result<Buffer<u32>> {
+        self.draw(len, |random| random.random_range(0..end))
+    }
+
+    fn bits(&mut self, len: usize) -> Result<Buffer<u32>> {
+        self.draw(len, Rng::random)
+    }
+
+    /// Rows of samples, the padded ones zero, `len` elements in all.
+    fn samples(&mut self, len: usize) -> Result<Buffer<f32>> {
+        let mut value = |i: usize| if i % PADDED < SAMPLES { self.random.random_range(-1.0..1.0) } else { 0.0 };
+        let values: Vec<f32> = (0..len).map(&mut value).collect();
+        self.device.upload(&values)
+    }
+
+    /// The number of true samples.
+    fn count(&self) -> Result<Buffer<u32>> {
+        self.device.upload(&[SAMPLES as u32])
+    }
+
+    /// NaN, so that an element that a kernel leaves out shows.
+    fn unwritten(&self, len: usize) -> Result<Buffer<f32>> {
+        self.device.upload(&vec![f32::NAN; len])
+    }
+
+    /// A result that depends on the order of sums.
+    fn close(&mut self, name: &'static str, buffer: &Buffer<f32>) -> Result<()> {
+        self.result(name, buffer, TOLERANCE)
+    }
+
+    /// A result that is the same in every form.
+    fn exact<T: Pod + Into<f64>>(&mut self, name: &'static str, buffer: &Buffer<T>) -> Result<()> {
+        self.result(name, buffer, 0.0)
+    }
+
+    fn result<T: Pod + Into<f64>>(&mut self, name: &'static str, buffer: &Buffer<T>, tolerance: f64) -> Result<()> {
+        let values = self.device.read(buffer.view())?.into_iter().map(Into::into).collect();
+        self.results.push(Tensor { name, values, tolerance });
+        Ok(())
+    }
+}
