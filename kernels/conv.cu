@@ -180,7 +180,9 @@ DEVICE void direct(const ConvArgs& a, int pixel, int samples, int rows) {
     for (; n < n_end; n += 8) direct_rows<GRADIENT, 8 / REST, REST>(a, down, across, row, row_end, pixel, n);
 }
 
-// Sums over output rows [begin, end): rows k.. x taps j.. of dw, where j counts (c, r, s).
+// Sums over output rows [begin, end): rows k.. x taps j.. of dw, where j counts (c, r, s). Columns (q, n) are walked
+// in the order of memory: one vector of samples over the whole image at a time meets 8 of the first-level cache's 64
+// sets at N = 128, and took 2.3 times as long for C = K = 16 on 32x32.
 template <int L>
 DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int begin, int end,
                           float (&total)[GRADIENT_ROWS][GRADIENT_TAPS]) {
@@ -238,7 +240,7 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
         }
     }
     UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i)
-        UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) total[i][t] += lane_sum<L>(sum[i][t]);
+        UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) total[i][t] = lane_sum<L>(sum[i][t]);
 }
 
 // ---------------------------------------------------------------------------------------------------------- staged
@@ -455,11 +457,11 @@ BARRIER_FREE_KERNEL(conv_weight_gradient_direct_f32, ConvWeightGradientArgs, 1) 
     const int end = int(min64(j + GRADIENT_GROUP_TAPS, taps));
     float* partial = a.partial + int64_t(blockIdx.z) * d.k * taps;
     for (; j < end; j += GRADIENT_TAPS) {
-        float total[GRADIENT_ROWS][GRADIENT_TAPS] = {};
-        if (LANES <= 8 || d.n % LANES == 0)
+        float total[GRADIENT_ROWS][GRADIENT_TAPS];
+        if (LANES == ROW_LANES || d.n % LANES == 0)
             gradient_tile<LANES>(a, k, j, first, last, total);
         else
-            gradient_tile<8>(a, k, j, first, last, total);
+            gradient_tile<ROW_LANES>(a, k, j, first, last, total);
         for (int i = 0; i < GRADIENT_ROWS && k + i < d.k; ++i)
             for (int t = 0; t < GRADIENT_TAPS && j + t < end; ++t) partial[int64_t(k + i) * taps + j + t] = total[i][t];
     }
