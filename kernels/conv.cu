@@ -111,6 +111,7 @@ constexpr int DIRECT_SAMPLES = DIRECT_VECTORS * LANES;
 constexpr int DIRECT_ROWS = LANES == 16 ? 8 : 4;
 constexpr int GRADIENT_ROWS = 4;
 constexpr int GRADIENT_TAPS = LANES == 16 ? 6 : 3;
+constexpr int GRADIENT_OUTSIDE = 64;  // zeros that stand for samples outside the image
 
 // What one thread does: several register tiles, whose input window it reads from cache again and again. The same for
 // every instruction set, since src/ops/conv.rs cuts the grid by it.
@@ -179,18 +180,19 @@ DEVICE void direct(const ConvArgs& a, int pixel, int samples, int rows) {
     for (; n < n_end; n += 8) direct_rows<GRADIENT, 8 / REST, REST>(a, down, across, row, row_end, pixel, n);
 }
 
-// Sums over the samples [begin, end) of all pixels: rows k.. x taps j.. of dw, where j counts (c, r, s).
+// Sums over output rows [begin, end): rows k.. x taps j.. of dw, where j counts (c, r, s). Columns (q, n) are walked
+// in the order of memory: one vector of samples over the whole image at a time meets 8 of the first-level cache's 64
+// sets at N = 128, and took 2.3 times as long for C = K = 16 on 32x32.
 template <int L>
 DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int begin, int end,
                           float (&total)[GRADIENT_ROWS][GRADIENT_TAPS]) {
     const ConvShape& d = a.shape;
     const int taps = d.c * d.r * d.s, filter = d.r * d.s;
-    const float outside[L] = {};
-    const float* dy[GRADIENT_ROWS];
+    const float outside[GRADIENT_OUTSIDE] = {};
+    int64_t dy[GRADIENT_ROWS];
     int c[GRADIENT_TAPS], r[GRADIENT_TAPS], s[GRADIENT_TAPS];
     int left = 0, right = d.q;  // columns q from left to right read inside the image for every tap
-    UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i)
-        dy[i] = a.dy + min64(k + i, d.k - 1) * d.p * d.q * d.n;
+    UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i) dy[i] = min64(k + i, d.k - 1) * d.p * d.q * d.n;
     UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
         const int tap = int(min64(j + t, taps - 1));
         c[t] = tap / filter, r[t] = tap % filter / d.s, s[t] = tap % d.s;
@@ -200,40 +202,45 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
     Samples<L> sum[GRADIENT_ROWS][GRADIENT_TAPS];
     UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i)
         UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) sum[i][t] = splat<L>(0.0f);
-    // One vector of samples over the whole image at a time: the image rows it reads stay in the first-level cache.
-    for (int n = begin; n < end; n += L) {
-        for (int p = 0; p < d.p; ++p) {
-            const float* row[GRADIENT_TAPS];  // where the tap reads for q = 0, or null above and below the image
-            bool any = false;
-            UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
-                const int h = p * d.stride - d.pad + r[t];
-                const bool inside = h >= 0 && h < d.h;
-                row[t] = inside ? a.x + ((int64_t(c[t]) * d.h + h) * d.w + s[t] - d.pad) * d.n + n : nullptr;
-                any |= inside;
-            }
-            if (!any) continue;
-            const int64_t line = int64_t(p) * d.q * d.n + n;
-            for (int q = 0; q < d.q; ++q) {
-                Samples<L> x[GRADIENT_TAPS];
-                if (q >= left && q < right) {
-                    UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t)
-                        x[t] = load<L>(row[t] ? row[t] + int64_t(q) * d.stride * d.n : outside);
-                } else {
-                    UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
-                        const int w = q * d.stride - d.pad + s[t];
-                        const bool inside = row[t] && w >= 0 && w < d.w;
-                        x[t] = load<L>(inside ? row[t] + int64_t(q) * d.stride * d.n : outside);
+    for (int p = begin; p < end; ++p) {
+        const float* row[GRADIENT_TAPS];  // where the tap reads for q = 0, or null above and below the image
+        bool all = true, any = false;
+        UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
+            const int h = p * d.stride - d.pad + r[t];
+            const bool inside = h >= 0 && h < d.h;
+            row[t] = inside ? a.x + ((int64_t(c[t]) * d.h + h) * d.w + s[t] - d.pad) * d.n : nullptr;
+            all &= inside, any |= inside;
+        }
+        if (!any) continue;
+        for (int q = 0; q < d.q;) {
+            // Where every tap reads inside the image, columns (q, n) merge (stride 1), else a run is one pixel at most,
+            // and zeros stand for what is outside.
+            const bool inside = all && q >= left && q < right;
+            const int pixels = inside && d.stride == 1 ? right - q : 1;
+            const int columns = pixels * d.n, run = inside ? columns : int(min64(columns, GRADIENT_OUTSIDE));
+            for (int first = 0; first < columns; first += run) {
+                const float* x[GRADIENT_TAPS];
+                UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
+                    const int w = q * d.stride - d.pad + s[t];
+                    const bool reads = inside || (row[t] && w >= 0 && w < d.w);
+                    x[t] = reads ? row[t] + int64_t(q) * d.stride * d.n + first : outside;
+                }
+                const float* g = a.dy + (int64_t(p) * d.q + q) * d.n + first;
+                const int length = int(min64(run, columns - first));
+                for (int i = 0; i < length; i += L) {
+                    Samples<L> read[GRADIENT_TAPS];
+                    UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) read[t] = load<L>(x[t] + i);
+                    UNROLL for (int m = 0; m < GRADIENT_ROWS; ++m) {
+                        const Samples<L> dyv = load<L>(g + dy[m] + i);
+                        UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) sum[m][t] += dyv * read[t];
                     }
                 }
-                UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i) {
-                    const Samples<L> g = load<L>(dy[i] + line + int64_t(q) * d.n);
-                    UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) sum[i][t] += g * x[t];
-                }
             }
+            q += pixels;
         }
     }
     UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i)
-        UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) total[i][t] += lane_sum<L>(sum[i][t]);
+        UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) total[i][t] = lane_sum<L>(sum[i][t]);
 }
 
 // ---------------------------------------------------------------------------------------------------------- staged
@@ -445,16 +452,19 @@ KERNEL(conv_weight_gradient_narrow_f32, ConvWeightGradientArgs, NarrowGradient::
 
 BARRIER_FREE_KERNEL(conv_weight_gradient_direct_f32, ConvWeightGradientArgs, 1) {
     const ConvShape& d = a.shape;
-    const int k = blockIdx.y * GRADIENT_ROWS, taps = d.c * d.r * d.s, whole = d.n / LANES * LANES;
+    const int k = blockIdx.y * GRADIENT_ROWS, taps = d.c * d.r * d.s;
+    const int first = int(int64_t(d.p) * blockIdx.z / a.splits), last = int(int64_t(d.p) * (blockIdx.z + 1) / a.splits);
     int j = blockIdx.x * GRADIENT_GROUP_TAPS;
     const int end = int(min64(j + GRADIENT_GROUP_TAPS, taps));
+    float* partial = a.partial + int64_t(blockIdx.z) * d.k * taps;
     for (; j < end; j += GRADIENT_TAPS) {
-        float total[GRADIENT_ROWS][GRADIENT_TAPS] = {};
-        gradient_tile<LANES>(a, k, j, 0, whole, total);
-        if (LANES > 8 && whole < d.n) gradient_tile<8>(a, k, j, whole, d.n, total);
+        float total[GRADIENT_ROWS][GRADIENT_TAPS];
+        if (LANES == ROW_LANES || d.n % LANES == 0)
+            gradient_tile<LANES>(a, k, j, first, last, total);
+        else
+            gradient_tile<ROW_LANES>(a, k, j, first, last, total);
         for (int i = 0; i < GRADIENT_ROWS && k + i < d.k; ++i)
-            for (int t = 0; t < GRADIENT_TAPS && j + t < end; ++t)
-                a.partial[int64_t(k + i) * taps + j + t] = total[i][t];
+            for (int t = 0; t < GRADIENT_TAPS && j + t < end; ++t) partial[int64_t(k + i) * taps + j + t] = total[i][t];
     }
 }
 

@@ -73,7 +73,6 @@ struct NormBackwardArgs {
 };
 
 constexpr int THREADS = 256;
-constexpr int L = ROW_LANES;
 constexpr int CHAINS = 4;  // sums that a thread keeps apart, since one addition cannot start before the last has ended
 
 DEVICE int samples(const NormShape& d, const uint32_t* count) { return int(min64(*count, d.n)); }
@@ -81,7 +80,7 @@ DEVICE int samples(const NormShape& d, const uint32_t* count) { return int(min64
 DEVICE int pixels_of(const NormShape& d, int split) { return int(min64(d.chunk, d.pixels - int64_t(split) * d.chunk)); }
 
 // Calls f(offset, live, chain) for this thread's vectors of a chunk: `live` lanes (if fewer than L) are true samples.
-template <class F>
+template <int L, class F>
 DEVICE void each_vector(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, F f) {
     const int64_t begin = (int64_t(block.y) * d.pixels + int64_t(block.x) * d.chunk) * d.n;
     const int length = pixels_of(d, block.x) * d.n;
@@ -98,6 +97,7 @@ DEVICE void each_vector(const NormShape& d, dim3 block, uint32_t thread, uint32_
 }
 
 // The chains of one sum of this thread.
+template <int L>
 struct Sum {
     Samples<L> chain[CHAINS];
 
@@ -111,10 +111,11 @@ struct Sum {
 };
 
 // y of a chunk. `scale` is gamma invstd; the mean is taken off first, since beta - mean scale would cancel.
+template <int L>
 DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, const float* x,
                       const float* residual, bool relu, float mean, float scale, float beta, float* y) {
     const Samples<L> zero = splat<L>(0.0f);
-    each_vector(d, block, thread, threads, count, [&](int64_t i, int live, int) {
+    each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
         Samples<L> z = (load<L>(x + i) - mean) * scale + beta;
         if (residual) z += load<L>(residual + i);
         if (relu) z = where_at_most<L>(z, zero, zero, z);
@@ -123,61 +124,61 @@ DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t 
 }
 
 // dz of a vector.
+template <int L>
 DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i) {
     const Samples<L> dy = load<L>(a.dy + i), zero = splat<L>(0.0f);
     return a.relu ? where_at_most<L>(load<L>(a.y + i), zero, zero, dy) : dy;
 }
 
-// Grid of all: splits, features.
-KERNEL(norm_statistics_f32, NormForwardArgs, WarpSums, THREADS) {
-    SHARED(WarpSums, shared);
+template <int L>
+DEVICE void statistics(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
     const float* x = a.x;
     const int count = samples(d, a.count);
-    const float items = float(max64(1, int64_t(pixels_of(d, blockIdx.x)) * count));
-    Sum sum;  // padded samples are zero: they need no mask here
-    each_vector(d, blockIdx, threadIdx.x, blockDim.x, count,
-                [&](int64_t i, int, int chain) { sum.chain[chain] += load<L>(x + i); });
-    const float mean = sum.over_block(shared, threadIdx.x, blockDim.x) / items;
-    Sum deviation, square;
-    each_vector(d, blockIdx, threadIdx.x, blockDim.x, count, [&](int64_t i, int live, int chain) {
+    const float items = float(max64(1, int64_t(pixels_of(d, block.x)) * count));
+    Sum<L> sum;  // padded samples are zero: they need no mask here
+    each_vector<L>(d, block, thread, threads, count,
+                   [&](int64_t i, int, int chain) { sum.chain[chain] += load<L>(x + i); });
+    const float mean = sum.over_block(shared, thread, threads) / items;
+    Sum<L> deviation, square;
+    each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int chain) {
         const Samples<L> off = first_lanes<L>(load<L>(x + i) - mean, live);
         deviation.chain[chain] += off;
         square.chain[chain] += off * off;
     });
     // The deviations would sum to zero but for the rounding of the mean: what is left corrects both moments.
-    const float left = deviation.over_block(shared, threadIdx.x, blockDim.x), correction = left / items;
-    const float squares = square.over_block(shared, threadIdx.x, blockDim.x) - left * correction;
-    if (threadIdx.x == 0) {
-        float* partial = a.partial + (int64_t(blockIdx.y) * d.splits + blockIdx.x) * 2;
+    const float left = deviation.over_block(shared, thread, threads), correction = left / items;
+    const float squares = square.over_block(shared, thread, threads) - left * correction;
+    if (thread == 0) {
+        float* partial = a.partial + (int64_t(block.y) * d.splits + block.x) * 2;
         partial[0] = mean + correction;
         partial[1] = squares < 0.0f ? 0.0f : squares;  // NaN stays NaN
     }
 }
 
-KERNEL(norm_forward_f32, NormForwardArgs, WarpSums, THREADS) {
-    SHARED(WarpSums, shared);
+template <int L>
+DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const int feature = blockIdx.y, count = samples(d, a.count);
+    const int feature = block.y, count = samples(d, a.count);
     const float items = float(max64(1, int64_t(d.pixels) * count));
     const float* partial = a.partial + int64_t(feature) * d.splits * 2;
 
     // Chan, Golub and LeVeque 1983, for all chunks at once: means around the first, then squares around the mean.
     const float pivot = partial[0];
     float shift = 0.0f, squares = 0.0f;
-    for (int s = threadIdx.x; s < d.splits; s += blockDim.x)
+    for (int s = thread; s < d.splits; s += threads)
         shift += float(pixels_of(d, s)) * count * (partial[2 * s] - pivot);
-    const float mean = pivot + block_sum(shift, shared.scratch, threadIdx.x, blockDim.x) / items;
-    for (int s = threadIdx.x; s < d.splits; s += blockDim.x) {
+    const float mean = pivot + block_sum(shift, shared.scratch, thread, threads) / items;
+    for (int s = thread; s < d.splits; s += threads) {
         const float off = partial[2 * s] - mean;
         squares += partial[2 * s + 1] + float(pixels_of(d, s)) * count * (off * off);
     }
-    squares = block_sum(squares, shared.scratch, threadIdx.x, blockDim.x);
+    squares = block_sum(squares, shared.scratch, thread, threads);
     const float invstd = 1.0f / sqrtf(squares / items + a.epsilon);
 
-    normalise(d, blockIdx, threadIdx.x, blockDim.x, count, a.x, a.residual, a.relu, mean, a.gamma[feature] * invstd,
-              a.beta[feature], a.y);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
+    normalise<L>(d, block, thread, threads, count, a.x, a.residual, a.relu, mean, a.gamma[feature] * invstd,
+                 a.beta[feature], a.y);
+    if (block.x == 0 && thread == 0) {
         a.mean[feature] = mean;
         a.invstd[feature] = invstd;
         if (count == 0) return;
@@ -187,57 +188,88 @@ KERNEL(norm_forward_f32, NormForwardArgs, WarpSums, THREADS) {
     }
 }
 
-BARRIER_FREE_KERNEL(norm_eval_f32, NormEvalArgs, THREADS) {
-    const int feature = blockIdx.y;
+template <int L>
+DEVICE void evaluate(const NormEvalArgs& a, dim3 block, uint32_t thread, uint32_t threads) {
+    const int feature = block.y;
     const float invstd = 1.0f / sqrtf(a.var[feature] + a.epsilon);
-    normalise(a.shape, blockIdx, threadIdx.x, blockDim.x, samples(a.shape, a.count), a.x, a.residual, a.relu,
-              a.mean[feature], a.gamma[feature] * invstd, a.beta[feature], a.y);
+    normalise<L>(a.shape, block, thread, threads, samples(a.shape, a.count), a.x, a.residual, a.relu,
+                 a.mean[feature], a.gamma[feature] * invstd, a.beta[feature], a.y);
 }
 
-KERNEL(norm_backward_sums_f32, NormBackwardArgs, WarpSums, THREADS) {
-    SHARED(WarpSums, shared);
+template <int L>
+DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const float mean = a.mean[blockIdx.y], invstd = a.invstd[blockIdx.y];
-    Sum sum, dot;  // dz of padded samples is zero: they need no mask here
-    each_vector(d, blockIdx, threadIdx.x, blockDim.x, d.n, [&](int64_t i, int, int chain) {
-        const Samples<L> dz = above(a, i);
+    const float mean = a.mean[block.y], invstd = a.invstd[block.y];
+    Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
+    each_vector<L>(d, block, thread, threads, d.n, [&](int64_t i, int, int chain) {
+        const Samples<L> dz = above<L>(a, i);
         sum.chain[chain] += dz;
         dot.chain[chain] += dz * ((load<L>(a.x + i) - mean) * invstd);
     });
-    const float sums = sum.over_block(shared, threadIdx.x, blockDim.x);
-    const float dots = dot.over_block(shared, threadIdx.x, blockDim.x);
-    if (threadIdx.x == 0) {
-        float* partial = a.partial + (int64_t(blockIdx.y) * d.splits + blockIdx.x) * 2;
+    const float sums = sum.over_block(shared, thread, threads);
+    const float dots = dot.over_block(shared, thread, threads);
+    if (thread == 0) {
+        float* partial = a.partial + (int64_t(block.y) * d.splits + block.x) * 2;
         partial[0] = sums;
         partial[1] = dots;
     }
 }
 
-KERNEL(norm_backward_f32, NormBackwardArgs, WarpSums, THREADS) {
-    SHARED(WarpSums, shared);
+template <int L>
+DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const int feature = blockIdx.y, count = samples(d, a.count);
+    const int feature = block.y, count = samples(d, a.count);
     const float* partial = a.partial + int64_t(feature) * d.splits * 2;
     float sum = 0.0f, dot = 0.0f;
-    for (int s = threadIdx.x; s < d.splits; s += blockDim.x) {
+    for (int s = thread; s < d.splits; s += threads) {
         sum += partial[2 * s];
         dot += partial[2 * s + 1];
     }
-    sum = block_sum(sum, shared.scratch, threadIdx.x, blockDim.x);
-    dot = block_sum(dot, shared.scratch, threadIdx.x, blockDim.x);
+    sum = block_sum(sum, shared.scratch, thread, threads);
+    dot = block_sum(dot, shared.scratch, thread, threads);
 
     const float mean = a.mean[feature], invstd = a.invstd[feature], scale = a.gamma[feature] * invstd;
     const float items = float(max64(1, int64_t(d.pixels) * count));
     const float mean_dz = a.training ? sum / items : 0.0f;
     const float slope = a.training ? dot / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
-    each_vector(d, blockIdx, threadIdx.x, blockDim.x, count, [&](int64_t i, int live, int) {
-        const Samples<L> dz = above(a, i);
+    each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
+        const Samples<L> dz = above<L>(a, i);
         const Samples<L> dx = (dz - mean_dz - (load<L>(a.x + i) - mean) * slope) * scale;
         store<L>(a.dx + i, first_lanes<L>(dx, live));
         if (a.dresidual) store<L>(a.dresidual + i, first_lanes<L>(dz, live));
     });
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (block.x == 0 && thread == 0) {
         a.dgamma[feature] = dot;
         a.dbeta[feature] = sum;
     }
 }
+
+// Whole vectors of the machine where they cut every pixel's samples evenly.
+#define WITH_LANES(body, ...)                                \
+    if (LANES == ROW_LANES || a.shape.n % LANES == 0)        \
+        body<LANES>(__VA_ARGS__);                            \
+    else                                                     \
+        body<ROW_LANES>(__VA_ARGS__)
+
+// Grid of all: splits, features.
+KERNEL(norm_statistics_f32, NormForwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    WITH_LANES(statistics, a, shared, blockIdx, threadIdx.x, blockDim.x);
+}
+
+KERNEL(norm_forward_f32, NormForwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    WITH_LANES(forward, a, shared, blockIdx, threadIdx.x, blockDim.x);
+}
+
+KERNEL(norm_backward_sums_f32, NormBackwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    WITH_LANES(backward_sums, a, shared, blockIdx, threadIdx.x, blockDim.x);
+}
+
+KERNEL(norm_backward_f32, NormBackwardArgs, WarpSums, THREADS) {
+    SHARED(WarpSums, shared);
+    WITH_LANES(backward, a, shared, blockIdx, threadIdx.x, blockDim.x);
+}
+
+BARRIER_FREE_KERNEL(norm_eval_f32, NormEvalArgs, THREADS) { WITH_LANES(evaluate, a, blockIdx, threadIdx.x, blockDim.x); }

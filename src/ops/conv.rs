@@ -45,6 +45,9 @@ const THREADS: u32 = 256;
 const DIRECT_ROWS: usize = 64;
 const DIRECT_SAMPLES: usize = 64;
 const DIRECT_GRADIENT: [usize; 2] = [4, 12];
+/// What a split of a direct weight gradient reads, about: its blocks follow each other, and find it in the second-level
+/// cache.
+const DIRECT_GRADIENT_BYTES: usize = 2 << 20;
 /// Most rows for which the narrow tiles waste less than the wide ones.
 const NARROW_ROWS: usize = 32;
 /// Blocks that a staged weight gradient aims for: two for each of 132 multiprocessors.
@@ -127,10 +130,15 @@ impl ConvShape {
         let tap_tiles = ((self.c * self.r * self.s) as usize).div_ceil(taps);
         let columns = (self.p * self.q * self.n) as usize;
         let splits = match policy {
-            Policy::Direct => 1,
+            Policy::Direct => (self.gradient_read_bytes() / DIRECT_GRADIENT_BYTES).clamp(1, self.p as usize),
             Policy::Staged => (GRADIENT_BLOCKS / (row_tiles * tap_tiles)).min(columns / 256).max(1),
         };
         (kernel, [tap_tiles, row_tiles, splits])
+    }
+
+    /// Bytes of x and dy.
+    fn gradient_read_bytes(&self) -> usize {
+        (self.input_len() + self.output_len()) * size_of::<f32>()
     }
 
     /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.

@@ -1,0 +1,175 @@
+//! Whole training steps: ResNet-20 at batch 128 on images of 3x32x32, and ResNet-8 at batch 64 on the digits; f32.
+//!
+//! `cargo bench --bench step`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set). With
+//! `-- --json` it prints one line of JSON instead, for scripts/bench-host.sh: median and best wall time, CPU time, and
+//! the peak of resident memory beside what the plan holds.
+
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, Throughput};
+use dilt::data::{DataSet, Examples};
+use dilt::device::Device;
+use dilt::nn::config::ModelConfig;
+use dilt::nn::network::Network;
+use dilt::nn::plan::Mode;
+use dilt::nn::{init, resnet};
+use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Training};
+
+/// A model, its batch and the data that it steps over.
+struct Case {
+    name: &'static str,
+    model: &'static str,
+    batch: usize,
+    data: DataSet,
+}
+
+/// Random bytes as CIFAR images: the time of a step does not depend on what is in them.
+fn random_images(batch: usize) -> DataSet {
+    let shape = [3, 32, 32];
+    let mut state = 1u32;
+    let mut byte = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    let images = (0..batch * shape.iter().product::<usize>()).map(|_| byte()).collect();
+    let train = Examples { images, labels: (0..batch as u32).map(|i| i % 10).collect() };
+    let (name, mean, std) = ("random".to_owned(), vec![0.5; 3], vec![0.25; 3]);
+    DataSet { name, shape, classes: 10, scale: 255.0, mean, std, test: train.clone(), train }
+}
+
+fn cases() -> [Case; 2] {
+    let digits = dilt::data::load("digits").expect("part of the program");
+    [
+        Case { name: "resnet20_batch128", model: "resnet20", batch: 128, data: random_images(128) },
+        Case { name: "resnet8_digits_batch64", model: "resnet8", batch: 64, data: digits },
+    ]
+}
+
+impl Case {
+    /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
+    fn run(&self, device: &Device, work: impl FnOnce(&mut dyn FnMut(usize) -> Duration, usize)) -> dilt::Result<()> {
+        let model = resnet::build(&ModelConfig::load(self.model, &[])?)?;
+        let mut network = Network::new(device, &model, self.batch, Mode::Train)?;
+        network.load(&init::draw(&model, 0))?;
+        let mut examples = self.data.train.clone();
+        let pixels: usize = self.data.shape.iter().product();
+        examples.labels.truncate(self.batch); // one step an epoch
+        examples.images.truncate(self.batch * pixels);
+        let images = Images::new(device, &self.data, &examples)?;
+        let labelled = Labelled::all(device, &images, &examples, self.data.classes)?;
+        let recipe = Recipe { batch: self.batch, steps: Some(usize::MAX), lr: 1e-3, ..Recipe::default() };
+        let bytes = network.plan().bytes;
+        let mut training = Training::new(&mut network, &labelled, &recipe, 0)?;
+        let mut from = 0;
+        let mut steps = |count: usize| {
+            let mut clock = Clock { begin: None, steps: count, device: device.clone(), time: Duration::ZERO };
+            // The first step is let go by: the clock starts at its end. Stopping is an error of the observer.
+            let stopped = training.run(&mut network, from, &mut clock);
+            assert!(clock.steps == 0, "{:?}", stopped.err());
+            from += count + 1;
+            clock.time
+        };
+        steps(2);
+        work(&mut steps, bytes);
+        Ok(())
+    }
+}
+
+/// Stops a training after some steps, and measures them.
+struct Clock {
+    begin: Option<dilt::device::Event>,
+    steps: usize,
+    device: Device,
+    time: Duration,
+}
+
+impl Observer for Clock {
+    fn chunk(&mut self, _: &Chunk, _: &Network, _: usize, _: usize) -> dilt::Result<()> {
+        let now = self.device.event()?;
+        let Some(begin) = &self.begin else {
+            self.begin = Some(now);
+            return Ok(());
+        };
+        self.steps -= 1;
+        if self.steps > 0 {
+            return Ok(());
+        }
+        self.time = Duration::from_secs_f64(now.elapsed_ms(begin)? / 1e3);
+        Err(dilt::Error::Run("measured".into()))
+    }
+}
+
+/// CPU time of this process, all threads.
+fn cpu_time() -> Duration {
+    // SAFETY: rusage is plain data, filled by the call.
+    let usage = unsafe {
+        let mut usage = std::mem::zeroed::<libc::rusage>();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    let of = |time: libc::timeval| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64);
+    of(usage.ru_utime) + of(usage.ru_stime)
+}
+
+/// A line of /proc/self/status in MiB; 0 where there is none.
+fn resident_mib(line: &str) -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let value = status.lines().find_map(|text| text.strip_prefix(line)?.trim().split(' ').next()?.parse::<f64>().ok());
+    value.unwrap_or(0.0) / 1024.0
+}
+
+fn json(device: &Device) -> dilt::Result<()> {
+    for case in cases() {
+        let before = resident_mib("VmRSS:");
+        case.run(device, |steps, planned| {
+            let repeats = if case.batch == 128 { 10 } else { 50 };
+            let mut wall = Vec::new();
+            let mut cpu = f64::INFINITY;
+            for _ in 0..repeats {
+                let (begin, count) = (cpu_time(), 2);
+                wall.push(steps(count).as_secs_f64() * 1e3 / count as f64);
+                cpu = cpu.min((cpu_time() - begin).as_secs_f64() * 1e3 / (count + 1) as f64);
+            }
+            wall.sort_by(f64::total_cmp);
+            let planned = planned as f64 / 1048576.0;
+            let peak = resident_mib("VmHWM:");
+            let line = serde_json::json!({
+                "what": case.name, "device": device.description(), "batch": case.batch,
+                "threads": rayon::current_num_threads(), "median_ms": wall[repeats / 2], "min_ms": wall[0],
+                "min_cpu_ms": cpu, "images_per_s": case.batch as f64 / wall[repeats / 2] * 1e3,
+                "planned_mib": planned, "resident_before_mib": before, "peak_rss_mib": peak,
+                "peak_to_planned": peak / planned,
+            });
+            println!("{line}");
+        })?;
+    }
+    Ok(())
+}
+
+fn main() {
+    let name = std::env::var("DILT_BENCH_DEVICE").unwrap_or_else(|_| "auto".into());
+    let device = Device::open(&name).unwrap_or_else(|error| panic!("DILT_BENCH_DEVICE: {error}"));
+    if std::env::args().any(|argument| argument == "--json") {
+        return json(&device).expect("the steps run");
+    }
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(5))
+        .configure_from_args();
+    let mut group = criterion.benchmark_group(format!("step, {}", device.description()));
+    for case in cases() {
+        let begin = Instant::now();
+        case.run(&device, |steps, planned| {
+            group.throughput(Throughput::Elements(case.batch as u64));
+            group.bench_function(case.name, |bencher| bencher.iter_custom(|count| steps(count as usize)));
+            let planned = planned as f64 / 1048576.0;
+            let peak = resident_mib("VmHWM:");
+            println!("{}: planned {planned:.1} MiB, peak of the process {peak:.1} MiB", case.name);
+        })
+        .expect("the steps run");
+        eprintln!("{} took {:.1} s", case.name, begin.elapsed().as_secs_f64());
+    }
+    group.finish();
+    criterion.final_summary();
+}
