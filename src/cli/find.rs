@@ -14,7 +14,8 @@ use super::{Common, ModelAndData, RecipeOptions, RunOptions, machine, short_name
 /// Find tickets by a method, retrain each on all data, and score it beside its controls.
 ///
 /// Without options: the disentangled tickets of ResNet-8 on the embedded handwritten digits.
-/// A run that was stopped goes on where it was when the same command is given again.
+/// A run that was stopped goes on where it was when the same command is given again. Trainings write checkpoints
+/// every 20 seconds, or as often as the environment variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
 pub struct Find {
     /// How tickets are found.

@@ -22,7 +22,8 @@ use super::{Common, ModelAndData, RecipeOptions, machine};
 /// Train a dense network, or a ticket under its masks.
 ///
 /// Writes OUT/weights.safetensors and OUT/metrics.csv, which has one row per step. A training that was stopped goes
-/// on from its last checkpoint in OUT when the same command is given again.
+/// on from its last checkpoint in OUT when the same command is given again. Checkpoints are written every 20 seconds, or
+/// as often as the environment variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
 pub struct Train {
     /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.

@@ -35,8 +35,8 @@ fn damaged_and_hostile_weights() {
         ("truncated", bytes[..bytes.len() / 2].to_vec(), &["cut short"]),
         ("header", [&u64::MAX.to_le_bytes()[..], &bytes[8..]].concat(), &["header of"]),
         ("nan", nan, &["finite", "NaN"]),
-        ("dtype", edited("\"F32\"", "\"I32\""), &["expected F32", "conv1.weight"]),
-        ("overlap", edited("\"data_offsets\":[0,", "\"data_offsets\":[4,"), &["conv1.weight"]),
+        ("dtype", edited("\"F32\"", "\"I32\""), &["expected F32", "bn1.bias"]),
+        ("overlap", edited("\"data_offsets\":[0,", "\"data_offsets\":[4,"), &["bn1.bias", "offsets"]),
         ("name", edited("conv1.weight", "conv9.weight"), &["conv9.weight", "conv1.weight"]),
         ("text", b"this is no safetensors file".to_vec(), &["safetensors"]),
     ];

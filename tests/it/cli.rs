@@ -111,7 +111,8 @@ fn pruning_removes_exactly_the_share_and_the_first_of_equals() {
     assert!(all[remove..].iter().all(|(_, name, i)| ticket.masks[name].get(*i)), "all others stay");
     assert_eq!(ticket.tensors, weights.tensors, "_orig is what was there");
 
-    let by_layer = with(&prune, &["--scope", "layer", "--exclude", "linear.*"]);
+    let by_layer = ["prune", "--weights", "ties.safetensors", "--sparsity", "0.4321", "--out", "l.safetensors"];
+    let by_layer = with(&by_layer, &["--scope", "layer", "--exclude", "linear.*"]);
     for layer in json(folder.path(), &by_layer)["layers"].as_array().unwrap() {
         let total = number(&layer["total"]);
         assert_eq!(number(&layer["kept"]), total - (total * 0.4321).round_ties_even(), "{layer}");
