@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use dilt::data::{DataSet, Examples};
+use dilt::mask::set::MaskSet;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Mode;
 use dilt::nn::resnet;
 use dilt::nn::weights::{Weights, save_logits};
-use dilt::train::{Images, Labelled, evaluate};
+use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
 use serde::Serialize;
 
 use super::{Common, ModelAndData};
@@ -50,7 +51,7 @@ impl Split {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Split::Train => "train",
             Split::Test => "test",
@@ -74,8 +75,9 @@ struct Evaluated {
 
 impl Eval {
     pub fn run(&self) -> anyhow::Result<()> {
-        if self.batch == 0 {
-            return Err(dilt::Error::Usage("--batch: expected at least 1, got 0".into()).into());
+        if !(1..=MOST_SAMPLES).contains(&self.batch) {
+            let message = format!("--batch: expected 1 to {MOST_SAMPLES}, got {}", self.batch);
+            return Err(dilt::Error::Usage(message).into());
         }
         let (config, data) = self.target.load()?;
         let model = resnet::build(&config)?;
@@ -90,10 +92,8 @@ impl Eval {
         if let Some(path) = &self.logits {
             save_logits(path, &score.logits, model.classes, &split.labels)?;
         }
-        let (kept, total) = model.prunable().fold((0, 0), |(kept, total), parameter| {
-            let count = weights.masks.get(&parameter.name).map_or(parameter.elements(), |mask| mask.count());
-            (kept + count, total + parameter.elements())
-        });
+        // Of the weights that have a mask, as everywhere: what was left out of pruning is no part of it.
+        let masks = MaskSet::new(weights.masks.into_iter().collect());
         let result = Evaluated {
             model: model.name.clone(),
             data: data.name.clone(),
@@ -102,7 +102,7 @@ impl Eval {
             top1: score.top1,
             top5: score.top5,
             loss: score.loss,
-            density: kept as f64 / total as f64,
+            density: masks.density(),
             device: device.description(),
             precision: self.common.precision(),
         };

@@ -14,7 +14,8 @@ use super::{Common, ModelAndData, RecipeOptions, RunOptions, machine, short_name
 /// Find tickets by a method, retrain each on all data, and score it beside its controls.
 ///
 /// Without options: the disentangled tickets of ResNet-8 on the embedded handwritten digits.
-/// A run that was stopped goes on where it was when the same command is given again.
+/// A run that was stopped goes on where it was when the same command is given again. Trainings write checkpoints
+/// every 20 seconds, or as often as the environment variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
 pub struct Find {
     /// How tickets are found.
@@ -30,10 +31,10 @@ pub struct Find {
     #[arg(long, default_value_t = 4, help_heading = "Tickets")]
     levels: usize,
     /// Share of what is left that each level removes.
-    #[arg(long, default_value_t = 0.6, help_heading = "Tickets")]
+    #[arg(long, default_value_t = 0.6, allow_negative_numbers = true, help_heading = "Tickets")]
     prune: f64,
     /// Density after the last level, instead of --prune.
-    #[arg(long, conflicts_with = "prune", help_heading = "Tickets")]
+    #[arg(long, conflicts_with = "prune", allow_negative_numbers = true, help_heading = "Tickets")]
     density: Option<f64>,
     /// Where every training starts: init, or this many steps on all data from there.
     #[arg(long, default_value = "init", value_name = "init|STEPS", help_heading = "Tickets")]
@@ -110,6 +111,11 @@ impl Find {
                 Err(_) => return usage(format!("--rewind: expected init or a number of steps, got '{steps}'")),
             },
         };
+        if self.at_least.is_some() && self.method != Method::Dilt {
+            return usage(
+                "--at-least: expected --method dilt with it; colt takes what all parts keep, lth has no parts".into(),
+            );
+        }
         let partition = Partition::parse(&self.partition, self.parts, self.common.seed)?;
         Ok(Settings {
             method: self.method,

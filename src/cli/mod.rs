@@ -8,6 +8,7 @@ mod mask;
 mod prune;
 mod train;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -98,7 +99,7 @@ impl Common {
         }
         let device = Device::open(&self.device)?;
         if self.verbose {
-            eprintln!("device: {} ({})", device.description(), Device::cuda_status());
+            self.progress().say(&format!("device: {} ({})", device.description(), Device::cuda_status()));
         }
         Ok(device)
     }
@@ -118,8 +119,13 @@ impl Common {
     /// Prints a result: as JSON, or as the table that `table` makes.
     fn print<T: Serialize>(&self, result: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
         let text = if self.json { serde_json::to_string_pretty(result)? } else { table(result) };
-        println!("{text}");
-        Ok(())
+        // Not println!, which panics when the disk is full or the reader has gone.
+        match writeln!(std::io::stdout(), "{text}") {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                Err(dilt::Error::file("standard output", format!("the result cannot be written: {error}")).into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -294,7 +300,8 @@ struct RunOptions {
 
 /// What a run's bits depend on beside its settings.
 fn machine(device: &Device) -> serde_json::Value {
-    serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "device": device.description() })
+    let policy = format!("{:?}", device.policy()).to_lowercase();
+    serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "device": device.description(), "policy": policy })
 }
 
 /// `model` and `data` for the name of a run folder: without paths.

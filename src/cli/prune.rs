@@ -24,7 +24,7 @@ pub struct Prune {
     #[arg(long, value_name = "FILE", alias = "ticket")]
     weights: PathBuf,
     /// Share of the weights that is removed.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     sparsity: f64,
     /// Where magnitudes are compared.
     #[arg(long, value_enum, default_value = "global")]

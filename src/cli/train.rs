@@ -13,15 +13,17 @@ use dilt::nn::weights::Weights;
 use dilt::nn::{init, resnet};
 use dilt::report::table::table;
 use dilt::ticket::experiment::{Saver, resume};
-use dilt::train::{Images, Labelled, MetricsFile, Recipe, Training, evaluate};
+use dilt::ticket::run::TrainingFolder;
+use dilt::train::{Images, Labelled, Recipe, Training, evaluate};
 use serde::Serialize;
 
-use super::{Common, ModelAndData, RecipeOptions};
+use super::{Common, ModelAndData, RecipeOptions, machine};
 
 /// Train a dense network, or a ticket under its masks.
 ///
 /// Writes OUT/weights.safetensors and OUT/metrics.csv, which has one row per step. A training that was stopped goes
-/// on from its last checkpoint in OUT when the same command is given again.
+/// on from its last checkpoint in OUT when the same command is given again. Checkpoints are written every 20 seconds, or
+/// as often as the environment variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
 pub struct Train {
     /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.
@@ -64,38 +66,48 @@ impl Train {
             return self.show_plan(&device, &model, &recipe);
         }
         let out = self.out.as_ref().expect("required by clap");
-        std::fs::create_dir_all(out).map_err(|error| {
-            dilt::Error::file(out, format!("the folder cannot be made: {error}; choose another with --out"))
-        })?;
+        let folder = TrainingFolder::open(out)?;
+        let files = folder.files();
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
         let mut network = Network::new(&device, &model, recipe.batch, Mode::Train)?;
+        let start = match &self.weights {
+            Some(path) => Weights::load(path)?,
+            None => init::draw(&model, self.common.seed),
+        };
+        let fitted = network.load(&start);
         match &self.weights {
-            Some(path) => network.load(&Weights::load(path)?).with_context(|| path.display().to_string())?,
-            None => network.load(&init::draw(&model, self.common.seed))?,
+            Some(path) => fitted.with_context(|| path.display().to_string())?,
+            None => fitted?,
         }
-        let checkpoint = out.join("checkpoint.safetensors");
-        let done = resume(&mut network, &checkpoint)?;
+        // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
+        let identity = serde_json::json!([
+            config,
+            recipe,
+            data.identity(),
+            self.split.name(),
+            self.common.seed,
+            start.identity(),
+            machine(&device),
+        ]);
+        let identity = identity.to_string();
+        let done = resume(&mut network, &files.checkpoint(), &identity)?;
         let mut training = Training::new(&mut network, &examples, &recipe, self.common.seed)?;
         let total = training.total_steps();
         let stage = self.common.progress().stage("train", total);
         let begun = Instant::now();
-        let mut observer = Saver {
-            metrics: MetricsFile::resume(&out.join("metrics.csv"), done)?,
-            checkpoint: &checkpoint,
-            saved: begun,
-            shown: &mut |done, loss| stage.show(done, loss),
-        };
+        let mut shown = |done, loss| stage.show(done, loss);
+        let mut observer = Saver::new(files, done, identity, &mut shown)?;
         training.run(&mut network, done, &mut observer)?;
         let seconds = begun.elapsed().as_secs_f64();
         let per_epoch = recipe.steps_per_epoch(examples.len());
         let seen = (total - done) as f64 * examples.len().min(per_epoch * recipe.batch) as f64 / per_epoch as f64;
-        let path = out.join("weights.safetensors");
-        network.weights()?.save(&path)?;
-        // Left behind, a later training in this folder would go on from it.
-        let _ = std::fs::remove_file(&checkpoint);
         let score = evaluate(&mut network, &examples, recipe.batch, false)?;
+        let path = files.weights();
+        network.weights()?.save(&path)?;
+        // Left behind, it would stand in the way of a later training in this folder.
+        let _ = std::fs::remove_file(files.checkpoint());
         let trained = Trained {
             top1: score.top1,
             loss: score.loss,

@@ -29,6 +29,10 @@ pub(crate) fn write_atomically(
         Error::file(path, format!("cannot write it in {}: {e}; nothing was changed; {advice}", folder.display()))
     };
 
+    // A rename would put a file in the place of a device, a pipe or a folder.
+    if std::fs::metadata(path).is_ok_and(|about| !about.is_file()) {
+        return Err(Error::file(path, "cannot write it: it is a folder or device; choose the name of a file"));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(PREFIX).suffix(SUFFIX);
     #[cfg(unix)] // as any other new file; the default of temporary files is for their owner only

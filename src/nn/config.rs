@@ -22,6 +22,11 @@ const EMBEDDED: &[(&str, &str)] = &[
     ("resnet50_cifar", include_str!("../../models/resnet50_cifar.toml")),
 ];
 
+/// Largest channels, height, width and classes: products of three fit 64 bits.
+const MOST_OF_A_SIZE: usize = 1 << 16;
+/// Most blocks of a stage.
+const MOST_BLOCKS: usize = 1 << 10;
+
 /// A model file: a residual network (He et al. 2016, arXiv 1512.03385).
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -111,6 +116,18 @@ impl ModelConfig {
     fn check(&self) -> std::result::Result<(), String> {
         if self.image.contains(&0) || self.classes < 2 {
             return Err("expected an image without sizes of 0, and at least two classes".into());
+        }
+        let (blocks, channels) = (self.stages.iter().copied().max(), self.widths.iter().copied().max());
+        let largest = [self.image[0], self.image[1], self.image[2], self.classes, channels.unwrap_or(0)];
+        if largest.iter().any(|&size| size > MOST_OF_A_SIZE)
+            || blocks.unwrap_or(0) > MOST_BLOCKS
+            || self.stages.len() > 16
+        {
+            return Err(format!(
+                "expected sizes of images, classes and widths of at most {MOST_OF_A_SIZE}, and at most 16 stages of at \
+                 most {MOST_BLOCKS} blocks, got image {:?}, {} classes, widths {:?}, stages {:?}",
+                self.image, self.classes, self.widths, self.stages
+            ));
         }
         if self.stages.is_empty() || self.stages.len() != self.widths.len() {
             let (stages, widths) = (self.stages.len(), self.widths.len());

@@ -1,5 +1,7 @@
 //! A network with memory on a device: its forward and backward passes, layer by layer.
 
+use std::collections::BTreeSet;
+
 use super::model::{Layer, Model, ParameterId, ParameterKind, STATISTICS, ValueId};
 use super::plan::{Fixed, Mode, Plan, aligned};
 use super::weights::Weights;
@@ -38,6 +40,8 @@ pub struct Network {
     decay: Buffer<u32>,
     /// One bit per parameter: 1 where it is trained; everywhere if there is none.
     trainable: Option<Buffer<u32>>,
+    /// Names of the parameters whose masks were loaded.
+    masked: BTreeSet<String>,
     statistics: Buffer<f32>,
     saved: Buffer<f32>,
     scratch: Buffer<f32>,
@@ -100,6 +104,7 @@ impl Network {
             mask: piece(Fixed::Mask),
             decay: piece(Fixed::Decay),
             trainable: None,
+            masked: BTreeSet::new(),
             statistics: piece(Fixed::Statistics).cast(),
             saved: piece(Fixed::Saved).cast(),
             scratch: piece(Fixed::Scratch).cast(),
@@ -412,6 +417,7 @@ impl Network {
         self.device.write(&words, self.mask.view_mut())?;
         apply_mask(&self.device, self.mask.view(), self.parameters.view_mut())?;
         self.device.zero(self.velocity.view_mut())?;
+        self.masked = weights.masks.keys().cloned().collect();
         self.set_statistics(|name| weights.tensors.get(name).map(|tensor| tensor.iter().copied().collect()))
     }
 
@@ -443,7 +449,7 @@ impl Network {
             let mask = words[first..first + parameter.elements().div_ceil(32)].to_vec();
             let mask = Mask::from_words(&parameter.shape, mask)?;
             weights.tensors.insert(parameter.name.clone(), array(&parameter.shape, &values[range]));
-            if mask.count() < mask.len() {
+            if mask.count() < mask.len() || self.masked.contains(&parameter.name) {
                 weights.masks.insert(parameter.name.clone(), mask);
             }
         }

@@ -4,10 +4,13 @@ use super::config::{Block, Family, ModelConfig, Stem};
 use super::model::{Layer, Model, ParameterKind, Statistics, ValueId};
 use crate::error::{Error, Result};
 
+/// Kernels count the weights of a network in 32 bits.
+const MOST_PARAMETERS: usize = 1 << 31;
+
 /// Builds the network that a model file describes.
 ///
 /// # Errors
-/// [`Error::Usage`] if the images are too small for the network.
+/// [`Error::Usage`] if the images are too small for the network, or it would have 2^31 parameters or more.
 pub fn build(config: &ModelConfig) -> Result<Model> {
     let mut model = Model::new(&config.name, config.image, config.classes, config.family == Family::Torchvision);
     let mut x = match config.stem {
@@ -30,6 +33,13 @@ pub fn build(config: &ModelConfig) -> Result<Model> {
     }
     x = model.mean_pool("avgpool", x);
     model.linear(if config.family == Family::Cifar { "linear" } else { "fc" }, x, config.classes);
+    let parameters = model.parameter_count();
+    if parameters >= MOST_PARAMETERS {
+        return Err(Error::Usage(format!(
+            "model {}: expected fewer than {MOST_PARAMETERS} parameters, got {parameters}; choose smaller widths or fewer blocks",
+            config.name
+        )));
+    }
     Ok(model)
 }
 

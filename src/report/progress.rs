@@ -1,6 +1,6 @@
 //! Progress on stderr: a bar for each stage on a terminal, a line for each stage elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -64,7 +64,8 @@ impl Progress {
     /// A message that is no error, for those who want progress.
     pub fn say(&self, message: &str) {
         if self.verbosity > Verbosity::Quiet {
-            eprintln!("{message}");
+            // Not eprintln!, which panics when nobody can read it.
+            let _ = writeln!(std::io::stderr(), "{message}");
         }
     }
 }
@@ -79,7 +80,8 @@ impl Stage {
             if self.lines {
                 let (job, stage) = (self.job_begun.elapsed().as_secs_f64(), self.begun.elapsed().as_secs_f64());
                 let (number, name) = (self.number, &self.name);
-                eprintln!("{job:7.1} s  {number:3}  {name}: {done} steps in {stage:.1} s, loss {loss:.4}");
+                let line = format!("{job:7.1} s  {number:3}  {name}: {done} steps in {stage:.1} s, loss {loss:.4}");
+                let _ = writeln!(std::io::stderr(), "{line}");
             }
         }
     }

@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::controls::core_and_random;
+use super::controls::scattered;
 use super::experiment::{Experiment, Head, Purpose, Repetition, Task, TicketScore};
 use super::find::Rows;
 use super::result::{Matrix, Outcome};
@@ -48,8 +48,9 @@ pub fn assemble(
     assembly: Assembly,
 ) -> Result<Outcome> {
     let settings = experiment.settings;
+    let run = experiment.folder.path().to_string_lossy().into_owned();
     if let Some(result) = experiment.folder.result()? {
-        return Ok(result);
+        return Ok(Outcome { run, ..result });
     }
     let names: Vec<String> = core.masks.keys().cloned().collect();
     let core_masks = MaskSet::from_file(&core.masks, &names)?;
@@ -73,13 +74,7 @@ pub fn assemble(
         let (score, folder) = repetition.retrain("core", "dilt", &core_masks, None)?;
         let core_weights = Weights::load(&folder.weights())?;
         rows.add("core", "dilt", None, seed, score, &folder);
-        let random: Vec<_> = sets
-            .iter()
-            .map(|(part, set)| {
-                let with_core = core_and_random(&repetition, &core_masks, set)?;
-                Ok((*part, with_core.combine(experiment.device, MaskOp::AndNot, &core_masks)?))
-            })
-            .collect::<Result<_>>()?;
+        let random: Vec<_> = sets.iter().map(|(part, set)| (*part, scattered(&repetition, &core_masks, set))).collect();
         for (name, matched, sets) in [("assembled", None, &sets), ("core-random", Some("assembled"), &random)] {
             let (score, folder) = match assembly {
                 Assembly::Retrain => {
@@ -93,7 +88,6 @@ pub fn assemble(
         names = repetition.parts.iter().map(|part| part.name.clone()).collect();
     }
     let tickets = rows.finish();
-    let run = experiment.folder.path().to_string_lossy().into_owned();
     let outcome = Outcome { run, matrix: Matrix::new(names, &tickets), tickets, overlap: None };
     experiment.folder.finish(&outcome)?;
     Ok(outcome)

@@ -9,6 +9,9 @@ use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::ops::prune::MaskOp;
 
+/// First stream of random masks: apart from the orders of examples, which are drawn with small streams.
+const RANDOM_MASKS: u64 = 1 << 32;
+
 /// One-shot magnitude pruning of one network, trained on all data with as many samples as the parts' networks see
 /// together: as many times the epochs as there are levels.
 ///
@@ -24,44 +27,28 @@ pub fn magnitude(repetition: &Repetition, keep: usize) -> Result<MaskSet> {
 }
 
 /// Random weights: as many of each layer as the ticket keeps.
-///
-/// # Errors
-/// None that depend on the arguments.
-pub fn random(repetition: &Repetition, like: &MaskSet) -> Result<MaskSet> {
+pub fn random(repetition: &Repetition, like: &MaskSet) -> MaskSet {
     let layers = like.layers().iter().enumerate().map(|(layer, (name, mask))| {
-        (name.clone(), random_mask(mask.shape(), mask.len(), mask.count(), repetition.seed, layer, |_| true))
+        let order = permutation(mask.len() as u32, repetition.seed, RANDOM_MASKS + layer as u64);
+        let mut keep = vec![false; mask.len()];
+        order.into_iter().take(mask.count()).for_each(|i| keep[i as usize] = true);
+        (name.clone(), Mask::from_fn(mask.shape(), |i| keep[i]))
     });
-    Ok(MaskSet::new(layers.collect()))
+    MaskSet::new(layers.collect())
 }
 
-/// `core` and as many random weights of each layer, from outside the core, as `extra` keeps.
-///
-/// # Errors
-/// [`crate::Error::Usage`] if the layers differ.
-pub fn core_and_random(repetition: &Repetition, core: &MaskSet, extra: &MaskSet) -> Result<MaskSet> {
-    let device = repetition.experiment.device;
+/// The weights of `extra`, none of them in `core`, each put to a random place outside the core, in its layer. Of one
+/// repetition the places are the same for every `extra`: what two have in common, they have in common after it too.
+pub fn scattered(repetition: &Repetition, core: &MaskSet, extra: &MaskSet) -> MaskSet {
     let layers = core.layers().iter().zip(extra.layers()).enumerate().map(|(layer, ((name, core), (_, extra)))| {
-        let (shape, len, seed) = (core.shape(), core.len(), repetition.seed);
-        (name.clone(), random_mask(shape, len, extra.count(), seed, layer, |i| !core.get(i)))
+        let outside: Vec<usize> = (0..core.len()).filter(|&i| !core.get(i)).collect();
+        let places = permutation(outside.len() as u32, repetition.seed, RANDOM_MASKS + layer as u64);
+        let mut keep = vec![false; core.len()];
+        let taken = outside.iter().zip(places).filter(|(from, _)| extra.get(**from));
+        taken.for_each(|(_, place)| keep[outside[place as usize]] = true);
+        (name.clone(), Mask::from_fn(core.shape(), |i| keep[i]))
     });
-    core.combine(device, MaskOp::Or, &MaskSet::new(layers.collect()))
-}
-
-/// A mask of `count` random weights of those that `from` allows.
-fn random_mask(
-    shape: &[usize],
-    len: usize,
-    count: usize,
-    seed: u64,
-    layer: usize,
-    from: impl Fn(usize) -> bool,
-) -> Mask {
-    /// Apart from the orders of examples, which are drawn with small streams.
-    const STREAM: u64 = 1 << 32;
-    let order = permutation(len as u32, seed, STREAM + layer as u64);
-    let mut keep = vec![false; len];
-    order.into_iter().map(|i| i as usize).filter(|&i| from(i)).take(count).for_each(|i| keep[i] = true);
-    Mask::from_fn(shape, |i| keep[i])
+    MaskSet::new(layers.collect())
 }
 
 /// The union pruned by magnitude to the core's count.

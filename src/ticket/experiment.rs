@@ -1,7 +1,7 @@
 //! One repetition of an experiment: it trains networks under masks, each in a folder of its own, and scores tickets.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use super::settings::Settings;
 use crate::data::DataSet;
 use crate::data::partition::Part;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
 use crate::nn::model::Model;
@@ -24,8 +24,8 @@ use crate::train::{
     Checkpoint, Chunk, Images, Labelled, MetricsFile, Observer, Recipe, Training, evaluate, refresh_statistics,
 };
 
-/// A training writes a checkpoint when this much time has passed since the last.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(20);
+/// Environment variable: a training writes a checkpoint when so many seconds have passed since the last.
+const CHECKPOINT_SECONDS: &str = "DILT_CHECKPOINT_SECONDS";
 
 /// What all repetitions share.
 pub struct Experiment<'a> {
@@ -87,6 +87,8 @@ pub struct Task<'a> {
     pub purpose: Purpose,
     /// Times the recipe's epochs.
     pub times: usize,
+    /// Stops after so many steps, with the learning rates of the whole training.
+    pub stop: Option<usize>,
 }
 
 /// The outputs of a network that is trained on a part.
@@ -101,7 +103,7 @@ pub enum Head {
 impl Task<'_> {
     /// Training of all weights on all examples.
     pub fn all(purpose: Purpose) -> Self {
-        Task { part: None, head: Head::All, only: None, purpose, times: 1 }
+        Task { part: None, head: Head::All, only: None, purpose, times: 1, stop: None }
     }
 }
 
@@ -134,9 +136,15 @@ impl<'a> Repetition<'a> {
         let mut repetition = Self::from_ticket(experiment, seed, settings.candidates(&model)?, start)?;
         if settings.rewind > 0 {
             let folder = experiment.folder.search(seed, "rewind")?;
-            let recipe = Recipe { steps: Some(settings.rewind), ..experiment.recipe.clone() };
-            let task = Task::all(Purpose::Rewind);
-            repetition.start = repetition.train_with(&folder, &model, &repetition.start, task, &recipe)?;
+            let steps = experiment.recipe.total_steps(experiment.data.train.len());
+            if settings.rewind > steps {
+                let got = settings.rewind;
+                return Err(Error::Usage(format!(
+                    "--rewind: expected at most {steps}, the steps of a training, got {got}"
+                )));
+            }
+            let task = Task { stop: Some(settings.rewind), ..Task::all(Purpose::Rewind) };
+            repetition.start = repetition.train_with(&folder, &model, &repetition.start, task, experiment.recipe)?;
         }
         Ok(repetition)
     }
@@ -199,14 +207,18 @@ impl<'a> Repetition<'a> {
     pub fn search_from(&self, stage: &str, start: &Weights, task: Task) -> Result<Weights> {
         let folder = self.experiment.folder.search(self.seed, stage)?;
         let model = self.model(self.classes(task))?;
-        self.train_with(&folder, &model, start, task, &self.stretched(task.times))
+        self.train_with(&folder, &model, start, task, &self.recipe(task))
     }
 
-    fn stretched(&self, times: usize) -> Recipe {
-        let recipe = self.experiment.recipe;
+    /// The recipe of a task. Steps are shared by the parts as epochs are: together they see as many samples as a
+    /// training on all data.
+    fn recipe(&self, task: Task) -> Recipe {
+        let Experiment { recipe, data, .. } = *self.experiment;
+        let (times, all) = (task.times, data.train.len());
+        let examples = task.part.map_or(all, |part| part.examples.len());
         Recipe {
             epochs: recipe.epochs * times,
-            steps: recipe.steps.map(|steps| steps * times),
+            steps: recipe.steps.map(|steps| (steps * times * examples).div_ceil(all)),
             milestones: recipe.milestones.iter().map(|epoch| epoch * times as f64).collect(),
             ..recipe.clone()
         }
@@ -222,6 +234,7 @@ impl<'a> Repetition<'a> {
     ) -> Result<Weights> {
         let output = folder.weights();
         if output.exists() {
+            remove_checkpoint(folder);
             return Weights::load(&output);
         }
         let Experiment { device, progress, .. } = *self.experiment;
@@ -231,33 +244,34 @@ impl<'a> Repetition<'a> {
             network.train_only(only)?;
         }
         network.load(start)?;
-        let done = resume(&mut network, &folder.checkpoint())?;
+        let done = resume(&mut network, &folder.checkpoint(), "")?;
         let seed = self.seed * 4 + task.purpose as u64;
         let mut training = Training::new(&mut network, &examples, recipe, seed)?;
+        if let Some(steps) = task.stop {
+            training.stop_after(steps);
+        }
         let bar = progress.stage(folder.name(), training.total_steps());
-        let mut observer = Saver {
-            metrics: MetricsFile::resume(&folder.metrics(), done)?,
-            checkpoint: &folder.checkpoint(),
-            saved: Instant::now(),
-            shown: &mut |done, loss| bar.show(done, loss),
-        };
+        // The run folder's name stands for everything that the bits depend on.
+        let mut shown = |done, loss| bar.show(done, loss);
+        let mut observer = Saver::new(folder, done, String::new(), &mut shown)?;
         training.run(&mut network, done, &mut observer)?;
         let mut weights = network.weights()?;
         weights.metadata.insert("seed".into(), self.seed.to_string());
         weights.metadata.insert("stage".into(), folder.name().into());
         weights.save(&output)?;
-        // Left behind, it would only take space.
-        let _ = std::fs::remove_file(folder.checkpoint());
+        remove_checkpoint(folder);
         Ok(weights)
     }
 
-    /// The body of `start`, the model's own drawn head, and the masks.
+    /// The body of `start`, the model's own drawn head, and the masks, unless they keep everything.
     fn starting_weights(&self, model: &Model, start: &Weights, masks: &MaskSet) -> Weights {
         let mut weights = init::draw(model, self.seed);
         for (name, tensor) in start.tensors.iter().filter(|(name, _)| !model.is_head(name)) {
             weights.tensors.insert(name.clone(), tensor.clone());
         }
-        weights.masks = masks.to_file();
+        if masks.kept() < masks.total() {
+            weights.masks = masks.to_file();
+        }
         weights
     }
 
@@ -277,7 +291,7 @@ impl<'a> Repetition<'a> {
             return Ok((score, folder));
         }
         let start = start.unwrap_or(&self.start);
-        if masks.kept() < masks.total() {
+        if method != "dense" {
             self.write_ticket(&folder, method, masks, start)?;
         }
         let model = self.model(self.experiment.data.classes)?;
@@ -301,6 +315,7 @@ impl<'a> Repetition<'a> {
         let model = self.model(self.experiment.data.classes)?;
         let mut ticket = self.starting_weights(&model, start, masks);
         let partition = serde_json::to_string(&settings.partition).unwrap_or_default();
+        ticket.masks = masks.to_file();
         ticket.metadata = BTreeMap::from([
             ("method".into(), method.into()),
             ("sparsity".into(), (1.0 - masks.density()).to_string()),
@@ -359,34 +374,73 @@ impl<'a> Repetition<'a> {
     }
 }
 
+/// Removes the checkpoint of a training that is done; left behind, it would only take space.
+fn remove_checkpoint(folder: &StageFolder) {
+    let _ = std::fs::remove_file(folder.checkpoint());
+}
+
 /// Puts a network into the state of a checkpoint, if there is one; returns the steps done.
-pub fn resume(network: &mut Network, checkpoint: &Path) -> Result<usize> {
-    if !checkpoint.exists() {
+///
+/// # Errors
+/// [`Error::File`] if it is damaged or of another training than `identity`.
+pub fn resume(network: &mut Network, path: &Path, identity: &str) -> Result<usize> {
+    if !path.exists() {
         return Ok(0);
     }
-    let checkpoint = Checkpoint::load(checkpoint)?;
+    let checkpoint = Checkpoint::load(path)?;
+    if checkpoint.identity != identity {
+        return Err(Error::file(
+            path,
+            "the checkpoint is of a training with other settings, data, weights or device; give the command it was \
+             begun with, choose another folder, or remove it",
+        ));
+    }
     checkpoint.restore(network)?;
     Ok(checkpoint.step)
 }
 
+/// How often a training writes a checkpoint: `DILT_CHECKPOINT_SECONDS`, 20 if not set; 0 after every chunk of steps.
+fn checkpoint_every() -> Result<Duration> {
+    let Ok(text) = std::env::var(CHECKPOINT_SECONDS) else { return Ok(Duration::from_secs(20)) };
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.ok_or_else(|| Error::Usage(format!("{CHECKPOINT_SECONDS}: expected a number of at least 0, got '{text}'")))
+}
+
 /// Writes metrics and checkpoints of a training, and shows its progress.
 pub struct Saver<'a> {
-    /// One row per step.
-    pub metrics: MetricsFile,
-    /// Where the state is kept.
-    pub checkpoint: &'a Path,
-    /// When it was kept last.
-    pub saved: Instant,
-    /// Is given the steps done and the last loss.
-    pub shown: &'a mut dyn FnMut(usize, f32),
+    metrics: MetricsFile,
+    checkpoint: PathBuf,
+    identity: String,
+    every: Duration,
+    /// When the state was kept last.
+    saved: Instant,
+    shown: &'a mut dyn FnMut(usize, f32),
+}
+
+impl<'a> Saver<'a> {
+    /// Goes on with the metrics after `done` steps. Checkpoints are of the training `identity`; `shown` is given the
+    /// steps done and the last loss.
+    ///
+    /// # Errors
+    /// As [`MetricsFile::resume`]; [`Error::Usage`] if the interval of checkpoints is no number.
+    pub fn new(
+        folder: &StageFolder,
+        done: usize,
+        identity: String,
+        shown: &'a mut dyn FnMut(usize, f32),
+    ) -> Result<Self> {
+        let every = checkpoint_every()?;
+        let metrics = MetricsFile::resume(&folder.metrics(), done)?;
+        Ok(Saver { metrics, checkpoint: folder.checkpoint(), identity, every, saved: Instant::now(), shown })
+    }
 }
 
 impl Observer for Saver<'_> {
     fn chunk(&mut self, chunk: &Chunk, network: &Network, done: usize, total: usize) -> Result<()> {
         self.metrics.append(chunk)?;
         (self.shown)(done, *chunk.loss.last().expect("a chunk has a step"));
-        if done < total && self.saved.elapsed() > CHECKPOINT_EVERY {
-            Checkpoint::take(network, done)?.save(self.checkpoint)?;
+        if done < total && self.saved.elapsed() >= self.every {
+            Checkpoint::take(network, done, &self.identity)?.save(&self.checkpoint)?;
             self.saved = Instant::now();
         }
         Ok(())

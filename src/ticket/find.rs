@@ -43,8 +43,9 @@ impl Candidate {
 pub fn find(experiment: &Experiment) -> Result<Outcome> {
     let settings = experiment.settings;
     settings.check()?;
+    let run = experiment.folder.path().to_string_lossy().into_owned();
     if let Some(result) = experiment.folder.result()? {
-        return Ok(result);
+        return Ok(Outcome { run, ..result });
     }
     let mut rows = Rows::default();
     let mut overlaps = Vec::new();
@@ -62,12 +63,7 @@ pub fn find(experiment: &Experiment) -> Result<Outcome> {
         names = repetition.parts.iter().map(|part| part.name.clone()).collect();
     }
     let tickets = rows.finish();
-    let outcome = Outcome {
-        run: experiment.folder.path().to_string_lossy().into_owned(),
-        matrix: Matrix::new(names, &tickets),
-        tickets,
-        overlap: mean_overlap(&overlaps),
-    };
+    let outcome = Outcome { run, matrix: Matrix::new(names, &tickets), tickets, overlap: mean_overlap(&overlaps) };
     experiment.folder.finish(&outcome)?;
     Ok(outcome)
 }
@@ -133,7 +129,7 @@ fn controls_of(repetition: &Repetition, name: &'static str, masks: &MaskSet, wit
         tickets.push(Candidate::new("lth", "lth", lth::to_count(repetition, name, keep)?));
     }
     tickets.push(Candidate::new("magnitude", "magnitude", controls::magnitude(repetition, keep)?));
-    tickets.push(Candidate::new("random", "random", controls::random(repetition, masks)?));
+    tickets.push(Candidate::new("random", "random", controls::random(repetition, masks)));
     let model = crate::nn::resnet::build(repetition.experiment.config)?;
     let other = init::draw(&model, repetition.seed + REDRAWN);
     tickets.push(Candidate { start: Some(other), ..Candidate::new("redrawn", "redrawn", masks.clone()) });

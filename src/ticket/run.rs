@@ -14,6 +14,7 @@
 //! any moment goes on where it was.
 
 use std::fs::{File, TryLockError};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -56,18 +57,7 @@ impl RunFolder {
         let hash: String = hash.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
         let path = runs.join(format!("{experiment}-{hash}"));
         make_folder(&path)?;
-        let lock_path = path.join("lock");
-        let lock = File::create(&lock_path).map_err(|error| cannot_write(&lock_path, &error))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Run(format!(
-                    "{}: another process works on this run; wait for it, or stop it and run this command again",
-                    path.display()
-                )));
-            }
-            Err(TryLockError::Error(error)) => return Err(cannot_write(&lock_path, &error)),
-        }
+        let lock = lock(&path)?;
         remove_temporaries(&path);
         let folder = RunFolder { path, _lock: lock };
         folder.write_text("config.json", &config)?;
@@ -76,6 +66,9 @@ impl RunFolder {
     }
 
     fn check_machine(&self, machine: &Value, allow_change: bool) -> Result<()> {
+        if self.path.join("result.json").exists() {
+            return Ok(()); // Nothing will be computed.
+        }
         let path = self.path.join("machine.json");
         match read_json::<Value>(&path)? {
             Some(before) if before != *machine && !allow_change => Err(Error::Run(format!(
@@ -86,7 +79,9 @@ impl RunFolder {
             Some(before) if before == *machine => Ok(()),
             changed => {
                 if changed.is_some() {
-                    eprintln!("warning: the run goes on with {machine}: its bits are those of no single machine");
+                    let warning =
+                        format!("warning: the run goes on with {machine}: its bits are those of no single machine");
+                    let _ = writeln!(std::io::stderr(), "{warning}");
                 }
                 self.write_text("machine.json", &to_json(machine)?)
             }
@@ -138,6 +133,31 @@ impl RunFolder {
 
     fn write_text(&self, name: &str, text: &str) -> Result<()> {
         write_text(&self.path.join(name), text)
+    }
+}
+
+/// The folder of one training that belongs to no run, locked for this process.
+pub struct TrainingFolder {
+    files: StageFolder,
+    _lock: File,
+}
+
+impl TrainingFolder {
+    /// Opens, or makes, the folder.
+    ///
+    /// # Errors
+    /// [`Error::Run`] if another process works in it; [`Error::File`] if it cannot be written.
+    pub fn open(path: &Path) -> Result<Self> {
+        make_folder(path)?;
+        let lock = lock(path)?;
+        // Not of folders within: other processes may work there.
+        entries(path).filter(|path| is_temporary(path)).for_each(remove_quietly);
+        Ok(TrainingFolder { files: StageFolder { path: path.into(), relative: "train".into() }, _lock: lock })
+    }
+
+    /// Its files.
+    pub fn files(&self) -> &StageFolder {
+        &self.files
     }
 }
 
@@ -204,7 +224,6 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 }
 
 fn write_text(path: &Path, text: &str) -> Result<()> {
-    use std::io::Write;
     if std::fs::read_to_string(path).is_ok_and(|old| old == text) {
         return Ok(());
     }
@@ -212,22 +231,43 @@ fn write_text(path: &Path, text: &str) -> Result<()> {
 }
 
 fn cannot_write(path: &Path, error: &std::io::Error) -> Error {
-    Error::file(path, format!("cannot be written: {error}; choose another folder with --runs"))
+    Error::file(path, format!("cannot be written: {error}; choose another folder"))
 }
 
 fn make_folder(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|error| cannot_write(path, &error))
 }
 
+/// Takes the lock of a folder; the system gives it back when the process ends, also when it is killed.
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join("lock");
+    let lock = File::create(&path).map_err(|error| cannot_write(&path, &error))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(Error::Run(format!(
+            "{}: another process works on this run; wait for it, or stop it and run this command again",
+            folder.display()
+        ))),
+        Err(TryLockError::Error(error)) => Err(cannot_write(&path, &error)),
+    }
+}
+
 /// Removes what a killed process was writing. The lock is held, so nobody else is.
 fn remove_temporaries(folder: &Path) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
+    for path in entries(folder) {
+        if path.is_dir() && !path.is_symlink() {
             remove_temporaries(&path);
         } else if is_temporary(&path) {
-            // A file that cannot be removed does no harm.
-            let _ = std::fs::remove_file(&path);
+            remove_quietly(path);
         }
     }
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// A temporary file that cannot be removed does no harm.
+fn remove_quietly(path: PathBuf) {
+    let _ = std::fs::remove_file(path);
 }

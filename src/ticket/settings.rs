@@ -9,6 +9,13 @@ use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::nn::model::{Model, ParameterKind};
 
+/// Most levels of a search.
+const MOST_LEVELS: usize = 1000;
+/// Most repetitions.
+const MOST_SEEDS: usize = 1000;
+/// Largest first seed: each repetition draws from several that are derived from it.
+const MOST_SEED: u64 = 1 << 60;
+
 /// How tickets are found.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -73,6 +80,11 @@ impl Settings {
         if self.levels == 0 || self.seeds == 0 {
             return refuse("--levels and --seeds", "at least 1", format!("{} and {}", self.levels, self.seeds));
         }
+        if self.levels > MOST_LEVELS || self.seeds > MOST_SEEDS || self.first_seed > MOST_SEED {
+            let expected = format!("at most {MOST_LEVELS}, {MOST_SEEDS} and {MOST_SEED}");
+            let got = format!("{}, {} and {}", self.levels, self.seeds, self.first_seed);
+            return refuse("--levels, --seeds and --seed", &expected, got);
+        }
         let parts = self.partition.parts();
         if self.at_least == 0 || self.at_least > parts {
             return refuse("--at-least", &format!("1 to {parts}, the number of parts"), self.at_least.to_string());
@@ -113,13 +125,18 @@ impl Settings {
 
 /// Whether a name matches a pattern, in which `*` stands for any characters and `?` for one.
 pub fn glob(pattern: &str, name: &str) -> bool {
-    match (pattern.chars().next(), name.chars().next()) {
-        (None, None) => true,
-        (Some('*'), _) if glob(&pattern[1..], name) => true,
-        (Some('*'), Some(c)) => glob(pattern, &name[c.len_utf8()..]),
-        (Some(p), Some(c)) if p == '?' || p == c => glob(&pattern[p.len_utf8()..], &name[c.len_utf8()..]),
-        _ => false,
+    // matches[i]: whether the pattern so far matches the first i characters.
+    let name: Vec<char> = name.chars().collect();
+    let mut matches = vec![false; name.len() + 1];
+    matches[0] = true;
+    for p in pattern.chars() {
+        let before = matches.clone();
+        matches[0] = p == '*' && before[0];
+        for (i, &c) in name.iter().enumerate() {
+            matches[i + 1] = if p == '*' { before[i + 1] || matches[i] } else { before[i] && (p == '?' || p == c) };
+        }
     }
+    matches[name.len()]
 }
 
 #[cfg(test)]
@@ -133,5 +150,6 @@ mod tests {
         assert!(glob("*", ""));
         assert!(!glob("conv1", "conv1.weight"));
         assert!(!glob("?", ""));
+        assert!(!glob(&"*a".repeat(30), &"b".repeat(60)));
     }
 }

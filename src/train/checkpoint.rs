@@ -9,22 +9,25 @@ use crate::nn::weights::Weights;
 /// Prefix of the optimizer's tensors in a checkpoint.
 const VELOCITY: &str = "velocity.";
 const STEP: &str = "step";
+const IDENTITY: &str = "identity";
 
 /// Weights, masks, statistics, the optimizer's velocity, and the number of steps done.
 pub struct Checkpoint {
     /// Steps done.
     pub step: usize,
+    /// Of which training it is.
+    pub identity: String,
     weights: Weights,
     velocity: Weights,
 }
 
 impl Checkpoint {
-    /// The state of a network after `step` steps.
+    /// The state of a network after `step` steps of the training `identity`.
     ///
     /// # Errors
     /// [`Error::Device`] if the device fails.
-    pub fn take(network: &Network, step: usize) -> Result<Self> {
-        Ok(Checkpoint { step, weights: network.weights()?, velocity: network.velocity()? })
+    pub fn take(network: &Network, step: usize, identity: &str) -> Result<Self> {
+        Ok(Checkpoint { step, identity: identity.into(), weights: network.weights()?, velocity: network.velocity()? })
     }
 
     /// Writes it: whole or not at all.
@@ -35,6 +38,7 @@ impl Checkpoint {
         let velocity = std::mem::take(&mut self.velocity.tensors);
         self.weights.tensors.extend(velocity.into_iter().map(|(name, tensor)| (format!("{VELOCITY}{name}"), tensor)));
         self.weights.metadata.insert(STEP.into(), self.step.to_string());
+        self.weights.metadata.insert(IDENTITY.into(), self.identity);
         self.weights.save(path)
     }
 
@@ -53,7 +57,8 @@ impl Checkpoint {
                 None => weights.tensors.insert(name, tensor),
             };
         }
-        Ok(Checkpoint { step, weights, velocity })
+        let identity = weights.metadata.remove(IDENTITY).unwrap_or_default();
+        Ok(Checkpoint { step, identity, weights, velocity })
     }
 
     /// Puts a network into this state.

@@ -3,7 +3,7 @@
 use super::labelled::Labelled;
 use super::run::load;
 use crate::device::Slice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::network::Network;
 use crate::nn::plan::Mode;
 use crate::ops::augment::GatherShape;
@@ -68,7 +68,8 @@ pub struct Score {
 /// Evaluates a network, whose batches have room for `batch` samples, on all examples of `data`.
 ///
 /// # Errors
-/// [`crate::Error::Usage`] if the data does not fit the network; [`crate::Error::Launch`] if the device fails.
+/// [`Error::Usage`] if the data does not fit the network; [`Error::Run`] if the loss is not finite; [`Error::Launch`]
+/// if the device fails.
 pub fn evaluate(network: &mut Network, data: &Labelled, batch: usize, with_logits: bool) -> Result<Score> {
     let classes = network.model().classes;
     let device = network.device().clone();
@@ -94,11 +95,12 @@ pub fn evaluate(network: &mut Network, data: &Labelled, batch: usize, with_logit
     let share = |table: Vec<u32>| table.into_iter().map(u64::from).sum::<u64>() as f64 / examples as f64;
     let losses = device.read(loss.view())?;
     let sum: f64 = losses.iter().zip(&counts).map(|(&loss, count)| f64::from(loss) * count).sum();
-    Ok(Score {
-        examples,
-        loss: sum / examples as f64,
-        top1: share(device.read(top1.view())?),
-        top5: share(device.read(top5.view())?),
-        logits,
-    })
+    let loss = sum / examples as f64;
+    if !loss.is_finite() {
+        return Err(Error::Run(format!(
+            "evaluation of {examples} examples: expected a finite mean loss, got {loss}; use weights from before the \
+             training diverged"
+        )));
+    }
+    Ok(Score { examples, loss, top1: share(device.read(top1.view())?), top5: share(device.read(top5.view())?), logits })
 }

@@ -34,9 +34,15 @@ impl MetricsFile {
         }
         if steps > 0 && rows <= steps {
             let found = rows.saturating_sub(1);
-            return Err(Error::file(path, format!("expected the rows of {steps} steps, found {found}; begin anew")));
+            return Err(Error::file(
+                path,
+                format!(
+                    "expected the rows of {steps} steps, found {found}; remove the checkpoint beside it to begin anew"
+                ),
+            ));
         }
-        if rows == 0 {
+        if steps == 0 {
+            file.set_len(0).and_then(|()| file.rewind()).map_err(cannot)?;
             file.write_all(HEADER.as_bytes()).map_err(cannot)?;
             keep = HEADER.len() as u64;
         }

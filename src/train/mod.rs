@@ -15,5 +15,5 @@ pub use checkpoint::Checkpoint;
 pub use evaluate::{Score, evaluate, refresh_statistics};
 pub use labelled::{Images, Labelled};
 pub use metrics::MetricsFile;
-pub use recipe::{Augmentation, Recipe, Schedule};
+pub use recipe::{Augmentation, MOST_SAMPLES, Recipe, Schedule};
 pub use run::{Chunk, Observer, Training};

@@ -4,6 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+/// Most samples of a step.
+pub const MOST_SAMPLES: usize = 1 << 24;
+/// Most epochs of a training.
+const MOST_EPOCHS: usize = 1 << 20;
+/// Most steps of a training: kernels count them in 32 bits.
+const MOST_STEPS: usize = 1 << 31;
+
 /// How a network is trained: the `[train]` table of a model file, with options on top.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -108,6 +115,11 @@ impl Recipe {
         if self.batch == 0 || (self.epochs == 0 && self.steps.is_none()) || self.steps == Some(0) {
             let got = format!("batch {}, epochs {}, steps {:?}", self.batch, self.epochs, self.steps);
             return refuse("batch, epochs and steps", "at least 1", got);
+        }
+        if self.batch > MOST_SAMPLES || self.epochs > MOST_EPOCHS || self.steps.is_some_and(|n| n > MOST_STEPS) {
+            let expected = format!("at most {MOST_SAMPLES}, {MOST_EPOCHS} and {MOST_STEPS}");
+            let got = format!("batch {}, epochs {}, steps {:?}", self.batch, self.epochs, self.steps);
+            return refuse("batch, epochs and steps", &expected, got);
         }
         if !(self.lr.is_finite() && self.lr >= 0.0) {
             return refuse("lr", "a number of at least 0", self.lr.to_string());

@@ -56,6 +56,7 @@ pub struct Training<'a> {
     gather: GatherShape,
     loss_shape: LossShape,
     rows: usize,
+    stop: usize,
     tables: Tables,
     graph: Option<Graph>,
 }
@@ -101,14 +102,20 @@ impl<'a> Training<'a> {
             data,
             seed,
             rows,
+            stop: recipe.total_steps(data.len()),
             tables,
             graph: None,
         })
     }
 
-    /// Steps of the whole training.
+    /// Stops after so many steps; the learning rates stay those of the whole training.
+    pub fn stop_after(&mut self, steps: usize) {
+        self.stop = self.stop.min(steps);
+    }
+
+    /// Steps of the whole training, or those after which it stops.
     pub fn total_steps(&self) -> usize {
-        self.recipe.total_steps(self.data.len())
+        self.stop
     }
 
     /// Trains from step `from` to the end.
