@@ -1,1 +1,194 @@
-fn main() {}
+//! Single operations on the shapes of ResNet-20 at batch 128, f32, and exact selection of 1M and 25M weights.
+//!
+//! `cargo bench --bench ops [FILTER]`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set).
+//! Convolutions report floating point operations per second (elem/s), the others bytes read and written.
+
+use std::time::Duration;
+
+use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
+use dilt::device::{Buffer, Device};
+use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
+use dilt::ops::norm::{
+    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
+};
+use dilt::ops::optimizer::{Sgd, SgdInput, sgd_step};
+use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
+use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
+
+const BATCH: usize = 128;
+
+struct Bench<'a> {
+    device: Device,
+    group: BenchmarkGroup<'a, WallTime>,
+}
+
+/// Numbers between -1 and 1, the same in every run.
+fn numbers(len: usize) -> Vec<f32> {
+    (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+}
+
+impl Bench<'_> {
+    fn tensor(&self, len: usize) -> Buffer<f32> {
+        self.device.upload(&numbers(len)).expect("enough memory")
+    }
+
+    fn time(&mut self, name: &str, throughput: Throughput, mut op: impl FnMut(&Device) -> dilt::Result<()>) {
+        let device = self.device.clone();
+        self.group.throughput(throughput);
+        self.group.bench_function(name, |bencher| {
+            bencher.iter_custom(|count| {
+                let begin = device.event().expect("an event");
+                (0..count).for_each(|_| op(&device).expect("the operation runs"));
+                let milliseconds = device.event().and_then(|end| end.elapsed_ms(&begin)).expect("an event");
+                Duration::from_secs_f64(milliseconds / 1e3)
+            });
+        });
+    }
+
+    fn convolution(&mut self, channels: usize, image: usize, filters: usize, stride: usize) -> dilt::Result<()> {
+        let shape = ConvShape::new([channels, image, image], filters, [3, 3], stride, 1, BATCH)?;
+        let name = format!("{channels}x{image}x{image} to {filters}, stride {stride}");
+        let flop = Throughput::Elements(2 * shape.multiply_adds() as u64);
+        let (x, w, dy) =
+            (self.tensor(shape.input_len()), self.tensor(shape.weight_len()), self.tensor(shape.output_len()));
+        let (mut y, mut dx) = (self.tensor(shape.output_len()), self.tensor(shape.input_len()));
+        let (mut dw, mut scratch) =
+            (self.tensor(shape.weight_len()), self.tensor(shape.gradient_scratch_len(&self.device)));
+        self.time(&format!("conv forward {name}"), flop.clone(), |device| {
+            conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut())
+        });
+        self.time(&format!("conv input gradient {name}"), flop.clone(), |device| {
+            conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())
+        });
+        self.time(&format!("conv weight gradient {name}"), flop, |device| {
+            conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
+        });
+        Ok(())
+    }
+
+    fn norm(&mut self, features: usize, image: usize) -> dilt::Result<()> {
+        let shape = NormShape::new(features, image * image, BATCH)?;
+        let tensor = |len| self.tensor(len);
+        let (x, dy, mut y, mut dx) =
+            (tensor(shape.len()), tensor(shape.len()), tensor(shape.len()), tensor(shape.len()));
+        let (gamma, beta, mut scratch) = (tensor(features), tensor(features), tensor(shape.scratch_len()));
+        let (mut mean, mut var, mut saved, mut invstd) =
+            (tensor(features), tensor(features), tensor(features), tensor(features));
+        let (mut dgamma, mut dbeta) = (tensor(features), tensor(features));
+        let count = self.device.upload(&[BATCH as u32])?;
+        let bytes = 4 * shape.len() as u64;
+        let input = NormInput { x: x.view(), residual: None, relu: true, count: count.view() };
+        let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
+        self.time(&format!("norm forward {features}x{image}x{image}"), Throughput::Bytes(3 * bytes), |device| {
+            let running = NormRunning { mean: mean.view_mut(), var: var.view_mut(), momentum: 0.1 };
+            let saved = NormSaved { mean: saved.view_mut(), invstd: invstd.view_mut() };
+            norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut())
+        });
+        self.time(&format!("norm backward {features}x{image}x{image}"), Throughput::Bytes(7 * bytes), |device| {
+            let input = NormBackward {
+                x: x.view(),
+                y: y.view(),
+                dy: dy.view(),
+                relu: true,
+                gamma: gamma.view(),
+                mean: saved.view(),
+                invstd: invstd.view(),
+                training: true,
+                count: count.view(),
+            };
+            let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
+            norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, None, dx.view_mut())
+        });
+        Ok(())
+    }
+
+    fn pools(&mut self) -> dilt::Result<()> {
+        let shape = PoolShape::new(64, [32, 32], 3, 2, 1, BATCH)?;
+        let (x, mut y) = (self.tensor(shape.input_len()), self.tensor(shape.output_len()));
+        let mut index = self.device.alloc::<u8>(shape.output_len())?;
+        let bytes = Throughput::Bytes((4 * shape.input_len() + 5 * shape.output_len()) as u64);
+        self.time("max pool 3x3 stride 2, 64x32x32", bytes, |device| {
+            max_pool_forward(device, &shape, x.view(), index.view_mut(), y.view_mut())
+        });
+        let shape = MeanPoolShape::new(64, 64, BATCH)?;
+        let (x, mut y) = (self.tensor(shape.input_len()), self.tensor(shape.output_len()));
+        self.time("mean pool 64x8x8", Throughput::Bytes(4 * shape.input_len() as u64), |device| {
+            mean_pool_forward(device, &shape, x.view(), y.view_mut())
+        });
+        Ok(())
+    }
+
+    fn loss(&mut self) -> dilt::Result<()> {
+        let shape = LossShape::new(1000, BATCH)?;
+        let (logits, mut gradient) = (self.tensor(shape.len()), self.tensor(shape.len()));
+        let labels = self.device.upload(&[7u32; BATCH])?;
+        let (count, step) = (self.device.upload(&[BATCH as u32])?, self.device.upload(&[0u32])?);
+        let (mut loss, mut top1, mut top5) =
+            (self.device.alloc::<f32>(1)?, self.device.alloc(1)?, self.device.alloc(1)?);
+        self.time("cross entropy, 1000 classes", Throughput::Bytes(8 * shape.len() as u64), |device| {
+            let (labels, count, step) = (labels.view(), count.view(), step.view());
+            let input = LossInput { logits: logits.view(), labels, count, step, smoothing: 0.1 };
+            let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
+            cross_entropy(device, &shape, input, tables, Some(gradient.view_mut()))
+        });
+        Ok(())
+    }
+
+    fn sgd(&mut self, elements: usize) -> dilt::Result<()> {
+        let (gradients, mut weights, mut velocity) =
+            (self.tensor(elements), self.tensor(elements), self.tensor(elements));
+        let mask = self.device.upload(&vec![u32::MAX; elements.div_ceil(32)])?;
+        let rate = self.device.upload(&[1e-3f32])?;
+        let sgd = Sgd { momentum: 0.9, nesterov: false, weight_decay: 1e-4 };
+        self.time(&format!("sgd of {elements}"), Throughput::Bytes(20 * elements as u64), |device| {
+            let (rate, gradients, mask) = (rate.view(), gradients.view(), mask.view());
+            let input = SgdInput { rate, gradients, mask, decay: None, clip: None };
+            sgd_step(device, &sgd, input, weights.view_mut(), velocity.view_mut())
+        });
+        Ok(())
+    }
+
+    /// Removes a fifth of all weights.
+    fn prune(&mut self, elements: usize) -> dilt::Result<()> {
+        let weights = self.tensor(elements);
+        let live = self.device.upload(&vec![u32::MAX; elements.div_ceil(32)])?;
+        let mut mask = self.device.upload(&vec![u32::MAX; elements.div_ceil(32)])?;
+        let mut scratch = self.device.alloc::<u32>(prune_scratch_len(elements))?;
+        self.time(&format!("prune a fifth of {elements}"), Throughput::Bytes(4 * elements as u64), |device| {
+            let selection = Selection { weights: weights.view(), live: live.view(), remove: elements / 5 };
+            prune_smallest(device, selection, scratch.view_mut(), mask.view_mut())
+        });
+        Ok(())
+    }
+}
+
+fn main() -> dilt::Result<()> {
+    // As the program does.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global().expect("nothing has run yet");
+    let name = std::env::var("DILT_BENCH_DEVICE").unwrap_or_else(|_| "auto".into());
+    let device = Device::open(&name)?;
+    let mut criterion = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800))
+        .configure_from_args();
+    let group = criterion.benchmark_group(device.description());
+    let mut bench = Bench { device, group };
+    for (channels, image, filters, stride) in
+        [(3, 32, 16, 1), (16, 32, 16, 1), (16, 32, 32, 2), (32, 16, 32, 1), (32, 16, 64, 2), (64, 8, 64, 1)]
+    {
+        bench.convolution(channels, image, filters, stride)?;
+    }
+    for (features, image) in [(16, 32), (32, 16), (64, 8)] {
+        bench.norm(features, image)?;
+    }
+    bench.pools()?;
+    bench.loss()?;
+    bench.sgd(1_000_000)?;
+    bench.prune(1_000_000)?;
+    bench.prune(25_000_000)?;
+    bench.group.finish();
+    criterion.final_summary();
+    Ok(())
+}

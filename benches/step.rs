@@ -147,6 +147,8 @@ fn json(device: &Device) -> dilt::Result<()> {
 }
 
 fn main() {
+    // As the program does.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global().expect("nothing has run yet");
     let name = std::env::var("DILT_BENCH_DEVICE").unwrap_or_else(|_| "auto".into());
     let device = Device::open(&name).unwrap_or_else(|error| panic!("DILT_BENCH_DEVICE: {error}"));
     if std::env::args().any(|argument| argument == "--json") {

@@ -120,9 +120,9 @@ DEVICE float lane_sum(const Samples<L>& x) {
     if constexpr (L == 1) {
         return x[0];
     } else {
-        Samples<L / 2> half;
-        UNROLL for (int i = 0; i < L / 2; ++i) half[i] = x[i] + x[i + L / 2];
-        return lane_sum<L / 2>(half);
+        alignas(4 * L) float lanes[L];
+        store<L>(lanes, x);
+        return lane_sum<L / 2>(load<L / 2>(lanes) + load<L / 2>(lanes + L / 2));
     }
 }
 
