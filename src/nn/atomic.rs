@@ -23,7 +23,6 @@ pub(crate) fn write_atomically(
         let advice = match e.kind() {
             ErrorKind::NotFound => "create that folder first",
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free some space there or choose another folder",
-            ErrorKind::IsADirectory => "there is a folder of that name; choose another",
             _ => "choose another folder",
         };
         Error::file(path, format!("cannot write it in {}: {e}; nothing was changed; {advice}", folder.display()))
@@ -31,7 +30,10 @@ pub(crate) fn write_atomically(
 
     // A rename would put a file in the place of a device, a pipe or a folder.
     if std::fs::metadata(path).is_ok_and(|about| !about.is_file()) {
-        return Err(Error::file(path, "cannot write it: it is a folder or device; choose the name of a file"));
+        return Err(Error::file(
+            path,
+            "cannot write it: it is a folder or device; nothing was changed; choose the name of a file",
+        ));
     }
     let mut builder = tempfile::Builder::new();
     builder.prefix(PREFIX).suffix(SUFFIX);
