@@ -123,6 +123,9 @@ impl Grid<'_> {
                 unsafe { fiber.coroutine.force_reset() };
                 asan::unpoison(stacks.stack(thread).limit.get() as u64, STACK_BYTES);
             }
+            if result.is_err() {
+                tsan.abandon();
+            }
             let result = result.and(stacks.check(threads));
             if cfg!(dilt_sanitize = "thread") {
                 // To ThreadSanitizer a stack that another thread takes over is a race; memory mapped anew is not.

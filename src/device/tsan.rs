@@ -2,8 +2,8 @@
 //!
 //! In a build with `DILT_SANITIZE=thread` each GPU thread is a fiber of its own to ThreadSanitizer, and switching
 //! between fibers orders nothing. What orders: a launch before all its threads, a block barrier between the threads of
-//! its block, all threads before the end of the launch. Fibers and shared memory live until the launch ends, so that
-//! nothing is reused within it. Launches of several OS threads take turns. In other builds everything here is empty.
+//! its block, all threads before the end of the launch. Shared memory lives until the launch ends, so that no address is
+//! reused within it. Launches of several OS threads take turns. In other builds everything here is empty.
 //!
 //! Rust's own synchronisation is not instrumented, so calls from there (malloc, memcpy) are left out: the option below.
 //! What a kernel copies by a call of memcpy, which for a few bytes is no call, is left out with them.
@@ -15,8 +15,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::fiber::SharedMemory;
 
 const ON: bool = cfg!(dilt_sanitize = "thread");
-/// ThreadSanitizer knows about 8,000 threads at a time; past this many, finished ones are given back early.
-const MOST_FIBERS: usize = 6000;
+/// ThreadSanitizer knows about 8,000 threads at a time, and is slower the more there are.
+const MOST_FIBERS: usize = 4096;
 /// Flag of a switch that orders nothing.
 const NO_SYNC: u32 = 1;
 
@@ -60,22 +60,27 @@ thread_local! {
 /// A pair of addresses that stand for synchronisation objects.
 type Objects = Box<[u64; 2]>;
 
-/// Held during a launch, so that all launches together stay under [`MOST_FIBERS`].
-static ALONE: Mutex<()> = Mutex::new(());
+/// The fibers that all launches use in turn, since making one costs a tenth of a millisecond. A launch is after every
+/// earlier one, so a fiber's past orders nothing within it.
+static FIBERS: Mutex<Fibers> = Mutex::new(Fibers(Vec::new()));
+
+struct Fibers(Vec<*mut c_void>);
+
+// SAFETY: fibers belong to no OS thread, and the mutex lets one at a time use them.
+unsafe impl Send for Fibers {}
 
 /// A launch: what is before all its threads and after all of them.
 pub(super) struct Launch {
-    _alone: Option<MutexGuard<'static, ()>>,
-    /// Before the threads, after the threads.
-    objects: Option<Objects>,
-    kept: RefCell<Kept>,
+    running: Option<RefCell<Running>>,
 }
 
-#[derive(Default)]
-struct Kept {
+struct Running {
+    fibers: MutexGuard<'static, Fibers>,
+    /// Before the threads, after the threads.
+    objects: Objects,
+    blocks: usize,
     shared: Vec<SharedMemory>,
     barriers: Vec<Objects>,
-    fibers: Vec<*mut c_void>,
 }
 
 /// What a GPU thread needs of its launch and block.
@@ -92,64 +97,76 @@ fn address(objects: *const [u64; 2], which: usize) -> *const c_void {
 
 impl Launch {
     pub(super) fn begin() -> Self {
-        let alone = ON.then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
-        let objects = ON.then(Objects::default);
-        if let Some(objects) = &objects {
+        let running = ON.then(|| {
+            let fibers = FIBERS.lock().unwrap_or_else(PoisonError::into_inner);
+            let objects = Objects::default();
             // SAFETY: only addresses are used, of memory that lives as long as the launch.
             unsafe {
                 SCHEDULER.set(__tsan_get_current_fiber());
-                __tsan_release(address(&raw const **objects, 0));
+                __tsan_release(address(&raw const *objects, 0));
             }
-        }
-        Launch { _alone: alone, objects, kept: RefCell::default() }
+            RefCell::new(Running { fibers, objects, blocks: 0, shared: Vec::new(), barriers: Vec::new() })
+        });
+        Launch { running }
     }
 
     /// The threads of one more block.
     pub(super) fn block(&self, threads: usize) -> Vec<Thread> {
         let none = Thread { launch: std::ptr::null(), barriers: std::ptr::null(), fiber: std::ptr::null_mut() };
-        let Some(launch) = &self.objects else { return vec![none; threads] };
-        if self.kept.borrow().fibers.len() + threads > MOST_FIBERS {
-            self.give_back();
+        let Some(running) = &self.running else { return vec![none; threads] };
+        let running = &mut *running.borrow_mut();
+        let first = threads * place(running.blocks, MOST_FIBERS / threads);
+        running.blocks += 1;
+        while running.fibers.0.len() < first + threads {
+            // SAFETY: creating a fiber asks nothing.
+            running.fibers.0.push(unsafe { __tsan_create_fiber(0) });
         }
-        let barriers = Objects::default();
-        let thread = Thread { launch: &raw const **launch, barriers: &raw const *barriers, ..none };
-        let mut kept = self.kept.borrow_mut();
-        kept.barriers.push(barriers);
-        // SAFETY: creating a fiber asks nothing.
-        let block: Vec<_> =
-            (0..threads).map(|_| Thread { fiber: unsafe { __tsan_create_fiber(0) }, ..thread }).collect();
-        kept.fibers.extend(block.iter().map(|thread| thread.fiber));
-        block
+        running.barriers.push(Objects::default());
+        let barriers = &raw const **running.barriers.last().expect("just pushed");
+        let thread = Thread { launch: &raw const *running.objects, barriers, ..none };
+        running.fibers.0[first..][..threads].iter().map(|&fiber| Thread { fiber, ..thread }).collect()
     }
 
     /// Keeps a block's shared memory until the launch ends, so that no other block gets the same addresses.
     pub(super) fn keep(&self, shared: SharedMemory) {
-        if ON {
-            self.kept.borrow_mut().shared.push(shared);
+        if let Some(running) = &self.running {
+            running.borrow_mut().shared.push(shared);
         }
     }
 
-    fn give_back(&self) {
-        let Some(objects) = &self.objects else { return };
-        let kept = self.kept.take();
-        // SAFETY: the fibers' threads have returned or were abandoned, and we are on the scheduler's.
-        unsafe {
-            __tsan_acquire(address(&raw const **objects, 1));
-            kept.fibers.into_iter().for_each(|fiber| __tsan_destroy_fiber(fiber));
+    /// Ends the use of all fibers, whose threads were abandoned in the middle of a kernel.
+    pub(super) fn abandon(&self) {
+        if let Some(running) = &self.running {
+            for fiber in running.borrow_mut().fibers.0.drain(..) {
+                // SAFETY: we are on the scheduler's fiber, and nothing goes on with these.
+                unsafe { __tsan_destroy_fiber(fiber) };
+            }
         }
     }
 }
 
+/// Which of `places` ranges of fibers a launch's block number `block` uses. Races between two blocks on one range are
+/// not seen, so once all are used, the ranges follow no pattern that the blocks of a kernel might have.
+fn place(block: usize, places: usize) -> usize {
+    if block < places {
+        return block;
+    }
+    ((block as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % places
+}
+
 impl Drop for Launch {
     fn drop(&mut self) {
-        self.give_back();
+        if let Some(running) = &mut self.running {
+            // SAFETY: the object lives until the end of this function.
+            unsafe { __tsan_acquire(address(&raw const *running.get_mut().objects, 1)) };
+        }
     }
 }
 
 impl Thread {
     /// Called by the scheduler before it resumes this thread.
     pub(super) fn enter(self) {
-        // SAFETY: the fiber lives until the launch ends.
+        // SAFETY: the fiber lives at least until the launch ends.
         unsafe { __tsan_switch_to_fiber(self.fiber, NO_SYNC) };
     }
 

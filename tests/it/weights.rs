@@ -139,8 +139,8 @@ fn damaged_files_are_refused_with_the_reason() {
     refused(&raw(&one("F32", "[1]", "[0,4]"), &[0; 3]), &["cut short", "\"a\" ends at byte 4", "only 3"]);
     refused(&raw(&one("F32", "[1]", "[0,4]"), &[0; 5]), &["1 bytes follow the last tensor"]);
     refused(&[&u64::MAX.to_le_bytes()[..], b"{}"].concat(), &["header of 18446744073709551615 bytes", "only 2"]);
-    refused(&[0; 40 << 20], &["does not begin with {"]);
-    refused(&[&(33u64 << 20).to_le_bytes()[..], &[b' '; 34 << 20]].concat(), &["at most 33554432"]);
+    refused(&vec![0; 40 << 20], &["does not begin with {"]);
+    refused(&[&(33u64 << 20).to_le_bytes()[..], vec![b' '; 34 << 20].as_slice()].concat(), &["at most 33554432"]);
     refused(&raw("{\"a\":", b""), &["not that of a safetensors file"]);
     refused(&raw(&format!("{}{}", "{\"a\":".repeat(500), "}".repeat(500)), b""), &["not that of a safetensors file"]);
     refused(&raw(r#"{"a":5}"#, b""), &["expected an object"]);
