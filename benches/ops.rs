@@ -189,6 +189,5 @@ fn main() -> dilt::Result<()> {
     bench.prune(1_000_000)?;
     bench.prune(25_000_000)?;
     bench.group.finish();
-    criterion.final_summary();
     Ok(())
 }
