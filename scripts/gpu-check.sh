@@ -21,7 +21,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ -x "$here/bin/tests" ] || here=$(cd "$here/../target/gpu" && pwd)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export DILT_GOLDEN=$here/golden
+export DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt
 unset DILT_REQUIRE_CUDA
 [ "$gpu" = 0 ] || export DILT_REQUIRE_CUDA=1
 
