@@ -142,7 +142,7 @@ fn options_out_of_range() {
         let args = with(&["train", "--out", "w", "--limit", "100"], &options);
         fails(folder.path(), &args, 2, &says);
     }
-    let large = with(&["train", "--out", "w", "--batch", "10000000"], SMALL);
+    let large = with(&["train", "--out", "w", "--batch", "10000000", "--epochs", "1"], SMALL_NET);
     fails(folder.path(), &large, 1, &["out of memory", "--batch"]);
 }
 

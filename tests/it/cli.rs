@@ -22,7 +22,7 @@ fn number(value: &Value) -> f64 {
 
 /// A folder with a trained network in `dense/`, and the result of its training.
 fn trained(folder: &Path) -> Value {
-    json(folder, &with(&["train", "--out", "dense", "--epochs", "2"], NET))
+    json(folder, &with(&["train", "--out", "dense", "--epochs", "2", "--batch", "64"], NET))
 }
 
 const DENSE: &str = "dense/weights.safetensors";

@@ -6,7 +6,7 @@ use assert_cmd::Command;
 use serde_json::Value;
 
 /// A network and a training that take a fraction of a second.
-pub const SMALL: &[&str] = &["--set", "widths=[4,8,16]", "--limit", "200", "--epochs", "1", "-q"];
+pub const SMALL: &[&str] = &["--set", "widths=[4,8,16]", "--limit", "200", "--epochs", "1", "--batch", "64", "-q"];
 
 /// The program: of this build, or `DILT_BIN` where only binaries were carried.
 pub fn program() -> PathBuf {
