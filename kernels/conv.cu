@@ -105,7 +105,9 @@ struct Taps {
 // ---------------------------------------------------------------------------------------------------------- direct
 
 // Register tiles: rows x vectors of samples for the product, rows x taps for the weight gradient. The accumulators and
-// a few loaded vectors fit the 32 (AVX-512) or 16 registers.
+// a few loaded vectors fit the 32 (AVX-512) or 16 registers. Tried with AVX-512 on ResNet-20's layers, least CPU ms of
+// 20 runs on a busy Xeon of family 6, model 207, forward / input gradient: 8x2 96 / 107, 6x4 100 / 107, 4x4 191 / 149,
+// 16x1 144 / 230. Weight gradient: 4x6 119, 8x3 182; taps in the order (r, s, c) gained nothing, in small planes neither.
 constexpr int DIRECT_VECTORS = 2;
 constexpr int DIRECT_SAMPLES = DIRECT_VECTORS * LANES;
 constexpr int DIRECT_ROWS = LANES == 16 ? 8 : 4;
