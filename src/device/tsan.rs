@@ -16,7 +16,7 @@ use super::fiber::SharedMemory;
 
 const ON: bool = cfg!(dilt_sanitize = "thread");
 /// ThreadSanitizer knows about 8,000 threads at a time, and is slower the more there are.
-const MOST_FIBERS: usize = 4096;
+const MOST_FIBERS: usize = 2048;
 /// Flag of a switch that orders nothing.
 const NO_SYNC: u32 = 1;
 
@@ -33,7 +33,8 @@ unsafe extern "C" {
 #[cfg(dilt_sanitize = "thread")]
 #[unsafe(no_mangle)]
 extern "C" fn __tsan_default_options() -> *const std::ffi::c_char {
-    c"ignore_interceptors_accesses=1".as_ptr()
+    // A short history of each fiber: with longer ones a few thousand take gigabytes.
+    c"ignore_interceptors_accesses=1:history_size=0".as_ptr()
 }
 
 #[cfg(not(dilt_sanitize = "thread"))]
