@@ -96,7 +96,7 @@ pub struct Layout {
 /// A plain `repr(C)` struct that a kernel takes by value.
 ///
 /// # Safety
-/// The struct is `repr(C)` and has the layout of the C++ struct of the same name; [`kernel_args!`] implements this, and
+/// The struct is `repr(C)` and has the layout of the C++ struct of the same name; `kernel_args!` implements this, and
 /// a test compares the layouts.
 pub unsafe trait KernelArgs: Copy + fmt::Debug + Send + Sync + 'static {
     /// The Rust side of the layout.
