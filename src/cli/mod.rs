@@ -30,19 +30,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find tickets by a method, retrain and score each beside its controls.
     Find(find::Find),
-    /// Train a dense network or a ticket.
     Train(train::Train),
-    /// Evaluate weights or a ticket.
     Eval(eval::Eval),
-    /// Prune a weights file by magnitude, in one shot.
     Prune(prune::Prune),
-    /// Set algebra on the masks of ticket files.
     Mask(mask::Mask),
-    /// Put core and specialists together again, retrained or merged, beside a random control.
     Assemble(assemble::Assemble),
-    /// Look at this machine: driver, GPUs, embedded kernels, and a self-test of every kernel.
     Doctor(doctor::Doctor),
 }
 

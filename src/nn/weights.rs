@@ -178,10 +178,10 @@ impl Weights {
             return Ok(());
         }
         Err(Error::Usage(format!(
-            "the weights do not fit the model in {} of its {} tensors; choose the --model they were made with, or \
-             rename them:\n  {}",
-            problems.len(),
+            "the weights do not fit the model, which has {} tensors, in {} places; choose the --model they were made \
+             with, or rename them:\n  {}",
             expected.len(),
+            problems.len(),
             problems.join("\n  ")
         )))
     }

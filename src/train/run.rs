@@ -1,5 +1,6 @@
 //! The training loop.
 
+use super::checkpoint::Checkpoint;
 use super::labelled::Labelled;
 use super::recipe::{Augmentation, Recipe};
 use crate::data::permutation;
@@ -129,10 +130,11 @@ impl<'a> Training<'a> {
         while step < total {
             let epoch = step / per_epoch;
             let rows = self.rows.min(total - step).min((epoch + 1) * per_epoch - step);
+            let before = Checkpoint::take(network, step, "")?;
             let chunk = self.chunk(network, step, rows)?;
             step += rows;
             if let Some(row) = chunk.loss.iter().position(|loss| !loss.is_finite()) {
-                let layer = network.first_not_finite()?;
+                let layer = self.first_not_finite(network, &before, row)?;
                 return Err(Error::Run(format!(
                     "training diverged: the loss of step {} (epoch {epoch}) is {}; the first layer with such a value \
                      is {layer}; try a smaller --lr, a longer --warmup or --clip-norm",
@@ -143,6 +145,18 @@ impl<'a> Training<'a> {
             observer.chunk(&chunk, network, step, total)?;
         }
         Ok(())
+    }
+
+    /// Does the steps of the last chunk again up to step `row`, whose loss is not finite, and names the first layer whose
+    /// value is not: after that step every layer's would be.
+    fn first_not_finite(&mut self, network: &mut Network, before: &Checkpoint, row: usize) -> Result<String> {
+        before.restore(network)?;
+        self.device.write(&[0, before.step as u32], self.tables.state.view_mut())?;
+        for _ in 0..row {
+            self.step(network)?;
+        }
+        self.begin(network)?;
+        network.first_not_finite()
     }
 
     /// Does `rows` steps of one epoch.
@@ -191,16 +205,21 @@ impl<'a> Training<'a> {
         order.into_iter().map(|place| examples[place as usize]).collect()
     }
 
-    fn step(&mut self, network: &mut Network) -> Result<()> {
-        let augment = self.augment();
-        let (device, tables) = (&self.device, &mut self.tables);
-        let Recipe { label_smoothing, momentum, nesterov, weight_decay, clip_norm, .. } = self.recipe;
+    /// Settings and batch of the next step.
+    fn begin(&self, network: &mut Network) -> Result<()> {
+        let (device, tables) = (&self.device, &self.tables);
         let batch = network.batch();
         let current = StepCurrent { count: batch.count, rate: batch.rate };
         let rows = StepTables { count: tables.count.view(), rate: tables.rate.view() };
         step_begin(device, tables.state.view(), rows, current)?;
-        load(device, &self.gather, self.data, &tables.order, &tables.state, augment, network)?;
+        load(device, &self.gather, self.data, &tables.order, &tables.state, self.augment(), network)
+    }
+
+    fn step(&mut self, network: &mut Network) -> Result<()> {
+        self.begin(network)?;
         network.forward(Mode::Train)?;
+        let (device, tables) = (&self.device, &mut self.tables);
+        let Recipe { label_smoothing, momentum, nesterov, weight_decay, clip_norm, .. } = self.recipe;
         let head = network.head();
         let step = tables.state.slice(0..1);
         let input =
