@@ -57,7 +57,7 @@ impl Case {
         examples.images.truncate(self.batch * pixels);
         let images = Images::new(device, &self.data, &examples)?;
         let labelled = Labelled::all(device, &images, &examples, self.data.classes)?;
-        let recipe = Recipe { batch: self.batch, steps: Some(usize::MAX), lr: 1e-3, ..Recipe::default() };
+        let recipe = Recipe { batch: self.batch, steps: Some(1 << 31), lr: 1e-3, ..Recipe::default() };
         let bytes = network.plan().bytes;
         let mut training = Training::new(&mut network, &labelled, &recipe, 0)?;
         let mut from = 0;
