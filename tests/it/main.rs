@@ -2,6 +2,7 @@
 
 mod augment;
 mod bad_input;
+mod cifar;
 mod cli;
 mod command;
 mod conv;
@@ -10,6 +11,7 @@ mod device;
 mod doctor;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod idx;
 mod loss;
 mod mask;
 mod network;
