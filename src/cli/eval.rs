@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 use dilt::data::{DataSet, Examples};
 use dilt::mask::set::MaskSet;
@@ -82,9 +81,9 @@ impl Eval {
         let (config, data) = self.target.load()?;
         let model = resnet::build(&config)?;
         let device = self.common.open()?;
-        let weights = Weights::load(&self.weights)?;
+        let weights = Weights::load_for(&self.weights, &model.file_tensors())?;
         let mut network = Network::new(&device, &model, self.batch, Mode::Evaluate)?;
-        network.load(&weights).with_context(|| self.weights.display().to_string())?;
+        network.load(&weights)?;
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;

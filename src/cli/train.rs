@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Args;
 use dilt::device::Device;
 use dilt::nn::model::Model;
@@ -29,6 +28,10 @@ pub struct Train {
     /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.
     #[arg(long, value_name = "FILE", alias = "ticket")]
     weights: Option<PathBuf>,
+    /// Load what fits of --weights, and draw the rest from --seed: a new head for another number of classes, say. What was
+    /// not loaded is listed on stderr.
+    #[arg(long, requires = "weights")]
+    partial: bool,
     /// Folder for weights and metrics.
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     out: Option<PathBuf>,
@@ -73,14 +76,15 @@ impl Train {
         let examples = Labelled::all(&device, &images, split, data.classes)?;
         let mut network = Network::new(&device, &model, recipe.batch, Mode::Train)?;
         let start = match &self.weights {
-            Some(path) => Weights::load(path)?,
+            Some(path) if self.partial => {
+                let (start, left) = Weights::load_partly(path, init::draw(&model, self.common.seed))?;
+                left.iter().for_each(|line| self.common.progress().say(line));
+                start
+            }
+            Some(path) => Weights::load_for(path, &model.file_tensors())?,
             None => init::draw(&model, self.common.seed),
         };
-        let fitted = network.load(&start);
-        match &self.weights {
-            Some(path) => fitted.with_context(|| path.display().to_string())?,
-            None => fitted?,
-        }
+        network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
         let identity = serde_json::json!([
             config,
