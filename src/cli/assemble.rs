@@ -61,7 +61,7 @@ impl Assemble {
             let part: usize = part.parse().ok().filter(|&part| part > 0).ok_or_else(wrong)?;
             specialists.push(Specialist { part: part - 1, ticket: Weights::load(file.as_ref())? });
         }
-        let (mut config, data) = self.target.load()?;
+        let (mut config, data) = self.target.load(None, &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
         (config.image, config.classes) = (data.shape, data.classes);
         let settings = Settings {

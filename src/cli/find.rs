@@ -68,7 +68,7 @@ impl Find {
     pub fn run(&self) -> anyhow::Result<()> {
         let settings = self.settings()?;
         settings.check()?;
-        let (mut config, data) = self.target.load()?;
+        let (mut config, data) = self.target.load(None, &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
         config.image = data.shape;
         config.classes = data.classes;

@@ -9,7 +9,6 @@
 //! Masks follow their tensors. Everything else must have the model's own names and shapes, unless what fits is asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
 use ndarray::ArrayD;
 
@@ -23,26 +22,24 @@ const ALIASES: [(&str, &str); 4] =
     [("fc.", "linear."), ("linear.", "fc."), (".shortcut.0.", ".downsample.0."), (".shortcut.1.", ".downsample.1.")];
 
 impl Weights {
-    /// Reads weights or a ticket for a model whose files hold `expected`: names and shapes.
+    /// The content of a file for a model whose files hold `expected`, names and shapes: all of that, and no more.
     ///
     /// # Errors
-    /// As [`Weights::load`], [`Weights::named_as`] and [`Weights::check_against`]; all name the file.
-    pub fn load_for(path: &Path, expected: &[(String, Vec<usize>)]) -> Result<Self> {
-        let weights = Weights::load(path)?;
-        let fitted = weights.named_as(expected.iter().map(|(name, _)| name.as_str()));
-        fitted
-            .and_then(|weights| weights.check_against(expected).map(|()| weights))
-            .map_err(|error| in_file(path, error))
+    /// As [`Weights::named_as`] and [`Weights::check_against`].
+    pub fn for_model(self, expected: &[(String, Vec<usize>)]) -> Result<Self> {
+        let weights = self.named_as(expected.iter().map(|(name, _)| name.as_str()))?;
+        weights.check_against(expected)?;
+        Ok(weights)
     }
 
-    /// Reads what fits a model from a file; the rest is that of `drawn`, which holds all of the model's tensors. Also
-    /// returns what of the file and of the model did not fit, and why: one line per reason.
+    /// What fits a model of the content of a file; the rest is that of `drawn`, which holds all of the model's tensors.
+    /// Also returns what of the file and of the model did not fit, and why: one line per reason.
     ///
     /// # Errors
-    /// As [`Weights::load`] and [`Weights::named_as`]; [`Error::Usage`] if nothing fits.
-    pub fn load_partly(path: &Path, mut drawn: Weights) -> Result<(Self, Vec<String>)> {
-        let weights = Weights::load(path)?.named_as(drawn.tensors.keys().map(String::as_str));
-        let Weights { tensors, mut masks, metadata } = weights.map_err(|error| in_file(path, error))?;
+    /// As [`Weights::named_as`]; [`Error::Usage`] if nothing fits.
+    pub fn partly_for(self, mut drawn: Weights) -> Result<(Self, Vec<String>)> {
+        let weights = self.named_as(drawn.tensors.keys().map(String::as_str))?;
+        let Weights { tensors, mut masks, metadata } = weights;
         let (mut unknown, mut misshapen, mut taken) = (Vec::new(), Vec::new(), Vec::new());
         let missing: Vec<String> = drawn.tensors.keys().filter(|&n| !tensors.contains_key(n)).cloned().collect();
         for (name, tensor) in tensors {
@@ -70,9 +67,10 @@ impl Weights {
         let lines = reasons.into_iter().filter(|(_, names)| !names.is_empty());
         let lines: Vec<String> = lines.map(|(reason, names)| format!("{reason}: {}", names.join(", "))).collect();
         if taken.is_empty() {
-            let problem =
-                format!("--partial: no tensor fits the model; choose another --model\n  {}", lines.join("\n  "));
-            return Err(in_file(path, Error::Usage(problem)));
+            let lines = lines.join("\n  ");
+            return Err(Error::Usage(format!(
+                "--partial: no tensor fits the model; choose another --model\n  {lines}"
+            )));
         }
         masks.retain(|name, _| taken.contains(name));
         Ok((Weights { tensors: drawn.tensors, masks, metadata }, lines))
@@ -144,10 +142,6 @@ impl Weights {
             problems.join("\n  ")
         )))
     }
-}
-
-fn in_file(path: &Path, error: Error) -> Error {
-    Error::Usage(format!("{}: {error}", path.display()))
 }
 
 /// The candidate that `name` most resembles: itself behind a prefix, else at an edit distance of at most a quarter.
