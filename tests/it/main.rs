@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
+mod agreement;
 mod augment;
 mod bad_input;
 mod cli;
@@ -8,6 +9,7 @@ mod conv;
 mod data;
 mod device;
 mod doctor;
+mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
 mod loss;
