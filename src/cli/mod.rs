@@ -3,6 +3,7 @@
 mod assemble;
 mod doctor;
 mod eval;
+mod export;
 mod find;
 mod mask;
 mod prune;
@@ -35,6 +36,7 @@ enum Command {
     Eval(eval::Eval),
     Prune(prune::Prune),
     Mask(mask::Mask),
+    Export(export::Export),
     Assemble(assemble::Assemble),
     Doctor(doctor::Doctor),
 }
@@ -47,6 +49,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Eval(command) => command.run(),
         Command::Prune(command) => command.run(),
         Command::Mask(command) => command.run(),
+        Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }

@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
+mod agreement;
 mod augment;
 mod bad_input;
 mod cifar;
@@ -9,6 +10,7 @@ mod conv;
 mod data;
 mod device;
 mod doctor;
+mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
 mod idx;
