@@ -3,6 +3,7 @@
 mod assemble;
 mod doctor;
 mod eval;
+mod experiment;
 mod find;
 mod mask;
 mod prune;
