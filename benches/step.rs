@@ -7,12 +7,13 @@
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput};
-use dilt::data::{DataSet, Examples};
+use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Mode;
 use dilt::nn::{init, resnet};
+use dilt::report::progress::{Progress, Verbosity};
 use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Training};
 
 /// A model, its batch and the data that it steps over.
@@ -32,13 +33,15 @@ fn random_images(batch: usize) -> DataSet {
         (state >> 24) as u8
     };
     let images = (0..batch * shape.iter().product::<usize>()).map(|_| byte()).collect();
-    let train = Examples { images, labels: (0..batch as u32).map(|i| i % 10).collect() };
+    let train = Examples { images: Pixels::Bytes(images), labels: (0..batch as u32).map(|i| i % 10).collect() };
     let (name, mean, std) = ("random".to_owned(), vec![0.5; 3], vec![0.25; 3]);
-    DataSet { name, shape, classes: 10, scale: 255.0, mean, std, test: train.clone(), train }
+    let (test, val) = (train.clone(), Examples::default());
+    DataSet { name, shape, stored: shape, classes: 10, scale: 255.0, mean, std, train, val, test }
 }
 
 fn cases() -> [Case; 2] {
-    let digits = dilt::data::load("digits").expect("part of the program");
+    let digits =
+        dilt::data::load("digits", &Reading::default(), &Progress::new(Verbosity::Quiet)).expect("part of the program");
     [
         Case { name: "resnet20_batch128", model: "resnet20", batch: 128, data: random_images(128) },
         Case { name: "resnet8_digits_batch64", model: "resnet8", batch: 64, data: digits },
@@ -52,9 +55,7 @@ impl Case {
         let mut network = Network::new(device, &model, self.batch, Mode::Train)?;
         network.load(&init::draw(&model, 0))?;
         let mut examples = self.data.train.clone();
-        let pixels: usize = self.data.shape.iter().product();
-        examples.labels.truncate(self.batch); // one step an epoch
-        examples.images.truncate(self.batch * pixels);
+        examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch
         let images = Images::new(device, &self.data, &examples)?;
         let labelled = Labelled::all(device, &images, &examples, self.data.classes)?;
         let recipe = Recipe { batch: self.batch, steps: Some(1 << 31), lr: 1e-3, ..Recipe::default() };

@@ -40,6 +40,8 @@ pub struct Eval {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Split {
     Train,
+    /// What --val-split held out of the training examples, or the folder's own.
+    Val,
     Test,
 }
 
@@ -47,6 +49,7 @@ impl Split {
     pub fn of(self, data: &DataSet) -> &Examples {
         match self {
             Split::Train => &data.train,
+            Split::Val => &data.val,
             Split::Test => &data.test,
         }
     }
@@ -54,6 +57,7 @@ impl Split {
     pub fn name(self) -> &'static str {
         match self {
             Split::Train => "train",
+            Split::Val => "val",
             Split::Test => "test",
         }
     }
@@ -79,10 +83,11 @@ impl Eval {
             let message = format!("--batch: expected 1 to {MOST_SAMPLES}, got {}", self.batch);
             return Err(dilt::Error::Usage(message).into());
         }
-        let (config, data) = self.target.load()?;
+        let weights = Weights::load(&self.weights)?;
+        let named = weights.metadata.get("model").map(String::as_str);
+        let (config, data) = self.target.load(named, &self.common.progress())?;
         let model = resnet::build(&config)?;
         let device = self.common.open()?;
-        let weights = Weights::load(&self.weights)?;
         let mut network = Network::new(&device, &model, self.batch, Mode::Evaluate)?;
         network.load(&weights).with_context(|| self.weights.display().to_string())?;
         let split = self.split.of(&data);

@@ -72,7 +72,7 @@ impl Find {
         let first_seed = self.options.common.seed;
         let partition = Partition::parse(&self.partition, self.parts, first_seed)?;
         let search = self.search(&partition)?;
-        let opened = self.options.open()?;
+        let opened = self.options.open(None)?;
         let steps = opened.recipe.total_steps(opened.data.train.len());
         search.check(Some(&partition), &resnet::build(&opened.config)?, steps)?;
         let repetitions = Repetitions { seeds: self.seeds, first_seed, partition: Some(partition) };

@@ -13,7 +13,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dilt::data::DataSet;
+use dilt::data::{DataSet, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::report::progress::{Progress, Verbosity};
@@ -126,46 +126,56 @@ impl Common {
 /// Which model and which data.
 #[derive(Args)]
 struct ModelAndData {
-    /// A model of models/ by name, or a path to a .toml file.
-    #[arg(long, default_value = "resnet8", help_heading = "Model and data")]
-    model: String,
+    /// A model of models/ by name, or a path to a .toml file; the one that the given weights name, or resnet8.
+    #[arg(long, help_heading = "Model and data")]
+    model: Option<String>,
     /// Set a field of the model file, e.g. widths=[8,16,32]; may be given several times.
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Model and data")]
     set: Vec<String>,
     /// A data set: digits.
     #[arg(long, default_value = "digits", help_heading = "Model and data")]
     data: String,
-    /// Use only the first N examples of a split.
+    /// Use only N examples of each split: the first; of a folder, as many of each class.
     #[arg(long, value_name = "N", help_heading = "Model and data")]
     limit: Option<usize>,
+    /// Share of the training examples, of each class, that is held out as the split val.
+    #[arg(long, value_name = "F", allow_negative_numbers = true, help_heading = "Model and data")]
+    val_split: Option<f64>,
     /// Mean of each channel, instead of the data set's.
     #[arg(long, value_delimiter = ',', value_name = "MEAN", help_heading = "Model and data")]
     mean: Vec<f32>,
     /// Standard deviation of each channel, instead of the data set's.
     #[arg(long, value_delimiter = ',', value_name = "STD", help_heading = "Model and data")]
     std: Vec<f32>,
+    /// Height in pixels that a folder's images are resized to before they are cropped to the model's input; eight
+    /// sevenths of the input if that has 128 rows or more (256 for 224), else the input's own.
+    #[arg(long, value_name = "PIXELS", help_heading = "Model and data")]
+    resize: Option<usize>,
+    /// Leave out a folder's broken images, and name them, instead of stopping at the first.
+    #[arg(long, help_heading = "Model and data")]
+    skip_broken: bool,
+    /// Keep a folder's images in memory, decoded, if that takes at most so many MiB; else decode them as they are
+    /// needed.
+    #[arg(long, value_name = "MIB", default_value_t = 2048, help_heading = "Model and data")]
+    resident: u64,
 }
 
 impl ModelAndData {
-    fn load(&self) -> dilt::Result<(ModelConfig, DataSet)> {
-        let config = ModelConfig::load(&self.model, &self.set)?;
-        let mut data = dilt::data::load(&self.data)?;
-        let channels = data.shape[0];
-        for (option, given, field) in [("--mean", &self.mean, &mut data.mean), ("--std", &self.std, &mut data.std)] {
-            if given.is_empty() {
-                continue;
-            }
-            let usable = given.iter().all(|value| value.is_finite() && (option == "--mean" || *value > 0.0));
-            if given.len() != channels || !usable {
-                return Err(dilt::Error::Usage(format!(
-                    "{option}: expected {channels} numbers (above 0 for --std), separated by commas, got {given:?}"
-                )));
-            }
-            field.clone_from(given);
-        }
-        if let Some(limit) = self.limit {
-            data.limit(limit)?;
-        }
+    /// Reads model file and data set. `named` is the model that a weights file says it is of.
+    fn load(&self, named: Option<&str>, progress: &Progress) -> dilt::Result<(ModelConfig, DataSet)> {
+        let model = self.model.as_deref().or(named).unwrap_or("resnet8");
+        let config = ModelConfig::load(model, &self.set)?;
+        let reading = Reading {
+            input: config.image,
+            resize: self.resize,
+            limit: self.limit,
+            val_split: self.val_split,
+            mean: self.mean.clone(),
+            std: self.std.clone(),
+            skip_broken: self.skip_broken,
+            resident_bytes: self.resident.saturating_mul(1 << 20),
+        };
+        let data = dilt::data::load(&self.data, &reading, progress)?;
         Ok((config, data))
     }
 }

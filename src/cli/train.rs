@@ -58,7 +58,9 @@ struct Trained {
 
 impl Train {
     pub fn run(&self) -> anyhow::Result<()> {
-        let (config, data) = self.target.load()?;
+        let start = self.weights.as_ref().map(|path| Weights::load(path)).transpose()?;
+        let named = start.as_ref().and_then(|weights| weights.metadata.get("model"));
+        let (config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
         let model = resnet::build(&config)?;
         let device = self.common.open()?;
@@ -72,10 +74,7 @@ impl Train {
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
         let mut network = Network::new(&device, &model, recipe.batch, Mode::Train)?;
-        let start = match &self.weights {
-            Some(path) => Weights::load(path)?,
-            None => init::draw(&model, self.common.seed),
-        };
+        let start = start.unwrap_or_else(|| init::draw(&model, self.common.seed));
         let fitted = network.load(&start);
         match &self.weights {
             Some(path) => fitted.with_context(|| path.display().to_string())?,

@@ -8,7 +8,7 @@
 //! The split is dilt's own and never changes: a quarter of each class, rounded down, is for testing (445 images),
 //! chosen by [`permutation`] with seed 0 and the class as stream; 1,352 are for training. Both stay in file order.
 
-use super::{DataSet, Examples, moments, permutation};
+use super::{DataSet, Examples, Pixels, moments, permutation};
 
 const IMAGES: usize = 1797;
 const PIXELS: usize = 64;
@@ -30,14 +30,25 @@ pub(super) fn load() -> DataSet {
             in_test[members[i as usize]] = true;
         }
     }
-    let mut split = [Examples::default(), Examples::default()];
+    let mut split = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
     for (i, image) in images.chunks_exact(PIXELS).enumerate() {
-        let examples = &mut split[usize::from(in_test[i])];
-        examples.images.extend_from_slice(image);
-        examples.labels.push(u32::from(labels[i]));
+        let (images, to_labels) = &mut split[usize::from(in_test[i])];
+        images.extend_from_slice(image);
+        to_labels.push(u32::from(labels[i]));
     }
-    let [train, test] = split;
     let shape = [1, 8, 8];
-    let (mean, std) = moments(&train.images, shape, SCALE);
-    DataSet { name: "digits".into(), shape, classes: CLASSES as usize, scale: SCALE, mean, std, train, test }
+    let (mean, std) = moments(&split[0].0, shape, SCALE);
+    let [train, test] = split.map(|(images, labels)| Examples { images: Pixels::Bytes(images), labels });
+    DataSet {
+        name: "digits".into(),
+        shape,
+        stored: shape,
+        classes: CLASSES as usize,
+        scale: SCALE,
+        mean,
+        std,
+        train,
+        val: Examples::default(),
+        test,
+    }
 }

@@ -4,21 +4,62 @@
 //! `(byte / scale - mean) / std` with one mean and one standard deviation per channel.
 
 mod digits;
+pub mod image;
 pub mod partition;
+
+use std::path::PathBuf;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
+use crate::report::progress::Progress;
 use crate::{Error, Result};
+
+/// Chooses the examples that `--val-split` holds out.
+const VAL_SEED: u64 = 1;
 
 /// Images with their labels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Examples {
-    /// Pixels, `[n, channels, height, width]`.
-    pub images: Vec<u8>,
+    /// The images.
+    pub images: Pixels,
     /// Class of each image, `[n]`, from 0.
     pub labels: Vec<u32>,
+}
+
+/// The images of a split.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pixels {
+    /// All in memory: `[n, channels, height, width]`, of the data set's [stored](DataSet::stored) size.
+    Bytes(Vec<u8>),
+    /// In a file each, decoded to that size whenever they are needed.
+    Files(Files),
+}
+
+impl Default for Pixels {
+    fn default() -> Self {
+        Pixels::Bytes(Vec::new())
+    }
+}
+
+/// Image files that are decoded when they are needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// The folder of the data set.
+    pub root: PathBuf,
+    /// Path of each file in that folder, in the order of the labels, and its size in bytes.
+    pub files: Vec<(String, u64)>,
+}
+
+impl Files {
+    /// Decodes example `index` to `into`, bytes of the shape `stored`.
+    ///
+    /// # Errors
+    /// As [`image::decode`].
+    pub fn decode(&self, index: usize, stored: [usize; 3], into: &mut [u8]) -> Result<()> {
+        image::decode(&self.root.join(&self.files[index].0), stored, into)
+    }
 }
 
 impl Examples {
@@ -31,6 +72,30 @@ impl Examples {
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
+
+    /// Keeps the first `count`: images have `pixels` bytes.
+    pub fn truncate(&mut self, count: usize, pixels: usize) {
+        self.labels.truncate(count);
+        match &mut self.images {
+            Pixels::Bytes(bytes) => bytes.truncate(count * pixels),
+            Pixels::Files(files) => files.files.truncate(count),
+        }
+    }
+
+    /// Those with these indices, in this order: images have `pixels` bytes.
+    fn select(&self, indices: &[u32], pixels: usize) -> Examples {
+        let indices = || indices.iter().map(|&index| index as usize);
+        let images = match &self.images {
+            Pixels::Bytes(bytes) => {
+                Pixels::Bytes(indices().flat_map(|i| &bytes[i * pixels..][..pixels]).copied().collect())
+            }
+            Pixels::Files(Files { root, files }) => {
+                let files = indices().map(|i| files[i].clone()).collect();
+                Pixels::Files(Files { root: root.clone(), files })
+            }
+        };
+        Examples { images, labels: indices().map(|i| self.labels[i]).collect() }
+    }
 }
 
 /// A data set, split into examples to train on and examples to test on.
@@ -38,50 +103,109 @@ impl Examples {
 pub struct DataSet {
     /// Name, without the folder it came from.
     pub name: String,
-    /// Channels, height and width of each image.
+    /// Channels, height and width of the network's input.
     pub shape: [usize; 3],
+    /// Channels, height and width of the stored images: the input is a crop of them, at the centre or at random.
+    pub stored: [usize; 3],
     /// Number of classes; labels are below it.
     pub classes: usize,
     /// A byte divided by it is the pixel's value, from 0 to 1.
     pub scale: f32,
-    /// Mean of each channel's pixel values over the training images.
+    /// Mean of each channel's pixel values.
     pub mean: Vec<f32>,
-    /// Standard deviation of each channel's pixel values over the training images (divided by n, not n - 1).
+    /// Standard deviation of each channel's pixel values (divided by n, not n - 1).
     pub std: Vec<f32>,
     /// The training examples, in file order.
     pub train: Examples,
+    /// Examples held out of the training, in file order; empty if there are none.
+    pub val: Examples,
     /// The test examples, in file order.
     pub test: Examples,
 }
 
+/// How a data set is read.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reading {
+    /// Channels, height and width of the network's input: what images of a folder are brought to.
+    pub input: [usize; 3],
+    /// Height of the stored images of a folder (the width in proportion to the input's); a default if none.
+    pub resize: Option<usize>,
+    /// Only so many examples of each split: the first; of a folder, as many of each class.
+    pub limit: Option<usize>,
+    /// Share of the training examples, of each class, that is held out as the split `val`.
+    pub val_split: Option<f64>,
+    /// Mean of each channel instead of the data set's.
+    pub mean: Vec<f32>,
+    /// Standard deviation of each channel instead of the data set's.
+    pub std: Vec<f32>,
+    /// Leave out broken image files of a folder instead of refusing them.
+    pub skip_broken: bool,
+    /// Largest size of a folder's stored images, in bytes, that are kept in memory; more are decoded when needed.
+    pub resident_bytes: u64,
+}
+
 impl DataSet {
     /// Keeps the first `limit` examples of each split.
+    fn limit(&mut self, limit: usize) {
+        let pixels: usize = self.stored.iter().product();
+        for split in [&mut self.train, &mut self.val, &mut self.test] {
+            split.truncate(limit, pixels);
+        }
+    }
+
+    /// Moves the share `share` of the training examples of each class, rounded, to the split `val`: always the same ones.
     ///
     /// # Errors
-    /// [`Error::Usage`] if that is none.
-    pub fn limit(&mut self, limit: usize) -> Result<()> {
-        if limit == 0 {
-            return Err(Error::Usage("--limit: expected at least 1, got 0".into()));
+    /// [`Error::Usage`] if the share is not between 0 and 1, leaves a split empty, or the data set has that split already.
+    fn hold_out(&mut self, share: f64) -> Result<()> {
+        if !(share > 0.0 && share < 1.0) {
+            return Err(Error::Usage(format!("--val-split: expected a fraction above 0 and below 1, got {share}")));
         }
-        let pixels: usize = self.shape.iter().product();
-        for split in [&mut self.train, &mut self.test] {
-            split.labels.truncate(limit);
-            split.images.truncate(limit * pixels);
+        if !self.val.is_empty() {
+            return Err(Error::Usage(format!("--val-split: the data set {} has a split val already", self.name)));
         }
+        let labels = &self.train.labels;
+        let mut held = vec![false; labels.len()];
+        let mut members = vec![Vec::new(); self.classes];
+        labels.iter().enumerate().for_each(|(i, &label)| members[label as usize].push(i));
+        for (class, members) in members.iter().enumerate() {
+            let order = permutation(members.len() as u32, VAL_SEED, class as u64);
+            let count = (share * members.len() as f64).round() as usize;
+            order.iter().take(count).for_each(|&i| held[members[i as usize]] = true);
+        }
+        let (val, train): (Vec<u32>, Vec<u32>) = (0..labels.len() as u32).partition(|&i| held[i as usize]);
+        if val.is_empty() || train.is_empty() {
+            return Err(Error::Usage(format!(
+                "--val-split {share}: {} training examples would leave {} to train on and {} to validate on; expected \
+                 some of both",
+                labels.len(),
+                train.len(),
+                val.len()
+            )));
+        }
+        let pixels = self.stored.iter().product();
+        (self.val, self.train) = (self.train.select(&val, pixels), self.train.select(&train, pixels));
         Ok(())
     }
 
-    /// What the bits of a training depend on: name, hash of all examples, scale and normalisation.
+    /// What the bits of a training depend on: name, hash of all examples, scale and normalisation. Of files that are
+    /// decoded when needed, the hash is of their names and sizes.
     pub fn identity(&self) -> serde_json::Value {
         let mut hash = Sha256::new();
-        for split in [&self.train, &self.test] {
+        for split in [&self.train, &self.val, &self.test] {
             hash.update((split.len() as u64).to_le_bytes());
-            hash.update(&split.images);
+            match &split.images {
+                Pixels::Bytes(bytes) => hash.update(bytes),
+                Pixels::Files(files) => {
+                    files.files.iter().for_each(|(name, size)| hash.update(format!("{name}\n{size}\n")));
+                }
+            }
             split.labels.iter().for_each(|label| hash.update(label.to_le_bytes()));
         }
         let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         serde_json::json!({
-            "name": self.name, "examples": hash, "scale": self.scale, "mean": self.mean, "std": self.std,
+            "name": self.name, "examples": hash, "stored": self.stored, "scale": self.scale, "mean": self.mean,
+            "std": self.std,
         })
     }
 }
@@ -89,22 +213,51 @@ impl DataSet {
 /// Opens the data set that `--data` names: `digits`, which is part of the program.
 ///
 /// # Errors
-/// [`Error::Usage`] for any other name. `idx=DIR`, `cifar10=DIR`, `cifar100=DIR` and `folder=DIR` are not built yet.
-pub fn load(spec: &str) -> Result<DataSet> {
-    let kind = spec.split_once('=').map_or(spec, |(kind, _)| kind);
-    match kind {
-        "digits" if spec == "digits" => Ok(digits::load()),
-        "digits" => {
-            Err(Error::Usage(format!("--data {spec:?}: digits is part of dilt and takes no folder; use --data digits")))
-        }
-        "idx" | "cifar10" | "cifar100" | "folder" => Err(Error::Usage(format!(
-            "--data {spec:?}: {kind}=DIR is not built yet in this version; expected digits, the only one so far"
-        ))),
-        _ => Err(Error::Usage(format!(
-            "--data {spec:?}: no such data set; expected digits (idx=DIR, cifar10=DIR, cifar100=DIR and folder=DIR are \
-             not built yet)"
-        ))),
+/// [`Error::Usage`] for another name, or settings that do not fit the data set. `idx=DIR`, `cifar10=DIR`,
+/// `cifar100=DIR` and `folder=DIR` are not built yet.
+pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataSet> {
+    if reading.limit == Some(0) {
+        return Err(Error::Usage("--limit: expected at least 1, got 0".into()));
     }
+    let kind = spec.split_once('=').map_or(spec, |(kind, _)| kind);
+    let mut data = match kind {
+        "digits" if spec == "digits" => digits::load(),
+        "digits" => {
+            let message = format!("--data {spec:?}: digits is part of dilt and takes no folder; use --data digits");
+            return Err(Error::Usage(message));
+        }
+        "idx" | "cifar10" | "cifar100" | "folder" => {
+            return Err(Error::Usage(format!(
+                "--data {spec:?}: {kind}=DIR is not built yet in this version; expected digits, the only one so far"
+            )));
+        }
+        _ => {
+            return Err(Error::Usage(format!(
+                "--data {spec:?}: no such data set; expected digits (idx=DIR, cifar10=DIR, cifar100=DIR and \
+                 folder=DIR are not built yet)"
+            )));
+        }
+    };
+    let channels = data.shape[0];
+    for (option, given, field) in [("--mean", &reading.mean, &mut data.mean), ("--std", &reading.std, &mut data.std)] {
+        if given.is_empty() {
+            continue;
+        }
+        let usable = given.iter().all(|value| value.is_finite() && (option == "--mean" || *value > 0.0));
+        if given.len() != channels || !usable {
+            return Err(Error::Usage(format!(
+                "{option}: expected {channels} numbers (above 0 for --std), separated by commas, got {given:?}"
+            )));
+        }
+        field.clone_from(given);
+    }
+    if let Some(share) = reading.val_split {
+        data.hold_out(share)?;
+    }
+    if let Some(limit) = reading.limit {
+        data.limit(limit);
+    }
+    Ok(data)
 }
 
 /// Mean and standard deviation of each channel of `byte / scale`, summed in f64: images `[n, channels, pixels]`.

@@ -1,7 +1,7 @@
 //! Images on a device, and which of them a network is trained or evaluated on, with which labels.
 
 use crate::data::partition::Part;
-use crate::data::{DataSet, Examples};
+use crate::data::{DataSet, Examples, Pixels};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::ops::augment::Normalise;
@@ -22,8 +22,13 @@ impl Images {
     /// # Errors
     /// [`Error::Device`] when memory runs out.
     pub fn new(device: &Device, data: &DataSet, split: &Examples) -> Result<Self> {
+        let Pixels::Bytes(bytes) = &split.images else {
+            return Err(Error::Usage(
+                "images that do not fit in memory are not built yet; use a larger --resident".into(),
+            ));
+        };
         Ok(Images {
-            bytes: device.upload(&split.images)?,
+            bytes: device.upload(bytes)?,
             shape: data.shape,
             scale: data.scale,
             mean: device.upload(&data.mean)?,

@@ -1,6 +1,6 @@
 //! Whole networks: gradients against differences of the loss, the optimizer's path through a training, schedules.
 
-use dilt::data::{DataSet, Examples};
+use dilt::data::{DataSet, Examples, Pixels};
 use dilt::device::{Device, HostOptions};
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
@@ -124,18 +124,20 @@ fn gradients_of_a_bottleneck_network_are_those_of_its_loss() {
 
 fn data(examples: usize) -> DataSet {
     let make = |n: usize| Examples {
-        images: (0..n * 128).map(|i| (noise(i) * 100.0 + 100.0) as u8).collect(),
+        images: Pixels::Bytes((0..n * 128).map(|i| (noise(i) * 100.0 + 100.0) as u8).collect()),
         labels: (0..n).map(|i| (i % CLASSES) as u32).collect(),
     };
     let (mean, std) = (vec![0.4, 0.4], vec![0.2, 0.3]);
     DataSet {
         name: "noise".into(),
         shape: [2, 8, 8],
+        stored: [2, 8, 8],
         classes: CLASSES,
         scale: 255.0,
         mean,
         std,
         train: make(examples),
+        val: Examples::default(),
         test: make(5),
     }
 }
