@@ -8,6 +8,7 @@ mod find;
 mod mask;
 mod prune;
 mod train;
+mod transfer;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,7 @@ enum Command {
     Prune(prune::Prune),
     Mask(mask::Mask),
     Assemble(assemble::Assemble),
+    Transfer(transfer::Transfer),
     Doctor(doctor::Doctor),
 }
 
@@ -49,6 +51,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Prune(command) => command.run(),
         Command::Mask(command) => command.run(),
         Command::Assemble(command) => command.run(),
+        Command::Transfer(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }
 }

@@ -24,4 +24,5 @@ mod step;
 mod support;
 mod tickets;
 mod training;
+mod transfer;
 mod weights;
