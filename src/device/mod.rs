@@ -14,6 +14,7 @@ mod cuda;
 mod fiber;
 mod host;
 mod kernel;
+mod shared;
 mod tsan;
 
 use std::sync::Arc;
