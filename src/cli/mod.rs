@@ -3,11 +3,13 @@
 mod assemble;
 mod doctor;
 mod eval;
+mod experiment;
 mod export;
 mod find;
 mod mask;
 mod prune;
 mod train;
+mod transfer;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -38,6 +40,7 @@ enum Command {
     Mask(mask::Mask),
     Export(export::Export),
     Assemble(assemble::Assemble),
+    Transfer(transfer::Transfer),
     Doctor(doctor::Doctor),
 }
 
@@ -51,6 +54,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Mask(command) => command.run(),
         Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
+        Command::Transfer(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }
 }

@@ -28,4 +28,5 @@ mod step;
 mod support;
 mod tickets;
 mod training;
+mod transfer;
 mod weights;
