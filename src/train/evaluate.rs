@@ -6,7 +6,6 @@ use crate::device::Slice;
 use crate::error::{Error, Result};
 use crate::nn::network::Network;
 use crate::nn::plan::Mode;
-use crate::ops::augment::GatherShape;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
 
@@ -37,7 +36,7 @@ fn pass(
     let mut state = device.alloc::<u32>(2)?;
     let (order, count) = (device.upload(&order)?, device.upload(&counts)?);
     let rate = device.alloc::<f32>(counts.len())?;
-    let gather = GatherShape::new(network.model().image, batch)?;
+    let gather = data.images.batches(batch)?;
     for &samples in &counts {
         let current = network.batch();
         let current = StepCurrent { count: current.count, rate: current.rate };

@@ -4,16 +4,19 @@ use crate::data::partition::Part;
 use crate::data::{DataSet, Examples, Pixels};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
-use crate::ops::augment::Normalise;
+use crate::ops::augment::GatherShape;
 
 /// The images of a split, on a device, as bytes.
 pub struct Images {
-    /// `[examples, C, H, W]`.
+    /// `[examples, C, SH, SW]`.
     pub(super) bytes: Buffer<u8>,
+    /// C, SH, SW: the stored images.
+    pub(super) stored: [usize; 3],
+    /// C, H, W: the network's input.
     pub(super) shape: [usize; 3],
-    scale: f32,
-    mean: Buffer<f32>,
-    std: Buffer<f32>,
+    pub(super) scale: f32,
+    pub(super) mean: Buffer<f32>,
+    pub(super) std: Buffer<f32>,
 }
 
 impl Images {
@@ -29,6 +32,7 @@ impl Images {
         };
         Ok(Images {
             bytes: device.upload(bytes)?,
+            stored: data.stored,
             shape: data.shape,
             scale: data.scale,
             mean: device.upload(&data.mean)?,
@@ -36,8 +40,10 @@ impl Images {
         })
     }
 
-    pub(super) fn normalise(&self) -> Normalise<'_> {
-        Normalise { scale: self.scale, mean: self.mean.view(), std: self.std.view() }
+    /// The shape of batches of these images.
+    pub(super) fn batches(&self, batch: usize) -> Result<GatherShape> {
+        let [_, height, width] = self.shape;
+        GatherShape::new(self.stored, [height, width], batch)
     }
 }
 

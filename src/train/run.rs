@@ -8,7 +8,7 @@ use crate::device::{Buffer, Device, Graph};
 use crate::error::{Error, Result};
 use crate::nn::network::Network;
 use crate::nn::plan::Mode;
-use crate::ops::augment::{Augment, GatherShape, GatherSource, gather};
+use crate::ops::augment::{GatherInto, GatherShape, GatherSource, RandomCrop, gather};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::optimizer::Sgd;
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
@@ -96,7 +96,7 @@ impl<'a> Training<'a> {
         };
         let model = network.model();
         Ok(Training {
-            gather: GatherShape::new(model.image, recipe.batch)?,
+            gather: data.images.batches(recipe.batch)?,
             loss_shape: LossShape::new(model.classes, recipe.batch)?,
             recipe: recipe.clone(),
             device,
@@ -231,11 +231,11 @@ impl<'a> Training<'a> {
         step_end(device, tables.state.view_mut())
     }
 
-    fn augment(&self) -> Option<Augment> {
+    fn augment(&self) -> Option<RandomCrop> {
         let [_, height, _] = self.data.images.shape;
         match self.recipe.augment {
             Augmentation::None => None,
-            Augmentation::Standard => Some(Augment { pad: (height / 8) as u32, flip: true, seed: self.seed }),
+            Augmentation::Standard => Some(RandomCrop { pad: (height / 8) as u32, flip: true, seed: self.seed }),
         }
     }
 }
@@ -247,16 +247,18 @@ pub(super) fn load(
     data: &Labelled,
     order: &Buffer<u32>,
     state: &Buffer<u32>,
-    augment: Option<Augment>,
+    crop: Option<RandomCrop>,
     network: &mut Network,
 ) -> Result<()> {
-    let batch = network.batch();
+    let (batch, images) = (network.batch(), data.images);
     let source = GatherSource {
-        images: data.images.bytes.view(),
+        images: images.bytes.view(),
         labels: data.labels.view(),
         order: order.view(),
         state: state.view(),
         count: batch.count.view(),
+        scale: images.scale,
     };
-    gather(device, shape, source, data.images.normalise(), augment, batch.x, batch.labels)
+    let (mean, std) = (images.mean.view(), images.std.view());
+    gather(device, shape, source, crop, GatherInto { mean, std, x: batch.x, labels: batch.labels })
 }
