@@ -5,6 +5,7 @@ use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 
+use crate::command::{fails, json};
 use crate::support::{Golden, as_floats, on_devices, read, unwritten};
 
 /// Largest difference as a share of the largest value: a few roundings of 2^-24 at each pixel, no long sum.
@@ -511,5 +512,30 @@ fn batches_of_the_wrong_size_are_refused_by_name() {
         ([1, 2, 2], [2, 3], 3),
     ] {
         assert!(GatherShape::new(stored, input, batch).is_err(), "{stored:?} {input:?} {batch}");
+    }
+}
+
+#[test]
+fn trainings_take_every_augmentation_and_refuse_jitter_without_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let train = |out, options: &[&'static str]| {
+        [&["train", "--out", out, "--set", "widths=[4,8,16]", "--limit", "40", "--steps", "3", "-q"], options].concat()
+    };
+    let mut losses = Vec::new();
+    for (out, options) in [
+        ("a", &["--augment", "none"][..]),
+        ("b", &["--augment", "standard"]),
+        ("c", &["--augment", "standard", "--jitter", "0.4"]),
+        ("d", &["--augment", "resized-crop"]),
+        ("e", &["--augment", "resized-crop", "--jitter", "0.4"]),
+    ] {
+        losses.push(json(folder.path(), &train(out, options))["loss"].as_f64().unwrap());
+    }
+    losses.dedup();
+    assert_eq!(losses.len(), 5, "each sees other images: {losses:?}");
+    let crop = json(folder.path(), &train("f", &["--augment", "crop"]))["loss"].as_f64().unwrap();
+    assert_eq!(crop, losses[1], "standard is a crop where images are stored in the input's size");
+    for options in [&["--augment", "none", "--jitter", "0.4"][..], &["--augment", "crop", "--jitter", "-1"]] {
+        fails(folder.path(), &train("g", options), 2, &["jitter", options[3]]);
     }
 }

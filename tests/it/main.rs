@@ -10,6 +10,7 @@ mod device;
 mod doctor;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod feed;
 mod loss;
 mod mask;
 mod network;
