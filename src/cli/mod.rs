@@ -241,6 +241,9 @@ struct RecipeOptions {
     /// How images are varied.
     #[arg(long, value_enum, help_heading = "Training")]
     augment: Option<AugmentOption>,
+    /// Multiply brightness, contrast and saturation by random factors from 1 - S to 1 + S; with --augment alone.
+    #[arg(long, value_name = "S", allow_negative_numbers = true, help_heading = "Training")]
+    jitter: Option<f32>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -252,9 +255,14 @@ enum ScheduleOption {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum AugmentOption {
+    /// Not at all.
     None,
-    /// Random crop and horizontal flip.
+    /// Resized-crop where a folder's images are stored larger than the model's input, else crop.
     Standard,
+    /// Random crop, after padding by an eighth if the images are of the input's size, and horizontal flip.
+    Crop,
+    /// A random part of the image, scaled to the input's size, and horizontal flip.
+    ResizedCrop,
 }
 
 impl RecipeOptions {
@@ -276,6 +284,7 @@ impl RecipeOptions {
         set(&mut recipe.warmup, &self.warmup);
         set(&mut recipe.label_smoothing, &self.label_smoothing);
         set(&mut recipe.shuffle, &self.shuffle);
+        set(&mut recipe.jitter, &self.jitter);
         recipe.steps = self.steps.or(recipe.steps);
         recipe.clip_norm = self.clip_norm.or(recipe.clip_norm);
         recipe.nesterov |= self.nesterov;
@@ -291,6 +300,8 @@ impl RecipeOptions {
             recipe.augment = match augment {
                 AugmentOption::None => Augmentation::None,
                 AugmentOption::Standard => Augmentation::Standard,
+                AugmentOption::Crop => Augmentation::Crop,
+                AugmentOption::ResizedCrop => Augmentation::ResizedCrop,
             };
         }
         recipe.check()?;

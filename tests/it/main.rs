@@ -14,6 +14,7 @@ mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
 mod idx;
+mod feed;
 mod loss;
 mod mask;
 mod network;
