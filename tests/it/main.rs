@@ -14,6 +14,7 @@ mod export;
 mod faults;
 mod loss;
 mod mask;
+mod names;
 mod network;
 mod norm;
 mod optimizer;
