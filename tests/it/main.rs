@@ -3,6 +3,7 @@
 mod agreement;
 mod augment;
 mod bad_input;
+mod cifar;
 mod cli;
 mod command;
 mod conv;
@@ -12,6 +13,7 @@ mod doctor;
 mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod idx;
 mod loss;
 mod mask;
 mod names;
