@@ -136,7 +136,7 @@ impl Weights {
         }
         Err(Error::Usage(format!(
             "the weights do not fit the model, which has {} tensors, in {} places; choose the --model they were made \
-             with, or rename them:\n  {}",
+             with, rename them, or train with --partial, which draws the rest:\n  {}",
             expected.len(),
             problems.len(),
             problems.join("\n  ")

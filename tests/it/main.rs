@@ -17,6 +17,7 @@ mod idx;
 mod feed;
 mod loss;
 mod mask;
+mod names;
 mod network;
 mod norm;
 mod optimizer;
