@@ -1,13 +1,15 @@
 //! What `dilt transfer` trains: which weights each row starts from, and how many it keeps.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dilt::nn::config::ModelConfig;
 use dilt::nn::weights::Weights;
 use dilt::nn::{init, resnet};
 use serde_json::Value;
 
-use crate::command::{SMALL, dilt, fails, json, keys};
+use crate::command::{SMALL, assert_same_files, dilt, fails, json, keys, run_folder};
+use crate::resume::kill_after;
 
 /// A folder in which `find` has made tickets on the digits; random parts share a classifier, which has a mask then.
 struct Source {
@@ -243,4 +245,18 @@ fn what_does_not_fit_is_refused_before_a_run_folder_is_made() {
     }
     fails(folder, &["transfer"], 2, &["--ticket"]);
     assert!(!folder.join("runs").exists());
+}
+
+#[test]
+fn a_transfer_killed_at_any_moment_ends_with_the_same_bits() {
+    let [whole, broken] = [Source::new(), Source::new()];
+    let file = whole.file("core", "weights");
+    let mut args = vec!["transfer", "--ticket", &file, "--set", "widths=[4,8,16]", "--limit", "160", "--epochs", "3"];
+    args.extend(["--levels", "2", "--batch", "32", "--seeds", "1", "-q"]);
+    let expected = json(whole.folder.path(), &args);
+    for moment in [1, 15, 30, 40, 60, 80, 25, 50] {
+        kill_after(broken.folder.path(), &args, Duration::from_millis(moment));
+    }
+    assert_eq!(json(broken.folder.path(), &args), expected);
+    assert_same_files(&run_folder(broken.folder.path()), &run_folder(whole.folder.path()));
 }
