@@ -4,6 +4,7 @@ mod assemble;
 mod doctor;
 mod eval;
 mod experiment;
+mod export;
 mod find;
 mod mask;
 mod prune;
@@ -37,6 +38,7 @@ enum Command {
     Eval(eval::Eval),
     Prune(prune::Prune),
     Mask(mask::Mask),
+    Export(export::Export),
     Assemble(assemble::Assemble),
     Transfer(transfer::Transfer),
     Doctor(doctor::Doctor),
@@ -50,6 +52,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Eval(command) => command.run(),
         Command::Prune(command) => command.run(),
         Command::Mask(command) => command.run(),
+        Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
         Command::Transfer(command) => command.run(),
         Command::Doctor(command) => command.run(),
@@ -135,8 +138,9 @@ struct ModelAndData {
     /// Set a field of the model file, e.g. widths=[8,16,32]; may be given several times.
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Model and data")]
     set: Vec<String>,
-    /// A data set: digits.
-    #[arg(long, default_value = "digits", help_heading = "Model and data")]
+    /// A data set: digits, which is part of dilt, or one in a folder: idx=DIR (MNIST, Fashion-MNIST, plain or .gz),
+    /// cifar10=DIR, cifar100=DIR or cifar100-coarse=DIR (binary version).
+    #[arg(long, default_value = "digits", value_name = "NAME[=DIR]", help_heading = "Model and data")]
     data: String,
     /// Use only N examples of each split: the first; of a folder, as many of each class.
     #[arg(long, value_name = "N", help_heading = "Model and data")]

@@ -8,7 +8,7 @@
 //! The split is dilt's own and never changes: a quarter of each class, rounded down, is for testing (445 images),
 //! chosen by [`permutation`] with seed 0 and the class as stream; 1,352 are for training. Both stay in file order.
 
-use super::{DataSet, Examples, Pixels, moments, permutation};
+use super::{DataSet, permutation};
 
 const IMAGES: usize = 1797;
 const PIXELS: usize = 64;
@@ -36,19 +36,6 @@ pub(super) fn load() -> DataSet {
         images.extend_from_slice(image);
         to_labels.push(u32::from(labels[i]));
     }
-    let shape = [1, 8, 8];
-    let (mean, std) = moments(&split[0].0, shape, SCALE);
-    let [train, test] = split.map(|(images, labels)| Examples { images: Pixels::Bytes(images), labels });
-    DataSet {
-        name: "digits".into(),
-        shape,
-        stored: shape,
-        classes: CLASSES as usize,
-        scale: SCALE,
-        mean,
-        std,
-        train,
-        val: Examples::default(),
-        test,
-    }
+    let [train, test] = split;
+    DataSet::of_bytes("digits", [1, 8, 8], CLASSES as usize, SCALE, train, test)
 }

@@ -3,11 +3,13 @@
 //! Images are bytes, as their files hold them; a pixel's value is `byte / scale`, and the network's input is
 //! `(byte / scale - mean) / std` with one mean and one standard deviation per channel.
 
+pub mod cifar;
 mod digits;
+pub mod idx;
 pub mod image;
 pub mod partition;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -145,6 +147,30 @@ pub struct Reading {
 }
 
 impl DataSet {
+    /// A data set in memory, with the moments of its training images as mean and standard deviation.
+    fn of_bytes(
+        name: &str,
+        shape: [usize; 3],
+        classes: usize,
+        scale: f32,
+        (train_images, train_labels): (Vec<u8>, Vec<u32>),
+        (test_images, test_labels): (Vec<u8>, Vec<u32>),
+    ) -> Self {
+        let (mean, std) = moments(&train_images, shape, scale);
+        DataSet {
+            name: name.into(),
+            shape,
+            stored: shape,
+            classes,
+            scale,
+            mean,
+            std,
+            train: Examples { images: Pixels::Bytes(train_images), labels: train_labels },
+            val: Examples::default(),
+            test: Examples { images: Pixels::Bytes(test_images), labels: test_labels },
+        }
+    }
+
     /// Keeps the first `limit` examples of each split.
     fn limit(&mut self, limit: usize) {
         let pixels: usize = self.stored.iter().product();
@@ -210,31 +236,47 @@ impl DataSet {
     }
 }
 
-/// Opens the data set that `--data` names: `digits`, which is part of the program.
+/// Opens the data set that `--data` names: `digits`, which is part of the program, or `idx=DIR`, `cifar10=DIR`,
+/// `cifar100=DIR`, `cifar100-coarse=DIR`, read from a folder.
 ///
 /// # Errors
-/// [`Error::Usage`] for another name, or settings that do not fit the data set. `idx=DIR`, `cifar10=DIR`,
-/// `cifar100=DIR` and `folder=DIR` are not built yet.
+/// [`Error::Usage`] for another name, or settings that do not fit the data set; [`Error::File`] for files that are
+/// missing, unreadable or damaged.
 pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataSet> {
     if reading.limit == Some(0) {
         return Err(Error::Usage("--limit: expected at least 1, got 0".into()));
     }
-    let kind = spec.split_once('=').map_or(spec, |(kind, _)| kind);
+    if let Some(option) = [("--resize", reading.resize.is_some()), ("--skip-broken", reading.skip_broken)]
+        .into_iter()
+        .find_map(|(option, given)| given.then_some(option))
+    {
+        return Err(Error::Usage(format!("{option} is for image files; leave it out for --data {spec}")));
+    }
+    let (kind, folder) = spec.split_once('=').map_or((spec, None), |(kind, folder)| (kind, Some(folder)));
+    let folder = || match folder {
+        Some(folder) if !folder.is_empty() => match std::fs::metadata(folder) {
+            Ok(about) if about.is_dir() => Ok(Path::new(folder)),
+            Ok(_) => Err(Error::file(folder, format!("expected the folder of the data set {kind}, got a file"))),
+            Err(error) => {
+                Err(Error::file(folder, format!("the folder of the data set {kind} cannot be read: {error}")))
+            }
+        },
+        _ => Err(Error::Usage(format!("--data {spec:?}: expected the folder of the data set, {kind}=DIR"))),
+    };
     let mut data = match kind {
-        "digits" if spec == "digits" => digits::load(),
+        "digits" if spec == kind => digits::load(),
         "digits" => {
             let message = format!("--data {spec:?}: digits is part of dilt and takes no folder; use --data digits");
             return Err(Error::Usage(message));
         }
-        "idx" | "cifar10" | "cifar100" | "folder" => {
-            return Err(Error::Usage(format!(
-                "--data {spec:?}: {kind}=DIR is not built yet in this version; expected digits, the only one so far"
-            )));
-        }
+        "idx" => idx::load(folder()?)?,
+        "cifar10" => cifar::load(folder()?, &cifar::CIFAR10)?,
+        "cifar100" => cifar::load(folder()?, &cifar::CIFAR100)?,
+        "cifar100-coarse" => cifar::load(folder()?, &cifar::CIFAR100_COARSE)?,
         _ => {
             return Err(Error::Usage(format!(
-                "--data {spec:?}: no such data set; expected digits (idx=DIR, cifar10=DIR, cifar100=DIR and \
-                 folder=DIR are not built yet)"
+                "--data {spec:?}: no such data set; expected digits, idx=DIR, cifar10=DIR, cifar100=DIR or \
+                 cifar100-coarse=DIR"
             )));
         }
     };
@@ -260,20 +302,24 @@ pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataS
     Ok(data)
 }
 
-/// Mean and standard deviation of each channel of `byte / scale`, summed in f64: images `[n, channels, pixels]`.
+/// Mean and standard deviation of each channel of `byte / scale`: images `[n, channels, height, width]`. From counts
+/// of the bytes, in f64.
 fn moments(images: &[u8], [channels, height, width]: [usize; 3], scale: f32) -> (Vec<f32>, Vec<f32>) {
     let pixels = height * width;
-    let channel = |c: usize| {
-        let values = || {
-            let planes = images.chunks_exact(pixels).skip(c).step_by(channels).flatten();
-            planes.map(|&byte| f64::from(byte) / f64::from(scale))
-        };
-        let n = values().count() as f64;
-        let mean = values().sum::<f64>() / n;
-        let variance = values().map(|value| (value - mean).powi(2)).sum::<f64>() / n;
+    let mut counts = vec![[0u64; 256]; channels];
+    for image in images.chunks_exact(channels * pixels) {
+        for (counts, plane) in counts.iter_mut().zip(image.chunks_exact(pixels)) {
+            plane.iter().for_each(|&byte| counts[usize::from(byte)] += 1);
+        }
+    }
+    let moments = |counts: &[u64; 256]| {
+        let values = || counts.iter().enumerate().map(|(byte, &n)| (byte as f64 / f64::from(scale), n as f64));
+        let n: f64 = values().map(|(_, n)| n).sum();
+        let mean = values().map(|(value, n)| value * n).sum::<f64>() / n;
+        let variance = values().map(|(value, n)| n * (value - mean).powi(2)).sum::<f64>() / n;
         (mean as f32, variance.sqrt() as f32)
     };
-    (0..channels).map(channel).unzip()
+    counts.iter().map(moments).unzip()
 }
 
 /// A random order of `0..n`: Fisher-Yates on ChaCha8 with `seed` as the key's first eight bytes, and `stream`.

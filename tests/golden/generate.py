@@ -358,13 +358,17 @@ class Block(nn.Module):
         return F.relu(y + x)
 
 
-class ResNet8(nn.Module):
-    def __init__(self, width=16, classes=10):
+class ResNet(nn.Module):
+    def __init__(self, blocks, channels, width=16, classes=10):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(Block(width, width, 1))
-        self.layer2 = nn.Sequential(Block(width, 2 * width, 2))
-        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, 2))
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+
+        def stage(c, k, stride):
+            return nn.Sequential(Block(c, k, stride), *[Block(k, k, 1) for _ in range(blocks - 1)])
+
+        self.layer1 = stage(width, width, 1)
+        self.layer2 = stage(width, 2 * width, 2)
+        self.layer3 = stage(2 * width, 4 * width, 2)
         self.linear = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -375,12 +379,36 @@ class ResNet8(nn.Module):
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
+def descend(model, masks, x, labels, batch, lr, momentum, decay):
+    """SGD over consecutive batches, weights and velocity masked; yields logits and loss of each before its update."""
+    params = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(params.values(), lr=lr, momentum=momentum, weight_decay=decay)
+
+    def apply_masks():
+        with torch.no_grad():
+            for name, mask in masks.items():
+                params[name] *= mask
+                if params[name] in optimizer.state:
+                    optimizer.state[params[name]]["momentum_buffer"] *= mask
+
+    apply_masks()
+    for first in range(0, len(x), batch):
+        part = slice(first, first + batch)
+        logits = model(x[part])
+        value = F.cross_entropy(logits, labels[part])
+        optimizer.zero_grad()
+        value.backward()
+        yield logits.detach(), value.detach()
+        optimizer.step()
+        apply_masks()
+
+
 def train(dtype=torch.float64):
     """Ten SGD steps of ResNet-8, dense and with a 90 % sparse mask. grad0 is not masked. `dtype` is for measuring tolerances."""
     g, steps, batch = Golden("train_resnet8"), 10, 20
     lr, momentum, decay = 0.05, 0.9, 5e-4
     g.seed("init")
-    model = ResNet8()
+    model = ResNet(1, 1)
     init = {name: p.detach().float() for name, p in model.named_parameters()}
     x, labels = torch.randn(steps * batch, 1, 8, 8).float(), torch.randint(10, (steps * batch,))
     masks = {}
@@ -393,32 +421,15 @@ def train(dtype=torch.float64):
     g.add("mask", masks)
     shown = ["conv1.weight", "layer2.0.conv1.weight", "layer3.0.bn2.weight", "linear.weight", "linear.bias"]
     for case, case_masks in (("dense", {}), ("masked", masks)):
-        model = ResNet8()
+        model = ResNet(1, 1)
         model.load_state_dict(init, strict=False)
         model.to(dtype).train()
         params = dict(model.named_parameters())
-        optimizer = torch.optim.SGD(params.values(), lr=lr, momentum=momentum, weight_decay=decay)
-
-        def apply_masks():
-            with torch.no_grad():
-                for name, mask in case_masks.items():
-                    params[name] *= mask
-                    if params[name] in optimizer.state:
-                        optimizer.state[params[name]]["momentum_buffer"] *= mask
-
-        apply_masks()
         losses, tensors = [], {}
-        for step in range(steps):
-            part = slice(step * batch, (step + 1) * batch)
-            logits = model(x[part].to(dtype))
-            value = F.cross_entropy(logits, labels[part])
-            optimizer.zero_grad()
-            value.backward()
-            losses.append(value.detach())
-            if step == 0:
-                tensors |= {"logits0": logits.detach()} | {f"grad0/{name}": params[name].grad.clone() for name in shown}
-            optimizer.step()
-            apply_masks()
+        for logits, value in descend(model, case_masks, x.to(dtype), labels, batch, lr, momentum, decay):
+            if not losses:
+                tensors |= {"logits0": logits} | {f"grad0/{name}": params[name].grad.clone() for name in shown}
+            losses.append(value)
         tensors["losses"] = torch.stack(losses)
         for name, t in model.state_dict().items():
             if t.is_floating_point():

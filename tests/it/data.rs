@@ -3,11 +3,11 @@
 use dilt::data::{self, DataSet, Examples, Pixels, Reading};
 use dilt::report::progress::{Progress, Verbosity};
 
-fn load(spec: &str) -> dilt::Result<DataSet> {
+pub fn load(spec: &str) -> dilt::Result<DataSet> {
     data::load(spec, &Reading::default(), &Progress::new(Verbosity::Quiet))
 }
 
-fn bytes(examples: &Examples) -> &[u8] {
+pub fn bytes(examples: &Examples) -> &[u8] {
     match &examples.images {
         Pixels::Bytes(bytes) => bytes,
         Pixels::Files(_) => panic!("expected images in memory"),
@@ -54,15 +54,46 @@ fn digits_normalise_to_mean_zero_and_deviation_one() {
 }
 
 #[test]
-fn other_names_say_what_exists_and_what_is_not_built_yet() {
-    for spec in ["idx=/data", "idx", "cifar10=x", "cifar100=", "folder=/data/a=b"] {
+fn digits_normalise_with_the_moments_of_their_values_in_f64() {
+    let digits = load("digits").unwrap();
+    let values = || bytes(&digits.train).iter().map(|&byte| f64::from(byte) / 16.0);
+    let n = values().count() as f64;
+    let mean = values().sum::<f64>() / n;
+    let variance = values().map(|value| (value - mean).powi(2)).sum::<f64>() / n;
+    assert_eq!((digits.mean[0], digits.std[0]), (mean as f32, variance.sqrt() as f32));
+}
+
+#[test]
+fn other_names_say_what_exists() {
+    for spec in ["", "digit", "=", "digits=/data", "imagenet", "cifar=/x", "idx", "cifar10=", "cifar100"] {
         let error = load(spec).unwrap_err();
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().contains("not built yet"), "{error}");
+        let expected = if spec.starts_with("idx") || spec.starts_with("cifar1") { "=DIR" } else { "digits" };
+        assert!(error.to_string().contains(expected), "{error}");
     }
-    for spec in ["", "digit", "=", "digits=/data", "imagenet"] {
-        let error = load(spec).unwrap_err();
+}
+
+#[test]
+fn a_folder_that_is_none_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    for kind in ["idx", "cifar10", "cifar100", "cifar100-coarse"] {
+        let error = load(&format!("{kind}={}", file.display())).unwrap_err();
+        assert_eq!(error.exit_code(), 1);
+        assert!(error.to_string().contains("file: expected the folder"), "{error}");
+        let error = load(&format!("{kind}={}", folder.path().join("none").display())).unwrap_err().to_string();
+        assert!(error.contains("none") && error.contains("No such file"), "{error}");
+    }
+}
+
+#[test]
+fn options_for_image_files_are_refused_elsewhere() {
+    let resized = Reading { resize: Some(40), ..Reading::default() };
+    let skipping = Reading { skip_broken: true, ..Reading::default() };
+    for (reading, option) in [(resized, "--resize"), (skipping, "--skip-broken")] {
+        let error = data::load("digits", &reading, &Progress::new(Verbosity::Quiet)).unwrap_err();
         assert_eq!(error.exit_code(), 2);
-        assert!(error.to_string().contains("digits"), "{error}");
+        assert!(error.to_string().contains(option), "{error}");
     }
 }

@@ -1,15 +1,19 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
+mod agreement;
 mod augment;
 mod bad_input;
+mod cifar;
 mod cli;
 mod command;
 mod conv;
 mod data;
 mod device;
 mod doctor;
+mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod idx;
 mod loss;
 mod mask;
 mod network;
