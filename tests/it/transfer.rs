@@ -248,6 +248,35 @@ fn what_does_not_fit_is_refused_before_a_run_folder_is_made() {
 }
 
 #[test]
+fn other_classes_and_another_image_size_change_the_classifier_alone() {
+    let source = Source::new();
+    let (file, core) = (source.file("core", "ticket"), source.load(&source.file("core", "ticket")));
+    let idx = |name: &str, sizes: &[u32], value: &dyn Fn(usize) -> u8| {
+        let header = [0, 0, 8, sizes.len() as u8].into_iter().chain(sizes.iter().flat_map(|size| size.to_be_bytes()));
+        let values = (0..sizes.iter().product::<u32>() as usize).map(value);
+        std::fs::write(source.folder.path().join("idx").join(name), header.chain(values).collect::<Vec<u8>>()).unwrap();
+    };
+    std::fs::create_dir(source.folder.path().join("idx")).unwrap();
+    // Three classes: of image i, class i % 3, the rows of that third are bright.
+    for (split, n) in [("train", 120), ("t10k", 30)] {
+        let bright = |at: usize| if at % 784 * 3 / 784 == at / 784 % 3 { 200 } else { (at * 37 % 50) as u8 };
+        idx(&format!("{split}-images-idx3-ubyte"), &[n, 28, 28], &bright);
+        idx(&format!("{split}-labels-idx1-ubyte"), &[n], &|i| (i % 3) as u8);
+    }
+    let done = source.transfer(&file, &["--data", "idx=idx", "--seeds", "1"]);
+    for row in done.rows() {
+        let weights = done.file(row["name"].as_str().unwrap(), 0, "weights");
+        assert_eq!(weights.tensors["linear.weight"].shape(), [3, 16]);
+        assert_eq!(weights.tensors["linear.bias"].shape(), [3]);
+    }
+    let ticket = done.ticket("ticket");
+    assert!(same_body(&ticket, &core));
+    assert_eq!(ticket.masks, body_masks(&core).masks);
+    assert_eq!(ticket.tensors.keys().collect::<Vec<_>>(), core.tensors.keys().collect::<Vec<_>>());
+    assert!(done.result["run"].as_str().unwrap().starts_with("runs/transfer-resnet8-idx-"));
+}
+
+#[test]
 fn a_transfer_killed_at_any_moment_ends_with_the_same_bits() {
     let [whole, broken] = [Source::new(), Source::new()];
     let file = whole.file("core", "weights");
