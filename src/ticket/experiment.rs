@@ -148,7 +148,7 @@ impl Ticket {
     }
 
     /// Starts from other weights.
-    pub fn from(self, start: Weights) -> Self {
+    pub fn starting_from(self, start: Weights) -> Self {
         Ticket { start: Some(start), ..self }
     }
 

@@ -88,6 +88,6 @@ fn controls_of(
     tickets.push(Ticket::new("magnitude", "magnitude", controls::magnitude(repetition, levels, keep)?));
     tickets.push(Ticket::new("random", "random", controls::random(repetition, masks)));
     let redrawn = Ticket::new("redrawn", "redrawn", masks.clone()).after(levels);
-    tickets.push(redrawn.from(controls::redrawn(repetition)?));
+    tickets.push(redrawn.starting_from(controls::redrawn(repetition)?));
     Ok(tickets.into_iter().map(|ticket| ticket.at(name)).collect())
 }

@@ -100,8 +100,8 @@ impl Transfer {
     /// weights where its file has them.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the ticket removes nothing from convolutions, another file removes from other layers, or the
-    /// number of levels cannot be.
+    /// [`Error::Usage`] if the ticket has no mask of a convolution, `lth` has masks of other layers, `dense` has masks, or
+    /// the number of levels cannot be.
     pub fn new(ticket: Body, lth: Lth, dense: Option<Body>) -> Result<Self> {
         let layers = |body: &Body| body.masks.layers().iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
         if ticket.masks.layers().is_empty() {
@@ -161,8 +161,7 @@ impl Transfer {
                 Ticket::new("lth", "lth", masks).after(*levels).at(TICKET)
             }
         };
-        let redrawn =
-            Ticket { start: Some(controls::redrawn(repetition)?), ..from_file("redrawn", "redrawn", &self.ticket) };
+        let redrawn = from_file("redrawn", "redrawn", &self.ticket).starting_from(controls::redrawn(repetition)?);
         Ok(vec![
             Ticket::new(DENSE, DENSE, repetition.candidates.clone()),
             from_file(TICKET, "transfer", &self.ticket),
@@ -176,7 +175,8 @@ impl Transfer {
 /// A ticket with masks and weights of a file.
 fn from_file(name: &str, method: &'static str, body: &Body) -> Ticket {
     let origin = Origin { level: None, parent: Some(body.identity.clone()) };
-    Ticket { start: Some(body.weights.clone()), origin, ..Ticket::new(name, method, body.masks.clone()) }
+    let ticket = Ticket { origin, ..Ticket::new(name, method, body.masks.clone()) };
+    ticket.starting_from(body.weights.clone())
 }
 
 /// Trains and scores the ticket and its controls on the data of the experiment.

@@ -1,13 +1,15 @@
 //! What `dilt transfer` trains: which weights each row starts from, and how many it keeps.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dilt::nn::config::ModelConfig;
 use dilt::nn::weights::Weights;
 use dilt::nn::{init, resnet};
 use serde_json::Value;
 
-use crate::command::{SMALL, dilt, fails, json, keys};
+use crate::command::{SMALL, assert_same_files, dilt, fails, json, keys, run_folder};
+use crate::resume::kill_after;
 
 /// A folder in which `find` has made tickets on the digits; random parts share a classifier, which has a mask then.
 struct Source {
@@ -243,4 +245,47 @@ fn what_does_not_fit_is_refused_before_a_run_folder_is_made() {
     }
     fails(folder, &["transfer"], 2, &["--ticket"]);
     assert!(!folder.join("runs").exists());
+}
+
+#[test]
+fn other_classes_and_another_image_size_change_the_classifier_alone() {
+    let source = Source::new();
+    let (file, core) = (source.file("core", "ticket"), source.load(&source.file("core", "ticket")));
+    let idx = |name: &str, sizes: &[u32], value: &dyn Fn(usize) -> u8| {
+        let header = [0, 0, 8, sizes.len() as u8].into_iter().chain(sizes.iter().flat_map(|size| size.to_be_bytes()));
+        let values = (0..sizes.iter().product::<u32>() as usize).map(value);
+        std::fs::write(source.folder.path().join("idx").join(name), header.chain(values).collect::<Vec<u8>>()).unwrap();
+    };
+    std::fs::create_dir(source.folder.path().join("idx")).unwrap();
+    // Three classes: of image i, class i % 3, the rows of that third are bright.
+    for (split, n) in [("train", 120), ("t10k", 30)] {
+        let bright = |at: usize| if at % 784 * 3 / 784 == at / 784 % 3 { 200 } else { (at * 37 % 50) as u8 };
+        idx(&format!("{split}-images-idx3-ubyte"), &[n, 28, 28], &bright);
+        idx(&format!("{split}-labels-idx1-ubyte"), &[n], &|i| (i % 3) as u8);
+    }
+    let done = source.transfer(&file, &["--data", "idx=idx", "--seeds", "1"]);
+    for row in done.rows() {
+        let weights = done.file(row["name"].as_str().unwrap(), 0, "weights");
+        assert_eq!(weights.tensors["linear.weight"].shape(), [3, 16]);
+        assert_eq!(weights.tensors["linear.bias"].shape(), [3]);
+    }
+    let ticket = done.ticket("ticket");
+    assert!(same_body(&ticket, &core));
+    assert_eq!(ticket.masks, body_masks(&core).masks);
+    assert_eq!(ticket.tensors.keys().collect::<Vec<_>>(), core.tensors.keys().collect::<Vec<_>>());
+    assert!(done.result["run"].as_str().unwrap().starts_with("runs/transfer-resnet8-idx-"));
+}
+
+#[test]
+fn a_transfer_killed_at_any_moment_ends_with_the_same_bits() {
+    let [whole, broken] = [Source::new(), Source::new()];
+    let file = whole.file("core", "weights");
+    let mut args = vec!["transfer", "--ticket", &file, "--set", "widths=[4,8,16]", "--limit", "160", "--epochs", "3"];
+    args.extend(["--levels", "2", "--batch", "32", "--seeds", "1", "-q"]);
+    let expected = json(whole.folder.path(), &args);
+    for moment in [1, 15, 30, 40, 60, 80, 25, 50] {
+        kill_after(broken.folder.path(), &args, Duration::from_millis(moment));
+    }
+    assert_eq!(json(broken.folder.path(), &args), expected);
+    assert_same_files(&run_folder(broken.folder.path()), &run_folder(whole.folder.path()));
 }
