@@ -100,6 +100,9 @@ impl Examples {
     }
 }
 
+/// Images, bytes `[n, channels, height, width]`, and the label of each.
+type Split = (Vec<u8>, Vec<u32>);
+
 /// A data set, split into examples to train on and examples to test on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataSet {
@@ -153,8 +156,8 @@ impl DataSet {
         shape: [usize; 3],
         classes: usize,
         scale: f32,
-        (train_images, train_labels): (Vec<u8>, Vec<u32>),
-        (test_images, test_labels): (Vec<u8>, Vec<u32>),
+        (train_images, train_labels): Split,
+        (test_images, test_labels): Split,
     ) -> Self {
         let (mean, std) = moments(&train_images, shape, scale);
         DataSet {
