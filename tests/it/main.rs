@@ -13,8 +13,8 @@ mod doctor;
 mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
-mod idx;
 mod feed;
+mod idx;
 mod loss;
 mod mask;
 mod names;
