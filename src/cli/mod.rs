@@ -139,10 +139,11 @@ struct ModelAndData {
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Model and data")]
     set: Vec<String>,
     /// A data set: digits, which is part of dilt, or one in a folder: idx=DIR (MNIST, Fashion-MNIST, plain or .gz),
-    /// cifar10=DIR, cifar100=DIR or cifar100-coarse=DIR (binary version).
+    /// cifar10=DIR, cifar100=DIR or cifar100-coarse=DIR (binary version), folder=DIR (train/CLASS/ and test/CLASS/ or
+    /// val/CLASS/, JPEG and PNG, brought to the model's input).
     #[arg(long, default_value = "digits", value_name = "NAME[=DIR]", help_heading = "Model and data")]
     data: String,
-    /// Use only N examples of each split: the first; of a folder, as many of each class.
+    /// Use only N examples of each split: the first; of a folder, the first of each class in turn.
     #[arg(long, value_name = "N", help_heading = "Model and data")]
     limit: Option<usize>,
     /// Share of the training examples, of each class, that is held out as the split val.
@@ -158,11 +159,12 @@ struct ModelAndData {
     /// sevenths of the input if that has 128 rows or more (256 for 224), else the input's own.
     #[arg(long, value_name = "PIXELS", help_heading = "Model and data")]
     resize: Option<usize>,
-    /// Leave out a folder's broken images, and name them, instead of stopping at the first.
+    /// Leave out a folder's broken images and stray files, and name them, instead of refusing them. Looks at every
+    /// image once before it begins.
     #[arg(long, help_heading = "Model and data")]
     skip_broken: bool,
     /// Keep a folder's images in memory, decoded, if that takes at most so many MiB; else decode them as they are
-    /// needed.
+    /// needed, and stop at a broken one.
     #[arg(long, value_name = "MIB", default_value_t = 2048, help_heading = "Model and data")]
     resident: u64,
 }
