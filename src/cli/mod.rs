@@ -172,7 +172,16 @@ struct ModelAndData {
 impl ModelAndData {
     /// Reads model file and data set. `named` is the model that a weights file says it is of.
     fn load(&self, named: Option<&str>, progress: &Progress) -> dilt::Result<(ModelConfig, DataSet)> {
-        let model = self.model.as_deref().or(named).unwrap_or("resnet8");
+        let model = match (self.model.as_deref(), named) {
+            (Some(model), _) => model,
+            // A file is not to choose which other file is read.
+            (None, Some(named)) if !ModelConfig::is_embedded(named) => {
+                return Err(dilt::Error::Usage(format!(
+                    "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
+                )));
+            }
+            (None, named) => named.unwrap_or("resnet8"),
+        };
         let config = ModelConfig::load(model, &self.set)?;
         let reading = Reading {
             input: config.image,

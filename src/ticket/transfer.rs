@@ -53,9 +53,11 @@ impl Body {
     ///
     /// # Errors
     /// [`Error::Usage`] if its first convolution reads another number of channels, with the full list of what else does
-    /// not fit, or for a mask of something else than a convolution or the classifier.
+    /// not fit, or for a mask of something else than a convolution or the classifier; as [`Weights::named_as`].
     pub fn new(file: &Weights, config: &ModelConfig) -> Result<Self> {
         let model = resnet::build(config)?;
+        let (identity, tensors) = (file.identity(), model.file_tensors());
+        let file = &file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()))?;
         check_channels(file, &model)?;
         let keep = |name: &String| !model.is_head(name);
         let weights = Weights {
@@ -67,7 +69,7 @@ impl Body {
         let convolutions = model.parameters.iter().filter(|p| p.kind == ParameterKind::Convolution);
         let names = convolutions.map(|p| p.name.clone()).filter(|name| file.masks.contains_key(name));
         let masks = MaskSet::from_file(&masks, &names.collect::<Vec<_>>())?;
-        Ok(Body { weights, masks, identity: file.identity() })
+        Ok(Body { weights, masks, identity })
     }
 
     /// Whether the file holds what its masks remove: of trained weights that is exactly zero.
