@@ -289,3 +289,23 @@ fn a_transfer_killed_at_any_moment_ends_with_the_same_bits() {
     assert_eq!(json(broken.folder.path(), &args), expected);
     assert_same_files(&run_folder(broken.folder.path()), &run_folder(whole.folder.path()));
 }
+
+#[test]
+fn a_ticket_may_have_the_names_of_a_parallel_module_but_names_no_file_to_read() {
+    let source = Source::new();
+    let core = source.load(&source.file("core", "ticket"));
+    let renamed = |name: &String| format!("module.{}", name.replace("linear.", "fc."));
+    let mut parallel = Weights {
+        tensors: core.tensors.iter().map(|(name, tensor)| (renamed(name), tensor.clone())).collect(),
+        masks: core.masks.iter().map(|(name, mask)| (renamed(name), mask.clone())).collect(),
+        metadata: core.metadata.clone(),
+    };
+    parallel.save(&source.folder.path().join("parallel.safetensors")).unwrap();
+    let done = source.transfer("parallel.safetensors", &["--seeds", "1"]);
+    assert!(same_body(&done.ticket("ticket"), &core));
+    assert_eq!(done.ticket("ticket").masks, body_masks(&core).masks);
+    parallel.metadata.insert("model".into(), "/etc/some.toml".into());
+    parallel.save(&source.folder.path().join("other.safetensors")).unwrap();
+    let says = ["/etc/some.toml", "not part of dilt", "--model"];
+    fails(source.folder.path(), &["transfer", "--ticket", "other.safetensors"], 2, &says);
+}
