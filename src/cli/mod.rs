@@ -3,11 +3,13 @@
 mod assemble;
 mod doctor;
 mod eval;
+mod experiment;
 mod export;
 mod find;
 mod mask;
 mod prune;
 mod train;
+mod transfer;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -38,6 +40,7 @@ enum Command {
     Mask(mask::Mask),
     Export(export::Export),
     Assemble(assemble::Assemble),
+    Transfer(transfer::Transfer),
     Doctor(doctor::Doctor),
 }
 
@@ -51,6 +54,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Mask(command) => command.run(),
         Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
+        Command::Transfer(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }
 }
@@ -135,10 +139,11 @@ struct ModelAndData {
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Model and data")]
     set: Vec<String>,
     /// A data set: digits, which is part of dilt, or one in a folder: idx=DIR (MNIST, Fashion-MNIST, plain or .gz),
-    /// cifar10=DIR, cifar100=DIR or cifar100-coarse=DIR (binary version).
+    /// cifar10=DIR, cifar100=DIR or cifar100-coarse=DIR (binary version), folder=DIR (train/CLASS/ and test/CLASS/ or
+    /// val/CLASS/, JPEG and PNG, brought to the model's input).
     #[arg(long, default_value = "digits", value_name = "NAME[=DIR]", help_heading = "Model and data")]
     data: String,
-    /// Use only N examples of each split: the first; of a folder, as many of each class.
+    /// Use only N examples of each split: the first; of a folder, the first of each class in turn.
     #[arg(long, value_name = "N", help_heading = "Model and data")]
     limit: Option<usize>,
     /// Share of the training examples, of each class, that is held out as the split val.
@@ -154,11 +159,12 @@ struct ModelAndData {
     /// sevenths of the input if that has 128 rows or more (256 for 224), else the input's own.
     #[arg(long, value_name = "PIXELS", help_heading = "Model and data")]
     resize: Option<usize>,
-    /// Leave out a folder's broken images, and name them, instead of stopping at the first.
+    /// Leave out a folder's broken images and stray files, and name them, instead of refusing them. Looks at every
+    /// image once before it begins.
     #[arg(long, help_heading = "Model and data")]
     skip_broken: bool,
     /// Keep a folder's images in memory, decoded, if that takes at most so many MiB; else decode them as they are
-    /// needed.
+    /// needed, and stop at a broken one.
     #[arg(long, value_name = "MIB", default_value_t = 2048, help_heading = "Model and data")]
     resident: u64,
 }
@@ -237,6 +243,9 @@ struct RecipeOptions {
     /// How images are varied.
     #[arg(long, value_enum, help_heading = "Training")]
     augment: Option<AugmentOption>,
+    /// Multiply brightness, contrast and saturation by random factors from 1 - S to 1 + S; with --augment alone.
+    #[arg(long, value_name = "S", allow_negative_numbers = true, help_heading = "Training")]
+    jitter: Option<f32>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -248,9 +257,14 @@ enum ScheduleOption {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum AugmentOption {
+    /// Not at all.
     None,
-    /// Random crop and horizontal flip.
+    /// Resized-crop where a folder's images are stored larger than the model's input, else crop.
     Standard,
+    /// Random crop, after padding by an eighth if the images are of the input's size, and horizontal flip.
+    Crop,
+    /// A random part of the image, scaled to the input's size, and horizontal flip.
+    ResizedCrop,
 }
 
 impl RecipeOptions {
@@ -272,6 +286,7 @@ impl RecipeOptions {
         set(&mut recipe.warmup, &self.warmup);
         set(&mut recipe.label_smoothing, &self.label_smoothing);
         set(&mut recipe.shuffle, &self.shuffle);
+        set(&mut recipe.jitter, &self.jitter);
         recipe.steps = self.steps.or(recipe.steps);
         recipe.clip_norm = self.clip_norm.or(recipe.clip_norm);
         recipe.nesterov |= self.nesterov;
@@ -287,6 +302,8 @@ impl RecipeOptions {
             recipe.augment = match augment {
                 AugmentOption::None => Augmentation::None,
                 AugmentOption::Standard => Augmentation::Standard,
+                AugmentOption::Crop => Augmentation::Crop,
+                AugmentOption::ResizedCrop => Augmentation::ResizedCrop,
             };
         }
         recipe.check()?;

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use super::DataSet;
+use super::{DataSet, Split};
 use crate::error::{Error, Result};
 
 const SHAPE: [usize; 3] = [3, 32, 32];
@@ -109,7 +109,7 @@ pub(super) fn load(folder: &Path, format: &Format) -> Result<DataSet> {
     Ok(DataSet::of_bytes(format.name, SHAPE, classes, SCALE, (images, labels), test))
 }
 
-fn read(folder: &Path, name: &str, format: &Format) -> Result<(Vec<u8>, Vec<u32>)> {
+fn read(folder: &Path, name: &str, format: &Format) -> Result<Split> {
     let path = folder.join(name);
     let failed = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::NotFound => Error::file(folder, format!("has no {name}; {}", advice(folder, name, format))),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::DataSet;
+use super::{DataSet, Split};
 use crate::error::{Error, Result};
 
 /// Most bytes of values in a file: what a small compressed file holds may be a thousand times its size.
@@ -89,7 +89,7 @@ pub(super) fn load(folder: &Path) -> Result<DataSet> {
 }
 
 /// Images and labels of one split, and height and width of the images.
-fn split(folder: &Path, split: &str) -> Result<((Vec<u8>, Vec<u32>), [usize; 2])> {
+fn split(folder: &Path, split: &str) -> Result<(Split, [usize; 2])> {
     let (path, file) = open(folder, &format!("{split}-images-idx3-ubyte"))?;
     let ([count, height, width], images) = read(file, &path)?;
     let (path, file) = open(folder, &format!("{split}-labels-idx1-ubyte"))?;

@@ -31,30 +31,33 @@ struct Raster {
 /// Decodes an image file to `into`, bytes `[channels, height, width]` with 1 channel (grey) or 3 (RGB).
 ///
 /// # Errors
-/// [`Error::File`] if it cannot be read, is neither JPEG nor PNG, is damaged or cut short, or has more than
-/// [`MOST_PIXELS`] pixels; [`Error::Usage`] for another number of channels.
+/// [`Error::File`] if it cannot be read; else as [`parse`].
 pub fn decode(path: &Path, shape: [usize; 3], into: &mut [u8]) -> Result<()> {
+    let unreadable = |error: std::io::Error| Error::file(path, format!("cannot be read: {error}"));
+    let length = std::fs::metadata(path).map_err(unreadable)?.len();
+    if length > MOST_BYTES {
+        return Err(Error::file(path, format!("expected an image of at most {MOST_BYTES} bytes, got {length}")));
+    }
+    parse(&std::fs::read(path).map_err(unreadable)?, path, shape, into)
+}
+
+/// Decodes the bytes of an image file, as [`decode`]. `path` names it in errors.
+///
+/// # Errors
+/// [`Error::File`] if it is neither JPEG nor PNG, is damaged or cut short, or has more than [`MOST_PIXELS`] pixels;
+/// [`Error::Usage`] for another number of channels.
+pub fn parse(bytes: &[u8], path: &Path, shape: [usize; 3], into: &mut [u8]) -> Result<()> {
     let [channels, height, width] = shape;
-    if channels != 1 && channels != 3 {
-        return Err(Error::Usage(format!(
-            "images of {channels} channels: files are read as grey (1) or RGB (3); set the model's with --set \
-             image=[3,{height},{width}]"
-        )));
-    }
-    let problem = |problem: String| Error::file(path, problem);
-    let about = std::fs::metadata(path).map_err(|error| problem(format!("cannot be read: {error}")))?;
-    if about.len() > MOST_BYTES {
-        return Err(problem(format!("expected an image of at most {MOST_BYTES} bytes, got {}", about.len())));
-    }
-    let bytes = std::fs::read(path).map_err(|error| problem(format!("cannot be read: {error}")))?;
-    let raster = match bytes.as_slice() {
-        [0xff, 0xd8, 0xff, ..] => jpeg(&bytes, channels),
-        [0x89, b'P', b'N', b'G', ..] => png(&bytes, channels),
+    check_channels(shape)?;
+    let raster = match bytes {
+        [0xff, 0xd8, 0xff, ..] => jpeg(bytes, channels),
+        [0x89, b'P', b'N', b'G', ..] => png(bytes, channels),
         [] => Err("an empty file".into()),
         _ => Err(format!("expected JPEG or PNG, got a file that begins with {:02x?}", &bytes[..bytes.len().min(4)])),
     };
-    let raster = raster.map_err(|what| problem(format!("broken image: {what}; replace it, or use --skip-broken")))?;
-    let raster = cover(raster, channels, height, width).map_err(problem)?;
+    let raster = raster.and_then(|raster| cover(raster, channels, height, width));
+    let raster =
+        raster.map_err(|what| Error::file(path, format!("broken image: {what}; replace it, or use --skip-broken")))?;
     let (top, left) = (centre(raster.height, height), centre(raster.width, width));
     for (c, plane) in into.chunks_exact_mut(height * width).enumerate() {
         for (y, row) in plane.chunks_exact_mut(width).enumerate() {
@@ -63,6 +66,17 @@ pub fn decode(path: &Path, shape: [usize; 3], into: &mut [u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses images that are neither grey nor RGB.
+pub(super) fn check_channels([channels, height, width]: [usize; 3]) -> Result<()> {
+    match channels {
+        1 | 3 => Ok(()),
+        _ => Err(Error::Usage(format!(
+            "images of {channels} channels: files are read as grey (1) or RGB (3); set the model's with --set \
+             image=[3,{height},{width}]"
+        ))),
+    }
 }
 
 /// Where the middle `part` of `whole` begins, as torchvision rounds it: half to even.
@@ -77,23 +91,44 @@ fn check_pixels(height: usize, width: usize) -> std::result::Result<(), String> 
     }
 }
 
+/// Whether a JPEG has its end marker. The decoder does not miss the last bytes before it.
+fn has_end(bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    loop {
+        let step = match rest {
+            [0xff, 0xd9, ..] => return true,
+            [0xff, 0xff, ..] => 1,
+            // A byte of coded data, the start of the image, and restarts have no length.
+            [0xff, 0x00 | 0x01 | 0xd0..=0xd8, ..] => 2,
+            [0xff, _, high, low, ..] => 2 + usize::from(u16::from_be_bytes([*high, *low])),
+            [_, _, ..] => 1,
+            _ => return false,
+        };
+        rest = rest.get(step..).unwrap_or_default();
+    }
+}
+
 fn jpeg(bytes: &[u8], channels: usize) -> std::result::Result<Raster, String> {
-    let space = if channels == 1 { ColorSpace::Luma } else { ColorSpace::RGB };
-    // Strict: without it, what a cut file lacks would silently be grey.
-    let options = DecoderOptions::default()
-        .set_strict_mode(true)
-        .set_max_width(1 << 16)
-        .set_max_height(1 << 16)
-        .jpeg_set_out_colorspace(space);
+    if !has_end(bytes) {
+        return Err("a JPEG that is cut short: its end marker is missing".into());
+    }
+    // Strict: without it, what a damaged file lacks would silently be grey.
+    let options = DecoderOptions::default().set_strict_mode(true).set_max_width(1 << 16).set_max_height(1 << 16);
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
     decoder.decode_headers().map_err(|error| format!("{error:?}"))?;
     let (width, height) = decoder.dimensions().ok_or("it has no dimensions")?;
     check_pixels(height, width)?;
+    // Colours are made grey after they are decoded, as by Pillow: saturated ones differ from the file's own luma.
+    let (space, has) = match decoder.input_colorspace() {
+        Some(ColorSpace::Luma) => (ColorSpace::Luma, 1),
+        _ => (ColorSpace::RGB, 3),
+    };
+    decoder.set_options(options.jpeg_set_out_colorspace(space));
     let pixels = decoder.decode().map_err(|error| format!("{error:?}"))?;
-    if pixels.len() != height * width * channels {
-        return Err(format!("expected {} bytes of pixels, got {}", height * width * channels, pixels.len()));
+    if pixels.len() != height * width * has {
+        return Err(format!("expected {} bytes of pixels, got {}", height * width * has, pixels.len()));
     }
-    Ok(Raster { pixels, height, width })
+    Ok(Raster { pixels: convert(pixels, has, channels), height, width })
 }
 
 fn png(bytes: &[u8], channels: usize) -> std::result::Result<Raster, String> {
@@ -108,14 +143,20 @@ fn png(bytes: &[u8], channels: usize) -> std::result::Result<Raster, String> {
     // To the end of the file, so that a cut or damaged one shows.
     reader.finish().map_err(|error| error.to_string())?;
     pixels.truncate(info.buffer_size());
-    let has = info.color_type.samples();
+    Ok(Raster { pixels: convert(pixels, info.color_type.samples(), channels), height, width })
+}
+
+/// Pixels of 1 to 4 samples (grey, grey and alpha, RGB, RGB and alpha) as grey or RGB.
+fn convert(pixels: Vec<u8>, has: usize, channels: usize) -> Vec<u8> {
+    if has == channels {
+        return pixels;
+    }
     let convert = |pixel: &[u8]| match (has, channels) {
         (1 | 2, _) => [pixel[0]; 3],
         (_, 1) => [luma(pixel); 3],
         _ => [pixel[0], pixel[1], pixel[2]],
     };
-    let pixels = pixels.chunks_exact(has).flat_map(|pixel| convert(pixel).into_iter().take(channels)).collect();
-    Ok(Raster { pixels, height, width })
+    pixels.chunks_exact(has).flat_map(|pixel| convert(pixel).into_iter().take(channels)).collect()
 }
 
 /// ITU-R 601-2 luma, in Pillow's integers.

@@ -5,6 +5,7 @@
 
 pub mod cifar;
 mod digits;
+mod folder;
 pub mod idx;
 pub mod image;
 pub mod partition;
@@ -100,6 +101,9 @@ impl Examples {
     }
 }
 
+/// Images, bytes `[n, channels, height, width]`, and the label of each.
+type Split = (Vec<u8>, Vec<u32>);
+
 /// A data set, split into examples to train on and examples to test on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataSet {
@@ -132,7 +136,7 @@ pub struct Reading {
     pub input: [usize; 3],
     /// Height of the stored images of a folder (the width in proportion to the input's); a default if none.
     pub resize: Option<usize>,
-    /// Only so many examples of each split: the first; of a folder, as many of each class.
+    /// Only so many examples of each split: the first; of a folder, the first of each class in turn.
     pub limit: Option<usize>,
     /// Share of the training examples, of each class, that is held out as the split `val`.
     pub val_split: Option<f64>,
@@ -153,8 +157,8 @@ impl DataSet {
         shape: [usize; 3],
         classes: usize,
         scale: f32,
-        (train_images, train_labels): (Vec<u8>, Vec<u32>),
-        (test_images, test_labels): (Vec<u8>, Vec<u32>),
+        (train_images, train_labels): Split,
+        (test_images, test_labels): Split,
     ) -> Self {
         let (mean, std) = moments(&train_images, shape, scale);
         DataSet {
@@ -171,11 +175,14 @@ impl DataSet {
         }
     }
 
-    /// Keeps the first `limit` examples of each split.
+    /// Keeps `limit` examples of each split: the first, or, of image files, the first of each class in turn.
     fn limit(&mut self, limit: usize) {
         let pixels: usize = self.stored.iter().product();
         for split in [&mut self.train, &mut self.val, &mut self.test] {
-            split.truncate(limit, pixels);
+            match &split.images {
+                Pixels::Bytes(_) => split.truncate(limit, pixels),
+                Pixels::Files(_) => *split = split.select(&first_of_each(&split.labels, self.classes, limit), pixels),
+            }
         }
     }
 
@@ -237,20 +244,16 @@ impl DataSet {
 }
 
 /// Opens the data set that `--data` names: `digits`, which is part of the program, or `idx=DIR`, `cifar10=DIR`,
-/// `cifar100=DIR`, `cifar100-coarse=DIR`, read from a folder.
+/// `cifar100=DIR`, `cifar100-coarse=DIR` or `folder=DIR` (image files), read from a folder.
+///
+/// `val_split` and `limit` choose image files before any is decoded.
 ///
 /// # Errors
 /// [`Error::Usage`] for another name, or settings that do not fit the data set; [`Error::File`] for files that are
 /// missing, unreadable or damaged.
-pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataSet> {
+pub fn load(spec: &str, reading: &Reading, progress: &Progress) -> Result<DataSet> {
     if reading.limit == Some(0) {
         return Err(Error::Usage("--limit: expected at least 1, got 0".into()));
-    }
-    if let Some(option) = [("--resize", reading.resize.is_some()), ("--skip-broken", reading.skip_broken)]
-        .into_iter()
-        .find_map(|(option, given)| given.then_some(option))
-    {
-        return Err(Error::Usage(format!("{option} is for image files; leave it out for --data {spec}")));
     }
     let (kind, folder) = spec.split_once('=').map_or((spec, None), |(kind, folder)| (kind, Some(folder)));
     let folder = || match folder {
@@ -263,6 +266,10 @@ pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataS
         },
         _ => Err(Error::Usage(format!("--data {spec:?}: expected the folder of the data set, {kind}=DIR"))),
     };
+    let given = [("--resize", reading.resize.is_some()), ("--skip-broken", reading.skip_broken)];
+    if let Some((option, _)) = given.iter().find(|(_, given)| *given && kind != "folder") {
+        return Err(Error::Usage(format!("{option} is for image files (folder=DIR); leave it out for --data {spec}")));
+    }
     let mut data = match kind {
         "digits" if spec == kind => digits::load(),
         "digits" => {
@@ -273,10 +280,11 @@ pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataS
         "cifar10" => cifar::load(folder()?, &cifar::CIFAR10)?,
         "cifar100" => cifar::load(folder()?, &cifar::CIFAR100)?,
         "cifar100-coarse" => cifar::load(folder()?, &cifar::CIFAR100_COARSE)?,
+        "folder" => folder::list(folder()?, reading, progress)?,
         _ => {
             return Err(Error::Usage(format!(
-                "--data {spec:?}: no such data set; expected digits, idx=DIR, cifar10=DIR, cifar100=DIR or \
-                 cifar100-coarse=DIR"
+                "--data {spec:?}: no such data set; expected digits, idx=DIR, cifar10=DIR, cifar100=DIR, \
+                 cifar100-coarse=DIR or folder=DIR"
             )));
         }
     };
@@ -299,7 +307,24 @@ pub fn load(spec: &str, reading: &Reading, _progress: &Progress) -> Result<DataS
     if let Some(limit) = reading.limit {
         data.limit(limit);
     }
+    if kind == "folder" {
+        folder::decode(&mut data, folder()?, reading, progress)?;
+    }
     Ok(data)
+}
+
+/// Indices of the first example of each class, then of the second, until there are `limit`; ascending.
+fn first_of_each(labels: &[u32], classes: usize, limit: usize) -> Vec<u32> {
+    let mut seen = vec![0; classes];
+    let in_turn = labels.iter().zip(0u32..).map(|(&label, index)| {
+        seen[label as usize] += 1;
+        (seen[label as usize], label, index)
+    });
+    let mut in_turn: Vec<(usize, u32, u32)> = in_turn.collect();
+    in_turn.sort_unstable();
+    let mut chosen: Vec<u32> = in_turn.into_iter().take(limit).map(|(_, _, index)| index).collect();
+    chosen.sort_unstable();
+    chosen
 }
 
 /// Mean and standard deviation of each channel of `byte / scale`: images `[n, channels, height, width]`. From counts
@@ -348,6 +373,14 @@ mod tests {
         assert_eq!(permutation(8, 0, 1), [6, 1, 0, 5, 7, 4, 2, 3]);
         assert_eq!(permutation(8, 1, 0), [1, 3, 2, 6, 4, 0, 5, 7]);
         assert!(permutation(0, 0, 0).is_empty());
+    }
+
+    #[test]
+    fn a_limit_is_spread_over_classes() {
+        let labels = [0, 0, 0, 1, 2, 2];
+        assert_eq!(first_of_each(&labels, 3, 2), [0, 3]);
+        assert_eq!(first_of_each(&labels, 3, 5), [0, 1, 3, 4, 5]);
+        assert_eq!(first_of_each(&labels, 3, 9), [0, 1, 2, 3, 4, 5]);
     }
 
     #[test]

@@ -28,6 +28,7 @@ pub struct Progress {
 pub struct Stage {
     bar: ProgressBar,
     name: String,
+    unit: &'static str,
     number: usize,
     total: usize,
     begun: Instant,
@@ -43,16 +44,26 @@ impl Progress {
 
     /// A stage of `total` steps begins.
     pub fn stage(&self, name: &str, total: usize) -> Stage {
+        self.begin(name, total, "steps")
+    }
+
+    /// A stage that goes through `total` images begins.
+    pub fn images(&self, name: &str, total: usize) -> Stage {
+        self.begin(name, total, "images")
+    }
+
+    fn begin(&self, name: &str, total: usize, unit: &'static str) -> Stage {
         let number = self.stages.fetch_add(1, Ordering::Relaxed) + 1;
         let shown = self.verbosity > Verbosity::Quiet;
         let terminal = std::io::stderr().is_terminal();
         let bar = if shown && terminal { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
-        let template = "{elapsed_precise} {bar:24} {pos:>5}/{len} steps  {wide_msg}";
-        bar.set_style(ProgressStyle::with_template(template).expect("a constant template").progress_chars("=> "));
+        let template = format!("{{elapsed_precise}} {{bar:24}} {{pos:>5}}/{{len}} {unit}  {{wide_msg}}");
+        bar.set_style(ProgressStyle::with_template(&template).expect("a constant template").progress_chars("=> "));
         bar.set_message(name.to_owned());
         Stage {
             bar,
             name: name.into(),
+            unit,
             number,
             total,
             begun: Instant::now(),
@@ -73,14 +84,23 @@ impl Progress {
 impl Stage {
     /// `done` steps are done; the last had this loss.
     pub fn show(&self, done: usize, loss: f32) {
-        self.bar.set_position(done as u64);
         self.bar.set_message(format!("{}  loss {loss:.4}", self.name));
+        self.advance(done, &format!(", loss {loss:.4}"));
+    }
+
+    /// So many are done.
+    pub fn show_count(&self, done: usize) {
+        self.advance(done, "");
+    }
+
+    fn advance(&self, done: usize, note: &str) {
+        self.bar.set_position(done as u64);
         if done == self.total {
             self.bar.finish_and_clear();
             if self.lines {
                 let (job, stage) = (self.job_begun.elapsed().as_secs_f64(), self.begun.elapsed().as_secs_f64());
-                let (number, name) = (self.number, &self.name);
-                let line = format!("{job:7.1} s  {number:3}  {name}: {done} steps in {stage:.1} s, loss {loss:.4}");
+                let (number, name, unit) = (self.number, &self.name, self.unit);
+                let line = format!("{job:7.1} s  {number:3}  {name}: {done} {unit} in {stage:.1} s{note}");
                 let _ = writeln!(std::io::stderr(), "{line}");
             }
         }

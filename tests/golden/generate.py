@@ -1,7 +1,7 @@
 """Golden files: the numbers of PyTorch in float64 that dilt's kernels are compared with.
 
 Run:       /usr/bin/python3 tests/golden/generate.py [FOLDER]     (default: this folder; about three seconds)
-Versions:  Debian 12: Python 3.11, python3-torch 1.13.0, libopenblas0-pthread 0.3.21; one thread.
+Versions:  Debian 12: Python 3.11, python3-torch 1.13.0, python3-torchvision 0.14.1, libopenblas0-pthread 0.3.21; one thread.
 Seeds:     every case is seeded by CRC-32 of "<file>/<case>", so adding a case changes no other.
 Inputs:    normal, rounded to f32 (stored as F64), so that an f32 engine starts from the same numbers.
 Layouts:   PyTorch's: activations NCHW, filters OIHW (here K C R S). README.md lists files, tensors and scalars.
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, prune
+from torchvision.transforms import functional as vision
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -439,7 +440,54 @@ def train(dtype=torch.float64):
     return g
 
 
+def augment():
+    """Boxes of stored images, scaled, flipped, their colours changed by given factors, normalised. Without factors: as they are."""
+    g = Golden("augment")
+    cases = {  #         N  C  stored    input   flip   factors
+        "centre":       (3, 3, (9, 12), (6, 7), False, False),  # torchvision's centre crop
+        "larger":       (5, 3, (9, 11), (8, 10), True, False),   # boxes smaller than the input: interpolated
+        "smaller":      (5, 3, (23, 19), (6, 5), True, False),   # boxes larger than the input: not antialiased
+        "padded":       (5, 3, (8, 8), (8, 8), True, False),     # boxes that lie partly outside
+        "one_pixel":    (2, 1, (4, 5), (1, 1), False, True),
+        "grey":         (5, 1, (10, 9), (7, 8), True, True),
+        "colour":       (9, 3, (13, 17), (9, 7), True, True),
+        "padded_colour": (5, 3, (8, 8), (8, 8), True, True),
+        "large":        (1, 3, (40, 50), (37, 41), True, True),  # more pixels than a block has threads
+    }
+    for case, (n, c, (sh, sw), (h, w), may_flip, has_factors) in cases.items():
+        g.seed(case)
+        images = torch.randint(256, (n, c, sh, sw), dtype=torch.uint8)
+        mean, std = normal(c, mean=0.5, std=0.1), normal(c, mean=0.3, std=0.02)
+        boxes, factors, grey, y = [], [], [], []
+        for i, image in enumerate(images.double() / 255):
+            if case == "centre":
+                box = [round((sh - h) / 2), round((sw - w) / 2), h, w]
+                assert torch.equal(vision.center_crop(image, [h, w]), vision.crop(image, *box))
+            elif case.startswith("padded"):
+                box = [int(torch.randint(-3, 4, ())), int(torch.randint(-3, 4, ())), h, w]
+            else:  # the first one is the whole image, the second one pixel
+                height, width = (sh, sw) if i == 0 else (1, 1) if i == 1 else (int(torch.randint(1, m + 1, ())) for m in (sh, sw))
+                box = [int(torch.randint(sh - height + 1, ())), int(torch.randint(sw - width + 1, ())), height, width]
+            flip = may_flip and i % 2 == 0
+            factor = torch.rand(3).float().double() * 2 if has_factors else torch.ones(3)
+            out = vision.resized_crop(image, *box, [h, w], antialias=False)
+            out = vision.hflip(out) if flip else out
+            if has_factors:
+                out = vision.adjust_brightness(out, factor[0])
+                grey.append(vision.rgb_to_grayscale(out).mean())
+                out = vision.adjust_saturation(vision.adjust_contrast(out, factor[1]), factor[2])
+            assert out.dtype == torch.float64
+            boxes.append(box + [int(flip)])
+            factors.append(factor)
+            y.append(vision.normalize(out, mean, std))
+        tensors = dict(images=images, boxes=torch.tensor(boxes), mean=mean, std=std, y=torch.stack(y))
+        if has_factors:
+            tensors.update(factors=torch.stack(factors), grey=torch.stack(grey))
+        g.add(case, tensors, input=f"{h}x{w}")
+    return g
+
+
 if __name__ == "__main__":
     folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent
-    for golden in (conv, norm, pool, shortcut, loss, sgd, pruning, train):
+    for golden in (conv, norm, pool, shortcut, loss, sgd, pruning, train, augment):
         golden().write(folder)

@@ -13,6 +13,7 @@ mod doctor;
 mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod feed;
 mod idx;
 mod loss;
 mod mask;
@@ -29,4 +30,5 @@ mod step;
 mod support;
 mod tickets;
 mod training;
+mod transfer;
 mod weights;
