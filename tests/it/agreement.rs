@@ -64,9 +64,10 @@ fn model(name: &str) -> Model {
 
 // ------------------------------------------------------------------------------------------- without real files
 
-/// PyTorch's own f32 run stays within 4.5e-7 of the largest logit, and within 2.7e-5 of the losses.
+/// PyTorch's own f32 run stays within 4.5e-7 of the largest logit and 2.7e-5 of the losses; the host device, with any
+/// instruction set and policy, within 1.6e-6 and 4.8e-5.
 const LOGITS: f64 = 1e-5;
-const LOSSES: f64 = 1e-4;
+const LOSSES: f64 = 3e-4;
 
 fn logits_agree(name: &str) {
     let (golden, model, samples) = (Golden::open("agreement"), model(name), 2);
@@ -82,7 +83,12 @@ fn logits_agree(name: &str) {
         device.write(&[samples as u32], batch.count).unwrap();
         network.forward(Mode::Evaluate).unwrap();
         let logits = device.read(network.head().logits).unwrap();
-        golden.get(name, "logits").check_samples_last(&logits, LOGITS, &format!("{}: {name}", case.label));
+        let (want, label) = (golden.get(name, "logits"), format!("{}: {name}", case.label));
+        want.check_samples_last(&logits, LOGITS, &label);
+        let pairs = || want.samples_last().into_iter().zip(&logits);
+        let largest = pairs().map(|(want, _)| want.abs()).fold(0.0, f32::max);
+        let error = pairs().map(|(want, got)| (want - got).abs()).fold(0.0, f32::max) / largest;
+        eprintln!("{label}: logits differ by at most {error:.1e} of the largest");
     }
 }
 
@@ -125,10 +131,11 @@ fn ten_steps_agree(case: &str, masked: bool) {
 /// Compares each loss with PyTorch's, relative to it.
 fn each_agrees(want: &Tensor, got: &[f32], tolerance: f64, label: &str) {
     assert_eq!(got.len(), want.data.len(), "{label}: steps");
-    for (step, (&got, &want)) in got.iter().zip(&want.data).enumerate() {
-        let error = (f64::from(got) - want).abs() / want;
-        assert!(error <= tolerance, "{label}: step {step}: expected {want}, got {got}: relative error {error:.1e}");
-    }
+    let errors = got.iter().zip(&want.data).map(|(&got, &want)| (f64::from(got) - want).abs() / want);
+    let (step, error) = errors.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    eprintln!("{label}: losses differ by at most {error:.1e} of each");
+    let (want, got) = (want.data[step], got[step]);
+    assert!(error <= tolerance, "{label}: step {step}: expected {want}, got {got}: relative error {error:.1e}");
 }
 
 #[test]
@@ -223,6 +230,6 @@ fn ten_steps_from_the_published_weights_follow_pytorch() {
         let metrics = std::fs::read_to_string(folder.path().join(case).join("metrics.csv")).unwrap();
         let losses: Vec<f32> =
             metrics.lines().skip(1).map(|row| row.split(',').nth(2).unwrap().parse().unwrap()).collect();
-        each_agrees(&golden.get(case, "losses"), &losses, 1e-3, case);
+        each_agrees(&golden.get(case, "losses"), &losses, 1e-3, &format!("published resnet20, {case}"));
     }
 }
