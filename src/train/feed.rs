@@ -5,10 +5,11 @@
 //! 0, 1, ... whatever the step: what a step launches is the same for both.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::decode::{Decoded, Decoders, Decoding};
-use super::labelled::{Labelled, Labels, Source};
-use crate::data::permutation;
+use super::labelled::{Images, Labelled, Labels, Source};
+use crate::data::{Files, permutation};
 use crate::device::{Buffer, Device};
 use crate::error::Result;
 use crate::nn::network::Network;
@@ -70,14 +71,14 @@ impl ExactSizeIterator for Batches {}
 /// Brings examples to the device, a batch a step, and gathers them into a network's input.
 pub(super) struct Feed<'a> {
     device: Device,
-    data: &'a Labelled<'a>,
+    images: &'a Images,
     shape: GatherShape,
     batch: usize,
     augment: Option<Augment>,
     drawn: Drawn,
     /// An example for each place of each row of a chunk.
     order: Buffer<u32>,
-    supply: Supply,
+    supply: Supply<'a>,
 }
 
 /// What is drawn for each sample of a step; empty where nothing is scaled or recoloured.
@@ -88,11 +89,17 @@ struct Drawn {
     grey: Buffer<f32>,
 }
 
-enum Supply {
-    /// From the images on the device.
-    Resident(Option<Batches>),
-    /// Through one place on the device for the images of a step, and one for their labels.
-    Decoded { images: Buffer<u8>, labels: Buffer<u32>, decoders: Option<Decoders> },
+enum Supply<'a> {
+    /// From all images and labels, which lie on the device.
+    Resident { images: &'a Buffer<u8>, labels: &'a Buffer<u32>, batches: Option<Batches> },
+    /// From files and all labels, through one place on the device for the images of a step, and one for their labels.
+    Decoded {
+        files: &'a Arc<Files>,
+        all_labels: &'a [u32],
+        images: Buffer<u8>,
+        labels: Buffer<u32>,
+        decoders: Option<Decoders>,
+    },
 }
 
 impl<'a> Feed<'a> {
@@ -118,15 +125,18 @@ impl<'a> Feed<'a> {
             },
             _ => Drawn::default(),
         };
-        let (order, supply) = match &data.images.source {
-            Source::Resident(_) => (device.alloc(rows * batch)?, Supply::Resident(None)),
-            Source::Files(_) => {
+        let (order, supply) = match (&data.images.source, &data.labels) {
+            (Source::Resident(images), Labels::Device(labels)) => {
+                (device.alloc(rows * batch)?, Supply::Resident { images, labels, batches: None })
+            }
+            (Source::Files(files), Labels::Host(all_labels)) => {
                 let order: Vec<u32> = (0..rows).flat_map(|_| 0..batch as u32).collect();
                 let (images, labels) = (device.alloc(batch * shape.image_len())?, device.alloc(batch)?);
-                (device.upload(&order)?, Supply::Decoded { images, labels, decoders: None })
+                (device.upload(&order)?, Supply::Decoded { files, all_labels, images, labels, decoders: None })
             }
+            _ => unreachable!("labels lie where the images do"),
         };
-        Ok(Feed { device: device.clone(), data, shape, batch, augment, drawn, order, supply })
+        Ok(Feed { device: device.clone(), images: data.images, shape, batch, augment, drawn, order, supply })
     }
 
     /// The steps from now on are those of `batches`.
@@ -135,13 +145,11 @@ impl<'a> Feed<'a> {
     /// [`Error::Device`] when memory or threads run out.
     pub(super) fn begin(&mut self, batches: Batches) -> Result<()> {
         match &mut self.supply {
-            Supply::Resident(next) => *next = Some(batches),
-            Supply::Decoded { decoders, .. } => {
+            Supply::Resident { batches: next, .. } => *next = Some(batches),
+            Supply::Decoded { files, decoders, .. } => {
                 *decoders = None; // so that the threads of before end first
-                let images = self.data.images;
-                let Source::Files(files) = &images.source else { unreachable!("only files are decoded") };
-                let decoding = Decoding { files: files.clone(), stored: images.stored, batch: self.batch };
-                *decoders = Some(Decoders::start(&self.device, decoding, batches, images.workers)?);
+                let decoding = Decoding { files: files.clone(), stored: self.images.stored, batch: self.batch };
+                *decoders = Some(Decoders::start(&self.device, decoding, batches, self.images.workers)?);
             }
         }
         Ok(())
@@ -152,7 +160,7 @@ impl<'a> Feed<'a> {
     /// # Errors
     /// [`Error::Device`] if the device fails.
     pub(super) fn chunk(&mut self, rows: usize) -> Result<()> {
-        let Supply::Resident(batches) = &mut self.supply else { return Ok(()) };
+        let Supply::Resident { batches, .. } = &mut self.supply else { return Ok(()) };
         let mut order = vec![0; rows * self.batch];
         let batches = batches.iter_mut().flatten().take(rows);
         for (row, examples) in order.chunks_exact_mut(self.batch).zip(batches) {
@@ -166,12 +174,13 @@ impl<'a> Feed<'a> {
     /// # Errors
     /// [`Error::File`] for a file that cannot be decoded; [`Error::Device`] if the device fails.
     pub(super) fn step(&mut self) -> Result<()> {
-        let Supply::Decoded { images, labels, decoders: Some(decoders) } = &mut self.supply else { return Ok(()) };
-        let Labels::Host(all) = &self.data.labels else { unreachable!("labels of files are on the host") };
+        let Supply::Decoded { all_labels, images, labels, decoders: Some(decoders), .. } = &mut self.supply else {
+            return Ok(());
+        };
         let Decoded { bytes, examples } = decoders.next()?;
         let len = examples.len() * self.shape.image_len();
         self.device.write(&bytes[..len], images.slice_mut(0..len))?;
-        let these: Vec<u32> = examples.iter().map(|&example| all[example as usize]).collect();
+        let these: Vec<u32> = examples.iter().map(|&example| all_labels[example as usize]).collect();
         self.device.write(&these, labels.slice_mut(0..these.len()))?;
         decoders.take_back(bytes);
         Ok(())
@@ -183,11 +192,10 @@ impl<'a> Feed<'a> {
     /// # Errors
     /// [`Error::Launch`] if the device fails.
     pub(super) fn load(&mut self, state: &Buffer<u32>, network: &mut Network) -> Result<()> {
-        let (device, shape, batch, data) = (&self.device, &self.shape, network.batch(), self.data.images);
-        let (images, labels) = match (&self.supply, &data.source, &self.data.labels) {
-            (Supply::Resident(_), Source::Resident(images), Labels::Device(labels)) => (images, labels),
-            (Supply::Decoded { images, labels, .. }, ..) => (images, labels),
-            _ => unreachable!("images on the device have their labels there"),
+        let (device, shape, batch) = (&self.device, &self.shape, network.batch());
+        let (images, labels) = match &self.supply {
+            Supply::Resident { images, labels, .. } => (*images, *labels),
+            Supply::Decoded { images, labels, .. } => (images, labels),
         };
         let source = GatherSource {
             images: images.view(),
@@ -195,9 +203,10 @@ impl<'a> Feed<'a> {
             order: self.order.view(),
             state: state.view(),
             count: batch.count.view(),
-            scale: data.scale,
+            scale: self.images.scale,
         };
-        let into = GatherInto { mean: data.mean.view(), std: data.std.view(), x: batch.x, labels: batch.labels };
+        let (mean, std) = (self.images.mean.view(), self.images.std.view());
+        let into = GatherInto { mean, std, x: batch.x, labels: batch.labels };
         let augment = match self.augment {
             Some(augment) if plain_crop(augment).is_none() => augment,
             crop => return gather(device, shape, source, crop.and_then(plain_crop), into),
