@@ -11,7 +11,9 @@ mod device;
 mod doctor;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod folder;
 mod idx;
+mod image;
 mod loss;
 mod mask;
 mod network;
