@@ -14,7 +14,9 @@ mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
 mod feed;
+mod folder;
 mod idx;
+mod image;
 mod loss;
 mod mask;
 mod names;
