@@ -63,7 +63,10 @@ impl Pieces {
     ) -> Result<Self> {
         let model = resnet::build(config)?;
         let of = |option: &str, error: Error| Error::Usage(format!("{option}: {error}"));
-        check_body(core, &model).map_err(|error| of("--core", error))?;
+        let tensors = model.file_tensors();
+        let named = |file: &Weights| file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()));
+        let core = named(core).map_err(|error| of("--core", error))?;
+        check_body(&core, &model).map_err(|error| of("--core", error))?;
         let names: Vec<String> = core.masks.keys().cloned().collect();
         let core_masks = MaskSet::from_file(&core.masks, &names)?;
         let mut sets = Vec::new();
@@ -73,11 +76,12 @@ impl Pieces {
                 return Err(Error::Usage(format!("--specialist: expected a part from 1 to {parts}, got {got}")));
             }
             // What the core has already is not the specialist's.
-            let masks = MaskSet::from_file(&ticket.masks, &names)
+            let masks = named(ticket)
+                .and_then(|ticket| MaskSet::from_file(&ticket.masks, &names))
                 .and_then(|masks| masks.combine(device, MaskOp::AndNot, &core_masks));
             sets.push((*part, masks.map_err(|error| of("--specialist", error))?));
         }
-        let start = Weights { masks: Default::default(), metadata: Default::default(), ..core.clone() };
+        let start = Weights { masks: Default::default(), metadata: Default::default(), ..core };
         Ok(Pieces { core: core_masks, specialists: sets, start })
     }
 }
