@@ -1,4 +1,5 @@
-//! Single operations on the shapes of ResNet-20 at batch 128, f32, and exact selection of 1M and 25M weights.
+//! Single operations on the shapes of ResNet-20 at batch 128, f32, augmentation at 224 too, and exact selection of 1M and
+//! 25M weights.
 //!
 //! `cargo bench --bench ops [FILTER]`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set).
 //! Convolutions report floating point operations per second (elem/s), the others bytes read and written.
@@ -7,6 +8,9 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use dilt::device::{Buffer, Device};
+use dilt::ops::augment::{
+    Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
+};
 use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::norm::{
@@ -119,6 +123,42 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// A batch of images `[3, image, image]` from stored ones: bytes are those of x and one read for each of its elements.
+    fn augment(&mut self, stored: usize, image: usize) -> dilt::Result<()> {
+        let shape = GatherShape::new([3, stored, stored], [image, image], BATCH)?;
+        let bytes: Vec<u8> =
+            (0..BATCH * shape.image_len()).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let (images, labels) = (self.device.upload(&bytes)?, self.device.alloc::<u32>(BATCH)?);
+        let order = self.device.upload(&(0..BATCH as u32).collect::<Vec<_>>())?;
+        let (state, count) = (self.device.upload(&[0u32, 1])?, self.device.upload(&[BATCH as u32])?);
+        let (mean, std) = (self.device.upload(&[0.5f32; 3])?, self.device.upload(&[0.25f32; 3])?);
+        let (mut x, mut to_labels) = (self.tensor(shape.output_len()), self.device.alloc::<u32>(BATCH)?);
+        let mut boxes = self.device.alloc::<i32>(BATCH * GatherShape::BOX)?;
+        let (mut factors, mut grey) = (self.tensor(BATCH * GatherShape::FACTORS), self.tensor(BATCH));
+        let (images, labels, order, state) = (images.view(), labels.view(), order.view(), state.view());
+        let source = GatherSource { images, labels, order, state, count: count.view(), scale: 255.0 };
+        let (mean, std) = (mean.view(), std.view());
+        let (name, bytes) =
+            (format!("3x{image}x{image} of {stored}"), Throughput::Bytes(5 * shape.output_len() as u64));
+        self.time(&format!("gather {name}"), bytes.clone(), |device| {
+            let into = GatherInto { mean, std, x: x.view_mut(), labels: to_labels.view_mut() };
+            gather(device, &shape, source, Some(RandomCrop { pad: 4, flip: true, seed: 0 }), into)
+        });
+        for jitter in [0.0, 0.4] {
+            self.time(&format!("resample {name}, jitter {jitter}"), bytes.clone(), |device| {
+                let augment = Augment { crop: Crop::Resized, flip: true, jitter, seed: 0 };
+                draw(device, &shape, state, augment, boxes.view_mut(), factors.view_mut())?;
+                if jitter > 0.0 {
+                    grey_means(device, &shape, source, boxes.view(), factors.view(), grey.view_mut())?;
+                }
+                let colours = (jitter > 0.0).then_some(Colours { factors: factors.view(), grey: grey.view() });
+                let into = GatherInto { mean, std, x: x.view_mut(), labels: to_labels.view_mut() };
+                resample(device, &shape, source, boxes.view(), colours, into)
+            });
+        }
+        Ok(())
+    }
+
     fn loss(&mut self) -> dilt::Result<()> {
         let shape = LossShape::new(1000, BATCH)?;
         let (logits, mut gradient) = (self.tensor(shape.len()), self.tensor(shape.len()));
@@ -183,6 +223,8 @@ fn main() -> dilt::Result<()> {
     for (features, image) in [(16, 32), (32, 16), (64, 8)] {
         bench.norm(features, image)?;
     }
+    bench.augment(32, 32)?;
+    bench.augment(256, 224)?;
     bench.pools()?;
     bench.loss()?;
     bench.sgd(1_000_000)?;

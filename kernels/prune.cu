@@ -18,8 +18,8 @@
 // the passes over weights owns `part` consecutive elements, a multiple of 64; its threads hold LANES elements of one
 // mask word at a time. Bits past the last element are neither read as live nor changed. A weight whose live bit is
 // clear is not looked at, whatever it holds.
-// Limit: bytes, one read of the weights a pass, and four passes; the first is held up by shared-memory atomics where
-// many weights share a digit.
+// Limit: bytes, one read of the weights a pass, and five passes (three digits, ties, clear); the first is held up by
+// shared-memory atomics where many weights share a digit.
 #include "kernels/lib/device.cuh"
 
 constexpr int THREADS = 256;

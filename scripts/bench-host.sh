@@ -1,11 +1,11 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # Times one ResNet-20 training step (batch 128, f32) of dilt and of PyTorch on the same two cores, A B A B, and prints
 # the ratio of their medians. Writes machine, versions, commit and all samples to benches/results/host-<date>.json.
 #
 #   scripts/bench-host.sh [rounds, 3 if not given]
 #
 # THREADS (2), CORES (0,1) and PYTHON (/usr/bin/python3, which needs torch) can be set in the environment.
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 threads=${THREADS:-2} cores=${CORES:-0,1} python=${PYTHON:-/usr/bin/python3} rounds=${1:-3}
 bench=$(cargo bench --bench step --no-run --message-format=json |

@@ -5,14 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 use dilt::data::partition::Partition;
 use dilt::nn::weights::Weights;
-use dilt::ticket::assemble::{Assembly, Specialist, assemble};
-use dilt::ticket::experiment::Experiment;
-use dilt::ticket::run::RunFolder;
-use dilt::ticket::select::Scope;
-use dilt::ticket::settings::{Algebra, Method, Settings};
+use dilt::ticket::assemble::{Assembly, Pieces, Specialist, assemble};
+use dilt::ticket::settings::Repetitions;
 use serde_json::json;
 
-use super::{Common, ModelAndData, RecipeOptions, RunOptions, machine, short_name};
+use super::experiment::ExperimentOptions;
 
 /// Put a core ticket and chosen specialists together again, beside a control with random weights in their place.
 ///
@@ -38,18 +35,13 @@ pub struct Assemble {
     #[arg(long, default_value_t = 2)]
     seeds: usize,
     #[command(flatten)]
-    target: ModelAndData,
-    #[command(flatten)]
-    recipe: RecipeOptions,
-    #[command(flatten)]
-    runs: RunOptions,
-    #[command(flatten)]
-    common: Common,
+    options: ExperimentOptions,
 }
 
 impl Assemble {
     pub fn run(&self) -> anyhow::Result<()> {
-        let partition = Partition::parse(&self.partition, self.parts, self.common.seed)?;
+        let first_seed = self.options.common.seed;
+        let partition = Partition::parse(&self.partition, self.parts, first_seed)?;
         let core = Weights::load(&self.core)?;
         if core.masks.is_empty() {
             return Err(dilt::Error::file(&self.core, "has no masks; expected a ticket").into());
@@ -61,45 +53,14 @@ impl Assemble {
             let part: usize = part.parse().ok().filter(|&part| part > 0).ok_or_else(wrong)?;
             specialists.push(Specialist { part: part - 1, ticket: Weights::load(file.as_ref())? });
         }
-        let (mut config, data) = self.target.load(None, &self.common.progress())?;
-        let recipe = self.recipe.apply(&config)?;
-        (config.image, config.classes) = (data.shape, data.classes);
-        let settings = Settings {
-            method: Method::Dilt,
-            at_least: partition.parts(),
-            partition,
-            levels: 1,
-            prune: 0.5,
-            rewind: 0,
-            scope: Scope::Global,
-            exclude: Vec::new(),
-            algebra: Algebra::Final,
-            seeds: self.seeds,
-            first_seed: self.common.seed,
-        };
-        settings.check()?;
-        let device = self.common.open()?;
-        let progress = self.common.progress();
+        let opened = self.options.open(core.metadata.get("model"))?;
+        let pieces = Pieces::new(&opened.device, &opened.config, partition.parts(), &core, &specialists)?;
         let tickets: Vec<_> = specialists.iter().map(|s| json!([s.part, s.ticket.identity()])).collect();
-        let resolved = json!({
-            "mode": self.mode, "core": core.identity(), "specialists": tickets, "partition": settings.partition,
-            "seeds": settings.seeds, "first_seed": settings.first_seed, "model": config, "recipe": recipe,
-            "data": data.identity(),
+        let settings = json!({
+            "mode": self.mode, "core": core.identity(), "specialists": tickets, "partition": partition,
+            "seeds": self.seeds, "first_seed": first_seed,
         });
-        let name = format!("assemble-{}-{}", short_name(&config.name), data.name);
-        let allow = self.runs.allow_device_change;
-        let folder = RunFolder::open(&self.runs.runs, &name, &resolved, &machine(&device), allow)?;
-        progress.say(&format!("run: {} on {}", folder.path().display(), device.description()));
-        let experiment = Experiment {
-            device: &device,
-            data: &data,
-            config: &config,
-            recipe: &recipe,
-            settings: &settings,
-            folder: &folder,
-            progress: &progress,
-        };
-        let outcome = assemble(&experiment, &core, &specialists, self.mode)?;
-        self.common.print(&outcome, |outcome| format!("{}\n\nrun: {}", outcome.to_table(), outcome.run))
+        let repetitions = Repetitions { seeds: self.seeds, first_seed, partition: Some(partition) };
+        opened.run("assemble", &repetitions, settings, |experiment| assemble(experiment, &pieces, self.mode))
     }
 }

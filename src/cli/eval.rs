@@ -88,8 +88,9 @@ impl Eval {
         let (config, data) = self.target.load(named, &self.common.progress())?;
         let model = resnet::build(&config)?;
         let device = self.common.open()?;
+        let weights = weights.for_model(&model.file_tensors()).with_context(|| self.weights.display().to_string())?;
         let mut network = Network::new(&device, &model, self.batch, Mode::Evaluate)?;
-        network.load(&weights).with_context(|| self.weights.display().to_string())?;
+        network.load(&weights)?;
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;

@@ -2,14 +2,14 @@
 
 use clap::Args;
 use dilt::data::partition::Partition;
-use dilt::ticket::experiment::Experiment;
+use dilt::nn::resnet;
 use dilt::ticket::find::find;
-use dilt::ticket::run::RunFolder;
 use dilt::ticket::select::Scope;
-use dilt::ticket::settings::{Algebra, Method, Settings};
+use dilt::ticket::settings::{Algebra, Method, Repetitions, Search};
+use serde::Serialize;
 use serde_json::json;
 
-use super::{Common, ModelAndData, RecipeOptions, RunOptions, machine, short_name};
+use super::experiment::ExperimentOptions;
 
 /// Find tickets by a method, retrain each on all data, and score it beside its controls.
 ///
@@ -45,57 +45,43 @@ pub struct Find {
     /// Leave out weights whose names match (* and ?); may be given several times.
     #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
     exclude: Vec<String>,
-    /// When masks of parts are intersected.
-    #[arg(long, value_enum, default_value = "final", help_heading = "Tickets")]
-    algebra: Algebra,
-    /// The core is what at least this many parts keep; all of them if not given.
+    /// When masks of parts are intersected, of --method dilt; final if not given.
+    #[arg(long, value_enum, help_heading = "Tickets")]
+    algebra: Option<Algebra>,
+    /// Of --method dilt, the core is what at least this many parts keep; all of them if not given.
     #[arg(long, value_name = "T", help_heading = "Tickets")]
     at_least: Option<usize>,
     /// Number of repetitions, with seeds from --seed on.
     #[arg(long, default_value_t = 2, help_heading = "Tickets")]
     seeds: usize,
     #[command(flatten)]
-    target: ModelAndData,
-    #[command(flatten)]
-    recipe: RecipeOptions,
-    #[command(flatten)]
-    runs: RunOptions,
-    #[command(flatten)]
-    common: Common,
+    options: ExperimentOptions,
+}
+
+/// Everything that says how tickets are found, for the hash of a run.
+#[derive(Serialize)]
+struct Settings<'a> {
+    #[serde(flatten)]
+    search: &'a Search,
+    #[serde(flatten)]
+    repetitions: &'a Repetitions,
 }
 
 impl Find {
     pub fn run(&self) -> anyhow::Result<()> {
-        let settings = self.settings()?;
-        settings.check()?;
-        let (mut config, data) = self.target.load(None, &self.common.progress())?;
-        let recipe = self.recipe.apply(&config)?;
-        config.image = data.shape;
-        config.classes = data.classes;
-        let device = self.common.open()?;
-        let progress = self.common.progress();
-        let method = serde_json::to_value(settings.method)?;
-        let name = format!("{}-{}-{}", method.as_str().unwrap_or("find"), short_name(&config.name), data.name);
-        let resolved = json!({
-            "settings": settings, "model": config, "recipe": recipe, "data": data.identity(),
-        });
-        let folder =
-            RunFolder::open(&self.runs.runs, &name, &resolved, &machine(&device), self.runs.allow_device_change)?;
-        progress.say(&format!("run: {} on {}", folder.path().display(), device.description()));
-        let experiment = Experiment {
-            device: &device,
-            data: &data,
-            config: &config,
-            recipe: &recipe,
-            settings: &settings,
-            folder: &folder,
-            progress: &progress,
-        };
-        let outcome = find(&experiment)?;
-        self.common.print(&outcome, |outcome| format!("{}\n\nrun: {}", outcome.to_table(), outcome.run))
+        let first_seed = self.options.common.seed;
+        let partition = Partition::parse(&self.partition, self.parts, first_seed)?;
+        let search = self.search(&partition)?;
+        let opened = self.options.open(None)?;
+        let steps = opened.recipe.total_steps(opened.data.train.len());
+        search.check(Some(&partition), &resnet::build(&opened.config)?, steps)?;
+        let repetitions = Repetitions { seeds: self.seeds, first_seed, partition: Some(partition) };
+        let method = json!(search.method);
+        let settings = json!({ "settings": Settings { search: &search, repetitions: &repetitions } });
+        opened.run(method.as_str().unwrap_or("find"), &repetitions, settings, |experiment| find(experiment, &search))
     }
 
-    fn settings(&self) -> dilt::Result<Settings> {
+    fn search(&self, partition: &Partition) -> dilt::Result<Search> {
         let usage = |text: String| Err(dilt::Error::Usage(text));
         let prune = match self.density {
             Some(density) if density > 0.0 && density < 1.0 => 1.0 - density.powf(1.0 / self.levels.max(1) as f64),
@@ -111,24 +97,23 @@ impl Find {
                 Err(_) => return usage(format!("--rewind: expected init or a number of steps, got '{steps}'")),
             },
         };
-        if self.at_least.is_some() && self.method != Method::Dilt {
-            return usage(
-                "--at-least: expected --method dilt with it; colt takes what all parts keep, lth has no parts".into(),
-            );
+        for (option, given) in [("--at-least", self.at_least.is_some()), ("--algebra", self.algebra.is_some())] {
+            if given && self.method != Method::Dilt {
+                return usage(format!(
+                    "{option}: expected --method dilt with it; colt takes what all parts keep after each level, lth has \
+                     no parts"
+                ));
+            }
         }
-        let partition = Partition::parse(&self.partition, self.parts, self.common.seed)?;
-        Ok(Settings {
+        Ok(Search {
             method: self.method,
             at_least: self.at_least.unwrap_or(partition.parts()),
-            partition,
             levels: self.levels,
             prune,
             rewind,
             scope: self.scope,
             exclude: self.exclude.clone(),
-            algebra: self.algebra,
-            seeds: self.seeds,
-            first_seed: self.common.seed,
+            algebra: self.algebra.unwrap_or(Algebra::Final),
         })
     }
 }

@@ -3,10 +3,13 @@
 mod assemble;
 mod doctor;
 mod eval;
+mod experiment;
+mod export;
 mod find;
 mod mask;
 mod prune;
 mod train;
+mod transfer;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -35,7 +38,9 @@ enum Command {
     Eval(eval::Eval),
     Prune(prune::Prune),
     Mask(mask::Mask),
+    Export(export::Export),
     Assemble(assemble::Assemble),
+    Transfer(transfer::Transfer),
     Doctor(doctor::Doctor),
 }
 
@@ -47,7 +52,9 @@ pub fn run() -> anyhow::Result<()> {
         Command::Eval(command) => command.run(),
         Command::Prune(command) => command.run(),
         Command::Mask(command) => command.run(),
+        Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
+        Command::Transfer(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }
 }
@@ -165,7 +172,16 @@ struct ModelAndData {
 impl ModelAndData {
     /// Reads model file and data set. `named` is the model that a weights file says it is of.
     fn load(&self, named: Option<&str>, progress: &Progress) -> dilt::Result<(ModelConfig, DataSet)> {
-        let model = self.model.as_deref().or(named).unwrap_or("resnet8");
+        let model = match (self.model.as_deref(), named) {
+            (Some(model), _) => model,
+            // A file is not to choose which other file is read.
+            (None, Some(named)) if !ModelConfig::is_embedded(named) => {
+                return Err(dilt::Error::Usage(format!(
+                    "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
+                )));
+            }
+            (None, named) => named.unwrap_or("resnet8"),
+        };
         let config = ModelConfig::load(model, &self.set)?;
         let reading = Reading {
             input: config.image,
@@ -236,6 +252,9 @@ struct RecipeOptions {
     /// How images are varied.
     #[arg(long, value_enum, help_heading = "Training")]
     augment: Option<AugmentOption>,
+    /// Multiply brightness, contrast and saturation by random factors from 1 - S to 1 + S; with --augment alone.
+    #[arg(long, value_name = "S", allow_negative_numbers = true, help_heading = "Training")]
+    jitter: Option<f32>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -247,9 +266,14 @@ enum ScheduleOption {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum AugmentOption {
+    /// Not at all.
     None,
-    /// Random crop and horizontal flip.
+    /// Resized-crop where a folder's images are stored larger than the model's input, else crop.
     Standard,
+    /// Random crop, after padding by an eighth if the images are of the input's size, and horizontal flip.
+    Crop,
+    /// A random part of the image, scaled to the input's size, and horizontal flip.
+    ResizedCrop,
 }
 
 impl RecipeOptions {
@@ -271,6 +295,7 @@ impl RecipeOptions {
         set(&mut recipe.warmup, &self.warmup);
         set(&mut recipe.label_smoothing, &self.label_smoothing);
         set(&mut recipe.shuffle, &self.shuffle);
+        set(&mut recipe.jitter, &self.jitter);
         recipe.steps = self.steps.or(recipe.steps);
         recipe.clip_norm = self.clip_norm.or(recipe.clip_norm);
         recipe.nesterov |= self.nesterov;
@@ -286,6 +311,8 @@ impl RecipeOptions {
             recipe.augment = match augment {
                 AugmentOption::None => Augmentation::None,
                 AugmentOption::Standard => Augmentation::Standard,
+                AugmentOption::Crop => Augmentation::Crop,
+                AugmentOption::ResizedCrop => Augmentation::ResizedCrop,
             };
         }
         recipe.check()?;

@@ -29,13 +29,17 @@ pub struct Train {
     /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.
     #[arg(long, value_name = "FILE", alias = "ticket")]
     weights: Option<PathBuf>,
+    /// Load what fits of --weights, and draw the rest from --seed: a new head for another number of classes, say. What was
+    /// not loaded is listed on stderr.
+    #[arg(long, requires = "weights")]
+    partial: bool,
     /// Folder for weights and metrics.
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     out: Option<PathBuf>,
     /// Train on the train or the test split.
     #[arg(long, value_enum, default_value = "train")]
     split: super::eval::Split,
-    /// Show the network's tensors with their bytes, and train nothing.
+    /// Show the network's tensors with their bytes, and train nothing; --weights are checked against them.
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -58,11 +62,12 @@ struct Trained {
 
 impl Train {
     pub fn run(&self) -> anyhow::Result<()> {
-        let start = self.weights.as_ref().map(|path| Weights::load(path)).transpose()?;
-        let named = start.as_ref().and_then(|weights| weights.metadata.get("model"));
+        let given = self.weights.as_ref().map(|path| Weights::load(path)).transpose()?;
+        let named = given.as_ref().and_then(|weights| weights.metadata.get("model"));
         let (config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
         let model = resnet::build(&config)?;
+        let given = given.map(|weights| self.fit(weights, &model)).transpose()?;
         let device = self.common.open()?;
         if self.dry_run {
             return self.show_plan(&device, &model, &recipe);
@@ -74,12 +79,8 @@ impl Train {
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
         let mut network = Network::new(&device, &model, recipe.batch, Mode::Train)?;
-        let start = start.unwrap_or_else(|| init::draw(&model, self.common.seed));
-        let fitted = network.load(&start);
-        match &self.weights {
-            Some(path) => fitted.with_context(|| path.display().to_string())?,
-            None => fitted?,
-        }
+        let start = given.unwrap_or_else(|| init::draw(&model, self.common.seed));
+        network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
         let identity = serde_json::json!([
             config,
@@ -125,6 +126,19 @@ impl Train {
                 trained.weights
             )
         })
+    }
+
+    /// The given weights under the model's names, with --partial on top of drawn ones.
+    fn fit(&self, given: Weights, model: &Model) -> anyhow::Result<Weights> {
+        let fitted = if self.partial {
+            given.partly_for(init::draw(model, self.common.seed))
+        } else {
+            given.for_model(&model.file_tensors()).map(|weights| (weights, Vec::new()))
+        };
+        let in_file = || self.weights.as_ref().map_or(String::new(), |path| path.display().to_string());
+        let (weights, left) = fitted.with_context(in_file)?;
+        left.iter().for_each(|line| self.common.progress().say(line));
+        Ok(weights)
     }
 
     fn show_plan(&self, device: &Device, model: &Model, recipe: &Recipe) -> anyhow::Result<()> {

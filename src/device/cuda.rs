@@ -201,6 +201,25 @@ impl Cuda {
         }
     }
 
+    /// Page-locked memory of the host, set to zero. Not write-combined, which is slow to read back.
+    pub(super) fn alloc_host(&self, bytes: usize) -> Result<*mut u8> {
+        self.enter()?;
+        let hint = format!("{bytes} bytes of page-locked host memory; try a smaller --batch or fewer DILT_WORKERS");
+        // SAFETY: the memory is set before anything reads it.
+        unsafe {
+            let address = result::malloc_host(bytes.max(1), 0).map_err(failed(&hint))?.cast::<u8>();
+            address.write_bytes(0, bytes);
+            Ok(address)
+        }
+    }
+
+    pub(super) fn free_host(&self, address: *mut u8) {
+        if self.enter().is_ok() {
+            // SAFETY: the address came from `alloc_host`; copies from it are over when `write` returns.
+            let _ = unsafe { result::free_host(address.cast()) };
+        }
+    }
+
     pub(super) fn write(&self, data: &[u8], to: u64) -> Result<()> {
         self.enter()?;
         // SAFETY: the caller holds an exclusive view of as many bytes; the copy is over before this returns.

@@ -16,7 +16,8 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::host::{HostIndex, HostKernel};
+use super::kernel::{HostIndex, HostKernel};
+use super::shared::SharedMemory;
 use super::{Launch, asan, tsan};
 
 /// Stack of one GPU thread. Kernels keep their arrays in registers; sanitizers need room for their red zones.
@@ -373,45 +374,5 @@ impl Stacks {
             eprintln!("dilt: host device: thread {thread} of a block used more than {STACK_BYTES} bytes of stack");
             std::process::abort()
         })
-    }
-}
-
-/// A block's shared memory: exactly its size, filled with NaN.
-pub(super) struct SharedMemory {
-    pointer: *mut u8,
-    bytes: usize,
-}
-
-impl SharedMemory {
-    fn new(bytes: usize) -> Self {
-        if bytes == 0 {
-            return SharedMemory { pointer: std::ptr::null_mut(), bytes };
-        }
-        // SAFETY: the layout has at least one byte; the fill stays within it.
-        unsafe {
-            let pointer = std::alloc::alloc(Self::layout(bytes));
-            if pointer.is_null() {
-                std::alloc::handle_alloc_error(Self::layout(bytes));
-            }
-            pointer.write_bytes(0xff, bytes);
-            SharedMemory { pointer, bytes }
-        }
-    }
-
-    fn layout(bytes: usize) -> std::alloc::Layout {
-        std::alloc::Layout::from_size_align(bytes, 128).expect("shared memory is small")
-    }
-
-    fn pointer(&mut self) -> *mut c_void {
-        self.pointer.cast()
-    }
-}
-
-impl Drop for SharedMemory {
-    fn drop(&mut self) {
-        if !self.pointer.is_null() {
-            // SAFETY: allocated in `new` with this layout.
-            unsafe { std::alloc::dealloc(self.pointer, Self::layout(self.bytes)) };
-        }
     }
 }

@@ -1,7 +1,6 @@
 //! The host device: kernels compiled for the CPU, blocks on a thread pool.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::ffi::c_void;
 
 use rayon::prelude::*;
 
@@ -11,27 +10,6 @@ use crate::error::{Error, Result};
 
 /// Memory is aligned so that a row of samples starts on a cache line, on any machine.
 const ALIGNMENT: usize = 256;
-
-/// One constant per kernel and instruction set, made by the KERNEL macro of `kernels/lib/host.cuh`.
-#[repr(C)]
-pub(crate) struct HostKernel {
-    pub(super) thread: unsafe extern "C" fn(args: *const c_void, index: *const HostIndex),
-    pub(super) args_bytes: u64,
-    pub(super) shared_bytes: u32,
-    pub(super) max_threads: u32,
-    pub(super) barrier_free: u32,
-}
-
-/// Where a thread stands, as `kernels/lib/host.cuh` declares it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct HostIndex {
-    pub(super) thread: [u32; 3],
-    pub(super) block: [u32; 3],
-    pub(super) block_dim: [u32; 3],
-    pub(super) grid_dim: [u32; 3],
-    pub(super) shared: *mut c_void,
-}
 
 /// How the host device runs kernels.
 #[derive(Clone, Copy, Debug)]

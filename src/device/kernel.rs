@@ -1,18 +1,39 @@
 //! Kernels as Rust sees them: a name, one argument struct, a launch shape.
 
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 use super::Device;
-use super::host::HostKernel;
 use crate::error::Result;
 
 /// Name and fields of an argument struct, as a kernel file declares it.
 type CppStruct = (&'static str, &'static [&'static str]);
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// One constant per kernel and instruction set, made by the KERNEL macro of `kernels/lib/host.cuh`.
+#[repr(C)]
+pub(crate) struct HostKernel {
+    pub(super) thread: unsafe extern "C" fn(args: *const c_void, index: *const HostIndex),
+    pub(super) args_bytes: u64,
+    pub(super) shared_bytes: u32,
+    pub(super) max_threads: u32,
+    pub(super) barrier_free: u32,
+}
+
+/// Where a thread stands, as `kernels/lib/host.cuh` declares it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct HostIndex {
+    pub(super) thread: [u32; 3],
+    pub(super) block: [u32; 3],
+    pub(super) block_dim: [u32; 3],
+    pub(super) grid_dim: [u32; 3],
+    pub(super) shared: *mut c_void,
+}
 
 /// The host entries of a kernel, one for each instruction set.
 pub(super) fn host_kernel(name: &str) -> Option<&'static [&'static HostKernel]> {
@@ -141,7 +162,7 @@ impl ArgBytes {
         ArgBytes(words)
     }
 
-    pub(super) fn as_ptr(&self) -> *const std::ffi::c_void {
+    pub(super) fn as_ptr(&self) -> *const c_void {
         self.0.as_ptr().cast()
     }
 

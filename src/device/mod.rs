@@ -14,6 +14,8 @@ mod cuda;
 mod fiber;
 mod host;
 mod kernel;
+mod shared;
+mod staging;
 mod tsan;
 
 use std::sync::Arc;
@@ -28,6 +30,7 @@ pub(crate) use kernel::kernel_args;
 pub use kernel::{
     Kernel, KernelArgs, Launch, Layout, Ptr, embedded_archs, embedded_images, host_instruction_sets, kernel_files,
 };
+pub use staging::Staging;
 
 use crate::error::{Error, Result};
 

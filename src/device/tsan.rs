@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::fiber::SharedMemory;
+use super::shared::SharedMemory;
 
 const ON: bool = cfg!(dilt_sanitize = "thread");
 /// ThreadSanitizer knows about 8,000 threads at a time, and is slower the more there are.

@@ -113,6 +113,11 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Whether a model file of this name is part of the program.
+    pub fn is_embedded(name: &str) -> bool {
+        EMBEDDED.iter().any(|(known, _)| *known == name)
+    }
+
     fn check(&self) -> std::result::Result<(), String> {
         if self.image.contains(&0) || self.classes < 2 {
             return Err("expected an image without sizes of 0, and at least two classes".into());

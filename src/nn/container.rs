@@ -17,7 +17,7 @@ use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor}
 use serde_json::Value;
 
 /// Longest header that is read, in bytes. A network of ten thousand tensors needs about one million.
-const MAX_HEADER_BYTES: u64 = 32 << 20;
+pub(super) const MAX_HEADER_BYTES: u64 = 32 << 20;
 /// Most dimensions of a tensor that are accepted; a convolution has four.
 const MAX_DIMENSIONS: usize = 8;
 const METADATA: &str = "__metadata__";
@@ -212,7 +212,7 @@ fn shorten(value: &Value) -> String {
 }
 
 /// A JSON object in which no key may come twice.
-struct UniqueMap<V>(BTreeMap<String, V>);
+pub(super) struct UniqueMap<V>(pub BTreeMap<String, V>);
 
 impl<V> Default for UniqueMap<V> {
     fn default() -> Self {
@@ -245,14 +245,14 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
     }
 }
 
-/// The bytes before the tensors of a file with `metadata` and these tensors (name, `"F32"` or `"U8"`, shape, bytes),
-/// which must be written in this order. F32 goes before U8, so that each is aligned.
+/// The bytes before the tensors of a file with `metadata` and these tensors (name, type as a file names it, shape,
+/// bytes), which must be written in this order. Floats go before U8, so that each is aligned.
 ///
 /// # Errors
 /// The file would be one that [`read_header`] refuses.
-pub(super) fn header<'a>(
+pub(super) fn header(
     metadata: &BTreeMap<String, String>,
-    tensors: impl IntoIterator<Item = (String, &'static str, &'a [usize], usize)>,
+    tensors: impl IntoIterator<Item = (String, &'static str, Vec<usize>, usize)>,
 ) -> Checked<Vec<u8>> {
     let mut items = Vec::new();
     if !metadata.is_empty() {

@@ -1,14 +1,17 @@
 //! Networks: what they are made of, their memory and passes, and the files their weights live in.
 //!
 //! [`config`] reads a model file, [`resnet`] turns it into a [`model::Model`] (a list of layers), [`plan`] finds its
-//! tensors a place in one arena, [`network`] runs it, [`init`] draws its weights, [`weights`] reads and writes them.
+//! tensors a place in one arena, [`network`] runs it, [`init`] draws its weights, [`weights`] reads and writes them,
+//! [`names`] matches the names of a file to those of a model.
 
 pub(crate) mod atomic;
 pub mod config;
 mod container;
 pub mod init;
 pub mod model;
+pub mod names;
 pub mod network;
 pub mod plan;
 pub mod resnet;
+mod shards;
 pub mod weights;

@@ -115,6 +115,11 @@ impl Carver {
     /// A piece that holds one tensor.
     fn piece(&mut self, group: Group, name: &str, words: usize) {
         self.place(group, name, self.end, words);
+        self.reserve(words);
+    }
+
+    /// A piece whose tensors are placed by the caller.
+    fn reserve(&mut self, words: usize) {
         self.pieces.push((self.end, words));
         // A gap after each piece, so that a sanitizer sees what reaches past the end.
         self.end += aligned(words) + ALIGNMENT;
@@ -141,8 +146,7 @@ impl Plan {
 
         let mut carve = Carver::default();
         let start = carve.end;
-        carve.piece(Group::Parameters, "parameters", parameter_len);
-        carve.tensors.pop();
+        carve.reserve(parameter_len);
         for (parameter, offset) in model.parameters.iter().zip(&parameters) {
             carve.place(Group::Parameters, &parameter.name, start + offset, parameter.elements());
         }

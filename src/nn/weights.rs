@@ -2,31 +2,34 @@
 //!
 //! Both are safetensors files with the names of PyTorch's `state_dict`. A pruned parameter is stored as
 //! `torch.nn.utils.prune` stores it: `<param>_orig`, the unmasked weights, and `<param>_mask`, 0 or 1 for each.
-//! So a module pruned there loads here, and back.
+//! So a module pruned there loads here, and back. In compact files `<param>_bits` stands for the mask: bit `i % 8` of
+//! byte `i / 8` is weight `i` in file order, and the bits past the last weight are 0.
 //!
 //! | in the file | in memory |
 //! |---|---|
 //! | `<param>`: F32, F16, BF16 or F64 | `tensors[param]`, as f32 |
-//! | `<param>_orig` as above + `<param>_mask` of U8, BOOL or a float type | `tensors[param]` and `masks[param]` |
+//! | `<param>_orig` as above + `<param>_mask` of U8, BOOL or a float type, or `<param>_bits` of U8 | `tensors[param]` and `masks[param]` |
 //! | names that end in `num_batches_tracked` | nothing |
 //!
-//! What is written is F32 and U8, its bytes depend only on the content, and every weight is finite.
+//! What is written depends only on the content, and every weight is finite.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::path::Path;
 
 use half::{bf16, f16};
 use ndarray::ArrayD;
+use serde::Serialize;
 
 use super::atomic::write_atomically;
 use super::container::{self, Checked, Dtype, Entry};
+use super::shards::{self, Shard};
 use crate::mask::Mask;
 use crate::{Error, Result};
 
 const ORIG: &str = "_orig";
 const MASK: &str = "_mask";
+const BITS: &str = "_bits";
 /// Batch norm's counter of steps, which nothing here needs.
 const IGNORED: &str = "num_batches_tracked";
 
@@ -41,72 +44,155 @@ pub struct Weights {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// How masks are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Form {
+    /// Not at all: pruned weights are 0, and all parameters have their plain names.
+    Plain,
+    /// <param>_orig and <param>_mask, as torch.nn.utils.prune names them; a byte per weight.
+    Pruning,
+    /// <param>_orig and <param>_bits; a bit per weight.
+    Compact,
+}
+
+/// The type that weights are written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum FloatType {
+    /// 32 bits.
+    F32,
+    /// IEEE half precision: at most 65504.
+    F16,
+    /// The upper 16 bits of an f32, rounded.
+    Bf16,
+}
+
 impl Weights {
-    /// Reads a weights or ticket file.
+    /// Reads a weights or ticket file, or all files of an index (`*.safetensors.index.json`) as one. Metadata of several
+    /// files is united; of a key that comes twice, the first file's counts.
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be read, is not a whole and consistent safetensors file, holds a tensor of
+    /// [`Error::File`] if a file cannot be read, is not a whole and consistent safetensors file, holds a tensor of
     /// another type, a weight that is NaN or infinite (also after conversion to f32), a mask value other than 0 or
-    /// 1, a mask of another shape than its weights, or one of `<param>_orig` and `<param>_mask` without the other.
+    /// 1, a mask of another shape than its weights, or one of `<param>_orig` and its mask without the other; or if
+    /// an index and its files contradict each other.
     pub fn load(path: &Path) -> Result<Self> {
-        let cannot_read =
-            |e: std::io::Error| Error::file(path, format!("cannot read it: {e}; check --weights/--ticket"));
-        let file = File::open(path).map_err(cannot_read)?;
-        let about = file.metadata().map_err(cannot_read)?;
-        if !about.is_file() {
-            return Err(Error::file(path, "expected a safetensors file, got a folder or device"));
+        let mut shards = shards::open(path)?;
+        check_pairs(shards.iter().flat_map(|shard| &shard.header.entries)).map_err(|p| Error::file(path, p))?;
+        let mut weights = Weights::default();
+        let mut bits = BTreeMap::new();
+        for shard in &mut shards {
+            weights.read(shard, &mut bits).map_err(|problem| Error::file(&shard.path, problem))?;
         }
-        Self::read(BufReader::new(file), about.len()).map_err(|problem| Error::file(path, problem))
+        weights.unpack(bits).and_then(|()| weights.check_masks()).map_err(|problem| Error::file(path, problem))?;
+        Ok(weights)
     }
 
-    /// Reads a file of `file_bytes` bytes.
-    fn read(mut reader: impl Read, file_bytes: u64) -> Checked<Self> {
-        let header = container::read_header(&mut reader, file_bytes)?;
-        check_pairs(&header.entries)?;
-        let mut weights = Weights { metadata: header.metadata, ..Weights::default() };
+    /// Adds what a file holds; packed masks, whose shapes may be in another file, go to `packed`.
+    fn read(&mut self, shard: &mut Shard, packed: &mut BTreeMap<String, Vec<u8>>) -> Checked<()> {
+        for (key, value) in std::mem::take(&mut shard.header.metadata) {
+            self.metadata.entry(key).or_insert(value);
+        }
         let mut bytes = Vec::new();
-        for entry in &header.entries {
+        for entry in &shard.header.entries {
             bytes.resize(entry.bytes() as usize, 0); // at most the file's size: read_header has checked
-            reader.read_exact(&mut bytes).map_err(|e| format!("cannot read tensor {:?}: {e}", entry.name))?;
+            shard.reader.read_exact(&mut bytes).map_err(|e| format!("cannot read tensor {:?}: {e}", entry.name))?;
             if entry.name.ends_with(IGNORED) {
                 continue;
             }
             if let Some(param) = entry.name.strip_suffix(MASK) {
-                weights.masks.insert(param.into(), mask(entry, &bytes)?);
+                self.masks.insert(param.into(), mask(entry, &bytes)?);
+            } else if let Some(param) = entry.name.strip_suffix(BITS) {
+                if entry.dtype != Dtype::U8 || entry.shape.len() != 1 {
+                    let (name, dtype, shape) = (&entry.name, entry.dtype, &entry.shape);
+                    return Err(format!("tensor {name:?}: expected a packed mask, U8 [bytes], got {dtype} {shape:?}"));
+                }
+                packed.insert(param.into(), bytes.clone());
             } else {
                 let param = entry.name.strip_suffix(ORIG).unwrap_or(&entry.name);
-                weights.tensors.insert(param.into(), tensor(entry, &bytes)?);
+                self.tensors.insert(param.into(), tensor(entry, &bytes)?);
             }
         }
-        for (param, mask) in &weights.masks {
-            let shape = weights.tensors.get(param).map(|t| t.shape());
-            if shape != Some(mask.shape()) {
-                let shape = shape.unwrap_or_default();
+        Ok(())
+    }
+
+    /// Adds masks that a file holds as bits.
+    fn unpack(&mut self, packed: BTreeMap<String, Vec<u8>>) -> Checked<()> {
+        for (param, bytes) in packed {
+            let shape = self.tensors.get(&param).map_or(&[][..], |tensor| tensor.shape());
+            let weights: usize = shape.iter().product();
+            if bytes.len() != weights.div_ceil(8) {
                 return Err(format!(
-                    "mask of {param:?}: expected its weights' shape {shape:?}, got {:?}",
+                    "tensor \"{param}{BITS}\": expected {} bytes, a bit for each of {weights} weights, got {}",
+                    weights.div_ceil(8),
+                    bytes.len()
+                ));
+            }
+            if let (1.., Some(last)) = (weights % 8, bytes.last())
+                && last >> (weights % 8) != 0
+            {
+                return Err(format!(
+                    "tensor \"{param}{BITS}\": expected zeros after the bits of {weights} weights, got a last byte of {last:#04x}"
+                ));
+            }
+            let mask = Mask::from_fn(shape, |i| bytes[i / 8] >> (i % 8) & 1 == 1);
+            self.masks.insert(param, mask);
+        }
+        Ok(())
+    }
+
+    fn check_masks(&self) -> Checked<()> {
+        for (param, mask) in &self.masks {
+            let Some(tensor) = self.tensors.get(param) else {
+                return Err(format!("mask of {param:?}: there is no tensor of that name"));
+            };
+            if tensor.shape() != mask.shape() {
+                return Err(format!(
+                    "mask of {param:?}: expected its weights' shape {:?}, got {:?}",
+                    tensor.shape(),
                     mask.shape()
                 ));
             }
         }
-        Ok(weights)
+        Ok(())
+    }
+
+    /// Writes a weights or ticket file as [`Weights::save_as`] does, with PyTorch's pruning names and f32.
+    ///
+    /// # Errors
+    /// As [`Weights::save_as`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        self.save_as(path, Form::Pruning, FloatType::F32)
     }
 
     /// Writes a weights or ticket file: equal content gives equal bytes. The file appears whole or not at all: it is
     /// written under a temporary name in the same folder, synced and renamed, so that a failure leaves an older file as it was.
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be written, or [`load`](Self::load) would not read the same content back:
-    /// a weight that is not finite, a mask without tensor or of another shape, a name with a reserved ending.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let header = self.header().map_err(|problem| Error::file(path, format!("not written: {problem}")))?;
+    /// [`Error::File`] if the file cannot be written, or [`load`](Self::load) would not read it back: a weight that is
+    /// not finite, also in the type asked for, a mask without tensor or of another shape, a name with a reserved ending.
+    pub fn save_as(&self, path: &Path, form: Form, dtype: FloatType) -> Result<()> {
+        let header =
+            self.header(form, dtype).map_err(|problem| Error::file(path, format!("not written: {problem}")))?;
         write_atomically(path, |file| {
             file.write_all(&header)?;
-            for tensor in self.tensors.values() {
-                let bytes: Vec<u8> = tensor.iter().flat_map(|value| value.to_le_bytes()).collect();
-                file.write_all(&bytes)?;
+            for (param, tensor) in &self.tensors {
+                file.write_all(&dtype.encode(self.written(param, tensor, form)))?;
             }
-            self.masks.values().try_for_each(|mask| file.write_all(&mask.to_bytes()))
+            self.masks.values().try_for_each(|mask| match form {
+                Form::Plain => Ok(()),
+                Form::Pruning => file.write_all(&mask.to_bytes()),
+                Form::Compact => file.write_all(&packed(mask)),
+            })
         })
+    }
+
+    /// The weights of a parameter as a form has them: with its mask applied where that is not written.
+    fn written<'a>(&'a self, param: &str, tensor: &'a ArrayD<f32>, form: Form) -> impl Iterator<Item = f32> + 'a {
+        let mask = self.masks.get(param).filter(|_| form == Form::Plain);
+        let keeps = move |i| mask.is_none_or(|mask| mask.get(i));
+        tensor.iter().enumerate().map(move |(i, &value)| if keeps(i) { value } else { 0.0 })
     }
 
     /// A hash of the content, metadata apart.
@@ -124,67 +210,79 @@ impl Weights {
         hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Everything before the tensors: all F32 by parameter, then all masks by parameter.
-    fn header(&self) -> Checked<Vec<u8>> {
-        for (param, mask) in &self.masks {
-            let Some(tensor) = self.tensors.get(param) else {
-                return Err(format!("mask of {param:?}: there is no tensor of that name"));
-            };
-            if tensor.shape() != mask.shape() {
-                return Err(format!(
-                    "mask of {param:?}: expected its weights' shape {:?}, got {:?}",
-                    tensor.shape(),
-                    mask.shape()
-                ));
-            }
-        }
+    /// Everything before the tensors: all weights by parameter, then all masks by parameter.
+    fn header(&self, form: Form, dtype: FloatType) -> Checked<Vec<u8>> {
+        self.check_masks()?;
         let mut items = Vec::new();
         for (param, tensor) in &self.tensors {
             check_finite(param, tensor.shape(), tensor.iter().copied())?;
-            let pruned = self.masks.contains_key(param);
-            if !pruned && [ORIG, MASK, IGNORED].iter().any(|ending| param.ends_with(ending)) {
-                return Err(format!("tensor {param:?}: names that end in {ORIG}, {MASK} or {IGNORED} are reserved"));
+            dtype.check_fits(param, tensor.shape(), self.written(param, tensor, form))?;
+            let pruned = form != Form::Plain && self.masks.contains_key(param);
+            if !pruned && [ORIG, MASK, BITS, IGNORED].iter().any(|ending| param.ends_with(ending)) {
+                return Err(format!(
+                    "tensor {param:?}: names that end in {ORIG}, {MASK}, {BITS} or {IGNORED} are reserved"
+                ));
             }
             let name = if pruned { format!("{param}{ORIG}") } else { param.clone() };
-            items.push((name, "F32", tensor.shape(), 4 * tensor.len()));
+            items.push((name, dtype.name(), tensor.shape().to_vec(), dtype.bytes() * tensor.len()));
         }
-        items.extend(self.masks.iter().map(|(param, mask)| (format!("{param}{MASK}"), "U8", mask.shape(), mask.len())));
-        container::header(&self.metadata, items)
-    }
-
-    /// Checks that the tensors are exactly those of a network: `expected` names and shapes, no more and no less.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] lists every missing, unexpected and mis-shaped tensor, each unexpected one with the missing
-    /// name that it resembles, if any.
-    pub fn check_against(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
-        let expected: BTreeMap<&str, &[usize]> = expected.iter().map(|(n, s)| (n.as_str(), s.as_slice())).collect();
-        let missing: Vec<&str> = expected.keys().copied().filter(|&n| !self.tensors.contains_key(n)).collect();
-        let mut problems: Vec<String> =
-            missing.iter().map(|name| format!("missing     {name:?}, expected {:?}", expected[name])).collect();
-        for (name, tensor) in &self.tensors {
-            match expected.get(name.as_str()) {
-                None => {
-                    let hint = nearest(name, &missing).map_or(String::new(), |near| format!("; is it {near:?}?"));
-                    problems.push(format!("unexpected  {name:?}, got {:?}{hint}", tensor.shape()));
+        for (param, mask) in &self.masks {
+            match form {
+                Form::Plain => {}
+                Form::Pruning => items.push((format!("{param}{MASK}"), "U8", mask.shape().to_vec(), mask.len())),
+                Form::Compact => {
+                    let bytes = mask.len().div_ceil(8);
+                    items.push((format!("{param}{BITS}"), "U8", vec![bytes], bytes));
                 }
-                Some(shape) if *shape != tensor.shape() => {
-                    problems.push(format!("wrong shape {name:?}, expected {shape:?}, got {:?}", tensor.shape()));
-                }
-                Some(_) => {}
             }
         }
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Usage(format!(
-            "the weights do not fit the model, which has {} tensors, in {} places; choose the --model they were made \
-             with, or rename them:\n  {}",
-            expected.len(),
-            problems.len(),
-            problems.join("\n  ")
-        )))
+        container::header(&self.metadata, items)
     }
+}
+
+impl FloatType {
+    fn name(self) -> &'static str {
+        match self {
+            FloatType::F32 => "F32",
+            FloatType::F16 => "F16",
+            FloatType::Bf16 => "BF16",
+        }
+    }
+
+    /// Bytes of an element.
+    fn bytes(self) -> usize {
+        if self == FloatType::F32 { 4 } else { 2 }
+    }
+
+    /// Refuses a weight that would become infinite.
+    fn check_fits(self, name: &str, shape: &[usize], values: impl Iterator<Item = f32>) -> Checked<()> {
+        let overflows = |&(_, value): &(usize, f32)| match self {
+            FloatType::F32 => false,
+            FloatType::F16 => f16::from_f32(value).is_infinite(),
+            FloatType::Bf16 => bf16::from_f32(value).is_infinite(),
+        };
+        match values.enumerate().find(overflows) {
+            None => Ok(()),
+            Some((i, value)) => {
+                let (index, dtype) = (index(shape, i), self.name());
+                Err(format!("tensor {name:?}: {value:e} at {index:?} is too large for {dtype}; choose --dtype f32"))
+            }
+        }
+    }
+
+    fn encode(self, values: impl Iterator<Item = f32>) -> Vec<u8> {
+        match self {
+            FloatType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+            FloatType::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
+            FloatType::Bf16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
+        }
+    }
+}
+
+/// The bits of a mask, eight to a byte, lowest first.
+fn packed(mask: &Mask) -> Vec<u8> {
+    let bytes = mask.words().iter().flat_map(|word| word.to_le_bytes());
+    bytes.take(mask.len().div_ceil(8)).collect()
 }
 
 /// Writes the result of an evaluation: `logits` F32 `[examples, classes]` and `labels` I64 `[examples]`.
@@ -204,17 +302,20 @@ pub fn save_logits(path: &Path, logits: &[f32], classes: usize, labels: &[u32]) 
     write_atomically(path, |file| file.write_all(&bytes))
 }
 
-/// Checks that `_orig` and `_mask` come in pairs, and without a plain tensor of the same name.
-fn check_pairs(entries: &[Entry]) -> Checked<()> {
-    let names: BTreeSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+/// Checks that `_orig` and `_mask` (or `_bits`) come in pairs, and without a plain tensor of the same name.
+fn check_pairs<'a>(entries: impl Iterator<Item = &'a Entry>) -> Checked<()> {
+    let names: BTreeSet<&str> = entries.map(|entry| entry.name.as_str()).collect();
     let has = |param: &str, ending: &str| names.contains(format!("{param}{ending}").as_str());
     for &name in &names {
-        let (param, other) = match (name.strip_suffix(ORIG), name.strip_suffix(MASK)) {
-            (Some(param), _) => (param, MASK),
-            (None, Some(param)) => (param, ORIG),
-            (None, None) => continue,
+        let Some((param, ending)) = [ORIG, MASK, BITS].into_iter().find_map(|e| Some((name.strip_suffix(e)?, e)))
+        else {
+            continue;
         };
-        if !has(param, other) {
+        let (paired, other) = match ending {
+            ORIG => (has(param, MASK) || has(param, BITS), MASK),
+            _ => (has(param, ORIG), ORIG),
+        };
+        if !paired {
             let advice = if names.contains(param) && other == ORIG {
                 format!("rename {param:?} to \"{param}{ORIG}\" if it holds the weights before pruning")
             } else {
@@ -226,6 +327,9 @@ fn check_pairs(entries: &[Entry]) -> Checked<()> {
         }
         if names.contains(param) {
             return Err(format!("tensor {param:?} comes both plain and as \"{param}{ORIG}\"; leave one out"));
+        }
+        if has(param, MASK) && has(param, BITS) {
+            return Err(format!("the mask of {param:?} comes twice, as {MASK} and as {BITS}; leave one out"));
         }
     }
     Ok(())
@@ -288,31 +392,4 @@ fn index(shape: &[usize], mut i: usize) -> Vec<usize> {
         i /= size.max(1);
     }
     index
-}
-
-/// The candidate that `name` most resembles: itself behind a prefix, else at an edit distance of at most a quarter.
-fn nearest<'a>(name: &str, candidates: &[&'a str]) -> Option<&'a str> {
-    let behind_prefix = candidates.iter().find(|c| name.strip_suffix(**c).is_some_and(|prefix| prefix.ends_with('.')));
-    let most = name.len() / 4;
-    let close = || {
-        let similar = candidates.iter().filter(|c| c.len().abs_diff(name.len()) <= most);
-        let best = similar.map(|c| (edit_distance(name, c), c)).min()?;
-        (best.0 <= most).then_some(best.1)
-    };
-    behind_prefix.or_else(close).copied()
-}
-
-/// Levenshtein distance in bytes.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }

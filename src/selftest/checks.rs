@@ -4,7 +4,9 @@ use rand::Rng;
 
 use super::{PADDED, SAMPLES, Trial};
 use crate::error::{Error, Result};
-use crate::ops::augment::{Augment, GatherShape, GatherSource, Normalise, gather};
+use crate::ops::augment::{
+    Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
+};
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::layouts;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
@@ -62,9 +64,10 @@ fn argument_layouts(t: &mut Trial) -> Result<()> {
     Ok(())
 }
 
+/// Crops without scaling, then boxes with other colours.
 fn augment(t: &mut Trial) -> Result<()> {
     const EXAMPLES: usize = 9;
-    let shape = GatherShape::new([3, 7, 11], SAMPLES)?;
+    let shape = GatherShape::new([3, 13, 17], [7, 11], SAMPLES)?;
     let (images, labels) = (t.draw(EXAMPLES * shape.image_len(), Rng::random::<u8>)?, t.below(EXAMPLES, 10)?);
     let (order, state) = (t.below(2 * SAMPLES, EXAMPLES as u32)?, t.device.upload(&[1, 5])?);
     let (count, mean, std) = (t.count()?, t.floats(3)?, t.positive(3)?);
@@ -75,10 +78,25 @@ fn augment(t: &mut Trial) -> Result<()> {
         order: order.view(),
         state: state.view(),
         count: count.view(),
+        scale: 255.0,
     };
-    let normalise = Normalise { scale: 255.0, mean: mean.view(), std: std.view() };
-    let augment = Some(Augment { pad: 2, flip: true, seed: 3 });
-    gather(t.device, &shape, source, normalise, augment, x.view_mut(), to_labels.view_mut())?;
+    let into = GatherInto { mean: mean.view(), std: std.view(), x: x.view_mut(), labels: to_labels.view_mut() };
+    gather(t.device, &shape, source, Some(RandomCrop { pad: 2, flip: true, seed: 3 }), into)?;
+    t.close("x", &x)?;
+    t.exact("labels", &to_labels)?;
+
+    let (mut boxes, mut factors) = (t.device.alloc(PADDED * GatherShape::BOX)?, t.unwritten(PADDED * 3)?);
+    let augment = Augment { crop: Crop::Resized, flip: true, jitter: 0.4, seed: 3 };
+    draw(t.device, &shape, state.view(), augment, boxes.view_mut(), factors.view_mut())?;
+    t.exact("boxes", &boxes)?;
+    t.close("factors", &factors)?;
+    let mut grey = t.unwritten(PADDED)?;
+    grey_means(t.device, &shape, source, boxes.view(), factors.view(), grey.view_mut())?;
+    t.close("grey", &grey)?;
+    let colours = Colours { factors: factors.view(), grey: grey.view() };
+    let (mut x, mut to_labels) = (t.unwritten(shape.output_len())?, t.bits(shape.samples())?);
+    let into = GatherInto { mean: mean.view(), std: std.view(), x: x.view_mut(), labels: to_labels.view_mut() };
+    resample(t.device, &shape, source, boxes.view(), Some(colours), into)?;
     t.close("x", &x)?;
     t.exact("labels", &to_labels)
 }

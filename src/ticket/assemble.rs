@@ -9,13 +9,16 @@
 use serde::{Deserialize, Serialize};
 
 use super::controls::scattered;
-use super::experiment::{Experiment, Head, Purpose, Repetition, Task, TicketScore};
-use super::find::Rows;
-use super::result::{Matrix, Outcome};
+use super::experiment::{Experiment, Head, Purpose, Repetition, Task, Ticket, TicketScore, check_body};
+use super::result::Outcome;
+use super::rows::repeat;
 use super::run::StageFolder;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
+use crate::nn::config::ModelConfig;
+use crate::nn::resnet;
 use crate::nn::weights::Weights;
 use crate::ops::prune::MaskOp;
 
@@ -37,60 +40,73 @@ pub struct Specialist {
     pub ticket: Weights,
 }
 
+/// A core and specialists that belong to each other and to a network.
+pub struct Pieces {
+    core: MaskSet,
+    /// Part and masks of each specialist, without what the core has.
+    specialists: Vec<(usize, MaskSet)>,
+    /// Where training starts: the core's weights.
+    start: Weights,
+}
+
+impl Pieces {
+    /// Checks that the tickets belong to the model, to each other and to `parts` parts.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if they do not.
+    pub fn new(
+        device: &Device,
+        config: &ModelConfig,
+        parts: usize,
+        core: &Weights,
+        specialists: &[Specialist],
+    ) -> Result<Self> {
+        let model = resnet::build(config)?;
+        let of = |option: &str, error: Error| Error::Usage(format!("{option}: {error}"));
+        check_body(core, &model).map_err(|error| of("--core", error))?;
+        let names: Vec<String> = core.masks.keys().cloned().collect();
+        let core_masks = MaskSet::from_file(&core.masks, &names)?;
+        let mut sets = Vec::new();
+        for Specialist { part, ticket } in specialists {
+            if *part >= parts {
+                let got = part + 1;
+                return Err(Error::Usage(format!("--specialist: expected a part from 1 to {parts}, got {got}")));
+            }
+            // What the core has already is not the specialist's.
+            let masks = MaskSet::from_file(&ticket.masks, &names)
+                .and_then(|masks| masks.combine(device, MaskOp::AndNot, &core_masks));
+            sets.push((*part, masks.map_err(|error| of("--specialist", error))?));
+        }
+        let start = Weights { masks: Default::default(), metadata: Default::default(), ..core.clone() };
+        Ok(Pieces { core: core_masks, specialists: sets, start })
+    }
+}
+
 /// Assembles, scores and compares.
 ///
 /// # Errors
-/// [`Error::Usage`] if the tickets do not belong to the model or to each other; errors of trainings and files.
-pub fn assemble(
-    experiment: &Experiment,
-    core: &Weights,
-    specialists: &[Specialist],
-    assembly: Assembly,
-) -> Result<Outcome> {
-    let settings = experiment.settings;
-    let run = experiment.folder.path().to_string_lossy().into_owned();
-    if let Some(result) = experiment.folder.result()? {
-        return Ok(Outcome { run, ..result });
-    }
-    let names: Vec<String> = core.masks.keys().cloned().collect();
-    let core_masks = MaskSet::from_file(&core.masks, &names)?;
-    let all = names.iter().map(|name| (name.clone(), Mask::ones(core.masks[name].shape())));
-    let candidates = MaskSet::new(all.collect());
-    let mut sets = Vec::new();
-    for specialist in specialists {
-        let parts = settings.partition.parts();
-        if specialist.part >= parts {
-            let part = specialist.part + 1;
-            return Err(Error::Usage(format!("--specialist: expected a part from 1 to {parts}, got {part}")));
-        }
-        let masks = MaskSet::from_file(&specialist.ticket.masks, &names)?;
-        // What the core has already is not the specialist's.
-        sets.push((specialist.part, masks.combine(experiment.device, MaskOp::AndNot, &core_masks)?));
-    }
-    let start = Weights { masks: Default::default(), metadata: Default::default(), ..core.clone() };
-    let (mut rows, mut names) = (Rows::default(), Vec::new());
-    for seed in settings.first_seed..settings.first_seed + settings.seeds as u64 {
-        let repetition = Repetition::from_ticket(experiment, seed, candidates.clone(), start.clone())?;
-        let (score, folder) = repetition.retrain("core", "dilt", &core_masks, None)?;
-        let core_weights = Weights::load(&folder.weights())?;
-        rows.add("core", "dilt", None, seed, score, &folder);
-        let random: Vec<_> = sets.iter().map(|(part, set)| (*part, scattered(&repetition, &core_masks, set))).collect();
-        for (name, matched, sets) in [("assembled", None, &sets), ("core-random", Some("assembled"), &random)] {
+/// Errors of trainings and files.
+pub fn assemble(experiment: &Experiment, pieces: &Pieces, assembly: Assembly) -> Result<Outcome> {
+    let Pieces { core, specialists, start } = pieces;
+    let candidates = core.layers().iter().map(|(name, mask)| (name.clone(), Mask::ones(mask.shape())));
+    let candidates = MaskSet::new(candidates.collect());
+    repeat(experiment, |seed, rows| {
+        let repetition = Repetition::new(experiment, seed, candidates.clone(), start.clone())?;
+        let ticket = Ticket::new("core", "dilt", core.clone());
+        rows.judge(&repetition, &ticket)?;
+        let core_weights = Weights::load(&experiment.folder.ticket(seed, &ticket.name)?.weights())?;
+        let random: Vec<_> = specialists.iter().map(|(part, set)| (*part, scattered(&repetition, core, set))).collect();
+        for (name, matched, sets) in [("assembled", None, specialists), ("core-random", Some("assembled"), &random)] {
+            let union = union_of(&repetition, core, sets)?;
+            let ticket = Ticket { matched, ..Ticket::new(name, "assemble", union) };
             let (score, folder) = match assembly {
-                Assembly::Retrain => {
-                    let union = union_of(&repetition, &core_masks, sets)?;
-                    repetition.retrain(name, "assemble", &union, None)?
-                }
-                Assembly::Merge => merge(&repetition, name, (&core_masks, &core_weights), sets)?,
+                Assembly::Retrain => repetition.retrain(name, &ticket)?,
+                Assembly::Merge => merge(&repetition, &ticket, (core, &core_weights), sets)?,
             };
-            rows.add(name, "assemble", matched, seed, score, &folder);
+            rows.add(&repetition, &ticket, score, &folder);
         }
-        names = repetition.parts.iter().map(|part| part.name.clone()).collect();
-    }
-    let tickets = rows.finish();
-    let outcome = Outcome { run, matrix: Matrix::new(names, &tickets), tickets, overlap: None };
-    experiment.folder.finish(&outcome)?;
-    Ok(outcome)
+        Ok(())
+    })
 }
 
 fn union_of(repetition: &Repetition, core: &MaskSet, sets: &[(usize, MaskSet)]) -> Result<MaskSet> {
@@ -101,18 +117,17 @@ fn union_of(repetition: &Repetition, core: &MaskSet, sets: &[(usize, MaskSet)]) 
 /// Trains each set on its part on top of the frozen core, adds all, and scores the sum.
 fn merge(
     repetition: &Repetition,
-    name: &str,
+    ticket: &Ticket,
     (core, core_weights): (&MaskSet, &Weights),
     sets: &[(usize, MaskSet)],
 ) -> Result<(TicketScore, StageFolder)> {
-    let folder = repetition.experiment.folder.ticket(repetition.seed, name)?;
+    let folder = repetition.experiment.folder.ticket(repetition.seed, &ticket.name)?;
     if let Some(score) = folder.score()? {
         return Ok((score, folder));
     }
-    let union = union_of(repetition, core, sets)?;
-    repetition.write_ticket(&folder, "assemble", &union, &repetition.start)?;
+    repetition.write_ticket(&folder, ticket)?;
     let mut merged = core_weights.clone();
-    merged.masks = union.to_file();
+    merged.masks = ticket.masks.to_file();
     merged.metadata.clear();
     let mut trained = Vec::new();
     for (index, (part, set)) in sets.iter().enumerate() {
@@ -129,7 +144,7 @@ fn merge(
             only: Some(set),
             ..Task::all(Purpose::Retrain)
         };
-        trained.push(repetition.search_from(&format!("{name}/part-{}-{index}", part + 1), &start, task)?);
+        trained.push(repetition.search_from(&format!("{}/part-{}-{index}", ticket.name, part + 1), &start, task)?);
     }
     for (name, tensor) in &mut merged.tensors {
         for (i, value) in tensor.iter_mut().enumerate() {
@@ -144,7 +159,7 @@ fn merge(
     }
     let merged = repetition.with_fresh_statistics(&merged)?;
     merged.save(&folder.weights())?;
-    let score = repetition.score(&merged, &union)?;
+    let score = repetition.score(&merged, &ticket.masks)?;
     folder.write_score(&score)?;
     Ok((score, folder))
 }

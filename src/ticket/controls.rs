@@ -7,19 +7,23 @@ use crate::data::permutation;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
+use crate::nn::weights::Weights;
+use crate::nn::{init, resnet};
 use crate::ops::prune::MaskOp;
 
 /// First stream of random masks: apart from the orders of examples, which are drawn with small streams.
 const RANDOM_MASKS: u64 = 1 << 32;
 
+/// Of the seed from which the re-drawn control takes its initial weights.
+const REDRAWN: u64 = 1 << 20;
+
 /// One-shot magnitude pruning of one network, trained on all data with as many samples as the parts' networks see
-/// together: as many times the epochs as there are levels.
+/// together in so many levels: as many times the epochs.
 ///
 /// # Errors
 /// As [`Repetition::search`].
-pub fn magnitude(repetition: &Repetition, keep: usize) -> Result<MaskSet> {
-    let times = repetition.experiment.settings.levels;
-    let task = Task { times, ..Task::all(Purpose::Search) };
+pub fn magnitude(repetition: &Repetition, levels: usize, keep: usize) -> Result<MaskSet> {
+    let task = Task { times: levels, ..Task::all(Purpose::Search) };
     let weights = repetition.search("magnitude", &repetition.candidates, task)?;
     let device = repetition.experiment.device;
     let candidates = &repetition.candidates;
@@ -35,6 +39,14 @@ pub fn random(repetition: &Repetition, like: &MaskSet) -> MaskSet {
         (name.clone(), Mask::from_fn(mask.shape(), |i| keep[i]))
     });
     MaskSet::new(layers.collect())
+}
+
+/// Initial weights that are none of the repetition's own.
+///
+/// # Errors
+/// [`crate::Error::Usage`] if the model does not fit the images.
+pub fn redrawn(repetition: &Repetition) -> Result<Weights> {
+    Ok(init::draw(&resnet::build(repetition.experiment.config)?, repetition.seed + REDRAWN))
 }
 
 /// The weights of `extra`, none of them in `core`, each put to a random place outside the core, in its layer. Of one

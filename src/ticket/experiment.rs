@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::run::{RunFolder, StageFolder};
-use super::settings::Settings;
-use crate::data::DataSet;
+use super::settings::{Repetitions, Search};
 use crate::data::partition::Part;
+use crate::data::{DataSet, Examples};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::mask::set::MaskSet;
@@ -27,6 +27,9 @@ use crate::train::{
 /// Environment variable: a training writes a checkpoint when so many seconds have passed since the last.
 const CHECKPOINT_SECONDS: &str = "DILT_CHECKPOINT_SECONDS";
 
+/// The method of the network that keeps everything, which has no ticket file.
+pub(super) const DENSE: &str = "dense";
+
 /// What all repetitions share.
 pub struct Experiment<'a> {
     /// Where networks run.
@@ -37,8 +40,8 @@ pub struct Experiment<'a> {
     pub config: &'a ModelConfig,
     /// How tickets are trained.
     pub recipe: &'a Recipe,
-    /// How they are found.
-    pub settings: &'a Settings,
+    /// How often, and on which parts of the data they are judged.
+    pub repetitions: &'a Repetitions,
     /// Where everything is kept.
     pub folder: &'a RunFolder,
     /// Is told how far it is.
@@ -53,7 +56,7 @@ pub struct Repetition<'a> {
     pub seed: u64,
     /// The weights that are pruned, all kept.
     pub candidates: MaskSet,
-    /// The parts of the training examples.
+    /// The parts of the training examples; empty where parts play no role.
     pub parts: Vec<Part>,
     /// The parts of the test examples.
     pub test_parts: Vec<Part>,
@@ -107,6 +110,55 @@ impl Task<'_> {
     }
 }
 
+/// A ticket that is to be judged.
+#[derive(Clone)]
+pub struct Ticket {
+    /// Which ticket.
+    pub name: String,
+    /// How it was found.
+    pub method: &'static str,
+    /// The ticket whose number of weights a control has.
+    pub matched: Option<&'static str>,
+    /// What it keeps.
+    pub masks: MaskSet,
+    /// The weights to start from; θ_k if none.
+    pub start: Option<Weights>,
+    /// Where its masks come from, for its file's metadata.
+    pub origin: Origin,
+}
+
+/// Where the masks of a ticket come from.
+#[derive(Clone, Default)]
+pub struct Origin {
+    /// Levels of training and pruning after which they were found.
+    pub level: Option<usize>,
+    /// [`Weights::identity`] of the file that they are from.
+    pub parent: Option<String>,
+}
+
+impl Ticket {
+    /// A ticket that starts from θ_k.
+    pub fn new(name: impl Into<String>, method: &'static str, masks: MaskSet) -> Self {
+        Ticket { name: name.into(), method, matched: None, masks, start: None, origin: Origin::default() }
+    }
+
+    /// A control with the number of weights of a ticket.
+    pub fn at(self, matched: &'static str) -> Self {
+        Ticket { matched: Some(matched), ..self }
+    }
+
+    /// Starts from other weights.
+    pub fn starting_from(self, start: Weights) -> Self {
+        Ticket { start: Some(start), ..self }
+    }
+
+    /// Was found after so many levels.
+    pub fn after(mut self, levels: usize) -> Self {
+        self.origin.level = Some(levels);
+        self
+    }
+}
+
 /// How a ticket did on the test examples.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct TicketScore {
@@ -125,42 +177,40 @@ pub struct TicketScore {
 }
 
 impl<'a> Repetition<'a> {
-    /// Prepares a repetition: copies the data to the device, and trains to where every training starts.
+    /// Prepares a repetition of a search: copies the data to the device, and trains to where every training starts.
     ///
     /// # Errors
-    /// [`crate::Error::Usage`] if data, model and settings do not fit together; an error of the training.
-    pub fn new(experiment: &'a Experiment<'a>, seed: u64) -> Result<Self> {
-        let settings = experiment.settings;
+    /// [`crate::Error::Usage`] if data, model and search do not fit together; an error of the training.
+    pub fn of_search(experiment: &'a Experiment<'a>, search: &Search, seed: u64) -> Result<Self> {
         let model = resnet::build(experiment.config)?;
+        let partition = experiment.repetitions.partition.as_ref();
+        search.check(partition, &model, experiment.recipe.total_steps(experiment.data.train.len()))?;
         let start = init::draw(&model, seed);
-        let mut repetition = Self::from_ticket(experiment, seed, settings.candidates(&model)?, start)?;
-        if settings.rewind > 0 {
+        let mut repetition = Self::new(experiment, seed, search.candidates(partition, &model)?, start)?;
+        if search.rewind > 0 {
             let folder = experiment.folder.search(seed, "rewind")?;
-            let steps = experiment.recipe.total_steps(experiment.data.train.len());
-            if settings.rewind > steps {
-                let got = settings.rewind;
-                return Err(Error::Usage(format!(
-                    "--rewind: expected at most {steps}, the steps of a training, got {got}"
-                )));
-            }
-            let task = Task { stop: Some(settings.rewind), ..Task::all(Purpose::Rewind) };
+            let task = Task { stop: Some(search.rewind), ..Task::all(Purpose::Rewind) };
             repetition.start = repetition.train_with(&folder, &model, &repetition.start, task, experiment.recipe)?;
         }
         Ok(repetition)
     }
 
-    /// Prepares a repetition whose starting point and prunable weights are given.
+    /// Prepares a repetition whose prunable weights and starting point are given.
     ///
     /// # Errors
-    /// [`crate::Error::Usage`] if data, model and settings do not fit together.
-    pub fn from_ticket(experiment: &'a Experiment<'a>, seed: u64, candidates: MaskSet, start: Weights) -> Result<Self> {
-        let Experiment { device, data, settings, .. } = *experiment;
+    /// [`crate::Error::Usage`] if the data cannot be divided so.
+    pub fn new(experiment: &'a Experiment<'a>, seed: u64, candidates: MaskSet, start: Weights) -> Result<Self> {
+        let Experiment { device, data, repetitions, .. } = *experiment;
+        let parts = |split: &Examples| match &repetitions.partition {
+            Some(partition) => partition.split(&split.labels, data.classes),
+            None => Ok(Vec::new()),
+        };
         Ok(Repetition {
             experiment,
             seed,
             candidates,
-            parts: settings.partition.split(&data.train.labels, data.classes)?,
-            test_parts: settings.partition.split(&data.test.labels, data.classes)?,
+            parts: parts(&data.train)?,
+            test_parts: parts(&data.test)?,
             start,
             train_images: Images::new(device, data, &data.train)?,
             test_images: Images::new(device, data, &data.test)?,
@@ -256,6 +306,7 @@ impl<'a> Repetition<'a> {
         let mut observer = Saver::new(folder, done, String::new(), &mut shown)?;
         training.run(&mut network, done, &mut observer)?;
         let mut weights = network.weights()?;
+        weights.metadata.insert("model".into(), model.name.clone());
         weights.metadata.insert("seed".into(), self.seed.to_string());
         weights.metadata.insert("stage".into(), folder.name().into());
         weights.save(&output)?;
@@ -275,57 +326,47 @@ impl<'a> Repetition<'a> {
         weights
     }
 
-    /// Writes a ticket, retrains it on all data from `start` (θ_k if none), and evaluates it; or reads what is there.
+    /// Writes a ticket into the folder of that name, retrains it on all data, and evaluates it; or reads what is there.
     ///
     /// # Errors
     /// As [`Repetition::search`].
-    pub fn retrain(
-        &self,
-        name: &str,
-        method: &str,
-        masks: &MaskSet,
-        start: Option<&Weights>,
-    ) -> Result<(TicketScore, StageFolder)> {
-        let folder = self.experiment.folder.ticket(self.seed, name)?;
+    pub fn retrain(&self, folder: &str, ticket: &Ticket) -> Result<(TicketScore, StageFolder)> {
+        let folder = self.experiment.folder.ticket(self.seed, folder)?;
         if let Some(score) = folder.score()? {
             return Ok((score, folder));
         }
-        let start = start.unwrap_or(&self.start);
-        if method != "dense" {
-            self.write_ticket(&folder, method, masks, start)?;
+        if ticket.method != DENSE {
+            self.write_ticket(&folder, ticket)?;
         }
         let model = self.model(self.experiment.data.classes)?;
-        let start = self.starting_weights(&model, start, masks);
+        let start = self.starting_weights(&model, ticket.start.as_ref().unwrap_or(&self.start), &ticket.masks);
         let task = Task::all(Purpose::Retrain);
         let weights = self.train_with(&folder, &model, &start, task, self.experiment.recipe)?;
-        let score = self.score(&weights, masks)?;
+        let score = self.score(&weights, &ticket.masks)?;
         folder.write_score(&score)?;
         Ok((score, folder))
     }
 
     /// Writes a ticket: the weights to start from and the masks.
-    pub(super) fn write_ticket(
-        &self,
-        folder: &StageFolder,
-        method: &str,
-        masks: &MaskSet,
-        start: &Weights,
-    ) -> Result<()> {
-        let settings = self.experiment.settings;
+    pub(super) fn write_ticket(&self, folder: &StageFolder, ticket: &Ticket) -> Result<()> {
+        let Ticket { method, masks, start, origin, .. } = ticket;
         let model = self.model(self.experiment.data.classes)?;
-        let mut ticket = self.starting_weights(&model, start, masks);
-        let partition = serde_json::to_string(&settings.partition).unwrap_or_default();
-        ticket.masks = masks.to_file();
-        ticket.metadata = BTreeMap::from([
-            ("method".into(), method.into()),
+        let mut file = self.starting_weights(&model, start.as_ref().unwrap_or(&self.start), masks);
+        file.masks = masks.to_file();
+        file.metadata = BTreeMap::from([
+            ("method".into(), (*method).into()),
             ("sparsity".into(), (1.0 - masks.density()).to_string()),
-            ("level".into(), settings.levels.to_string()),
             ("seed".into(), self.seed.to_string()),
-            ("partition".into(), partition),
             ("model".into(), model.name.clone()),
             ("dilt".into(), env!("CARGO_PKG_VERSION").into()),
         ]);
-        ticket.save(&folder.ticket())
+        let partition = self.experiment.repetitions.partition.as_ref();
+        let partition = partition.map(|partition| serde_json::to_string(partition).unwrap_or_default());
+        let level = origin.level.map(|level| level.to_string());
+        for (key, value) in [("partition", partition), ("level", level), ("parent", origin.parent.clone())] {
+            file.metadata.extend(value.map(|value| (key.to_owned(), value)));
+        }
+        file.save(&folder.ticket())
     }
 
     /// These weights with running statistics of one more pass over all training examples.
@@ -372,6 +413,18 @@ impl<'a> Repetition<'a> {
             empty_layers: masks.empty_layers(),
         })
     }
+}
+
+/// Checks that weights are those of a network, whatever their head: it is drawn anew, unless it has a mask.
+///
+/// # Errors
+/// As [`Weights::check_against`].
+pub fn check_body(weights: &Weights, model: &Model) -> Result<()> {
+    let counts = |name: &str| !model.is_head(name) || weights.masks.contains_key(name);
+    let tensors = weights.tensors.iter().filter(|(name, _)| counts(name));
+    let tensors = tensors.map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    let expected: Vec<_> = model.file_tensors().into_iter().filter(|(name, _)| counts(name)).collect();
+    Weights { tensors, ..Weights::default() }.check_against(&expected)
 }
 
 /// Removes the checkpoint of a training that is done; left behind, it would only take space.

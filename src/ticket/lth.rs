@@ -4,36 +4,42 @@
 
 use super::experiment::{Purpose, Repetition, Task};
 use super::select::{Amount, Scope, remove_smallest};
+use super::settings::Search;
 use crate::error::Result;
 use crate::mask::set::MaskSet;
 
-/// Levels that each remove the settings' share of what is left.
+/// Levels that each remove the search's share of what is left.
 ///
 /// # Errors
 /// As [`Repetition::search`].
-pub fn by_share(repetition: &Repetition) -> Result<MaskSet> {
-    let settings = repetition.experiment.settings;
-    let amount = |_: usize| Amount::Fraction(settings.prune);
-    levels(repetition, "lth", settings.scope, amount)
+pub fn by_share(repetition: &Repetition, search: &Search) -> Result<MaskSet> {
+    let amount = |_: usize| Amount::Fraction(search.prune);
+    prune(repetition, "lth", search.levels, search.scope, amount)
 }
 
-/// As many levels as the settings have, geometric in the number of weights, ending at exactly `keep`.
+/// So many levels, geometric in the number of weights, ending at exactly `keep`.
 ///
 /// # Errors
 /// As [`Repetition::search`].
-pub fn to_count(repetition: &Repetition, name: &str, keep: usize) -> Result<MaskSet> {
-    let (all, count) = (repetition.candidates.total() as f64, repetition.experiment.settings.levels);
+pub fn to_count(repetition: &Repetition, name: &str, levels: usize, keep: usize) -> Result<MaskSet> {
+    let all = repetition.candidates.total() as f64;
     let amount = |level: usize| {
-        let left = all * (keep as f64 / all).powf(level as f64 / count as f64);
-        Amount::AllBut(if level == count { keep } else { left.round() as usize })
+        let left = all * (keep as f64 / all).powf(level as f64 / levels as f64);
+        Amount::AllBut(if level == levels { keep } else { left.round() as usize })
     };
     // An exact count is one over all layers.
-    levels(repetition, &format!("lth-{name}"), Scope::Global, amount)
+    prune(repetition, &format!("lth-{name}"), levels, Scope::Global, amount)
 }
 
-fn levels(repetition: &Repetition, name: &str, scope: Scope, amount: impl Fn(usize) -> Amount) -> Result<MaskSet> {
+fn prune(
+    repetition: &Repetition,
+    name: &str,
+    levels: usize,
+    scope: Scope,
+    amount: impl Fn(usize) -> Amount,
+) -> Result<MaskSet> {
     let mut masks = repetition.candidates.clone();
-    for level in 1..=repetition.experiment.settings.levels {
+    for level in 1..=levels {
         // The first level knows nothing of what it will be pruned to: all searches share it.
         let stage = if level == 1 { "lth/level-1".into() } else { format!("{name}/level-{level}") };
         let task = Task::all(Purpose::Search);

@@ -1,8 +1,8 @@
 //! Tickets: how they are found, what they are compared with, and the run folder that holds them.
 //!
 //! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder; [`lth`],
-//! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`] and [`assemble`] put them together into a
-//! [`result`]. [`select`] is the exact choice by magnitude that all share.
+//! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`], [`assemble`] and [`transfer`] put them together into
+//! [`rows`], which become a [`result`]. [`select`] is the exact choice by magnitude that all share.
 
 pub mod assemble;
 pub mod controls;
@@ -11,6 +11,8 @@ pub mod find;
 pub mod lth;
 pub mod parts;
 pub mod result;
+pub mod rows;
 pub mod run;
 pub mod select;
 pub mod settings;
+pub mod transfer;

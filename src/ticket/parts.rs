@@ -12,7 +12,7 @@ use ndarray::ArrayD;
 
 use super::experiment::{Head, Purpose, Repetition, Task};
 use super::select::{Amount, remove_smallest};
-use super::settings::Algebra;
+use super::settings::{Algebra, Search};
 use crate::error::Result;
 use crate::mask::set::MaskSet;
 use crate::ops::prune::MaskOp;
@@ -36,19 +36,25 @@ pub struct FoundOnParts {
     pub first_magnitude: Magnitudes,
 }
 
-/// Trains and prunes on each part.
+/// Trains and prunes on each part, in a folder called `name` from the second level on. Algebra and τ are those given,
+/// not the search's.
 ///
 /// # Errors
 /// As [`Repetition::search`].
-pub fn search(repetition: &Repetition, name: &str, algebra: Algebra, at_least: usize) -> Result<FoundOnParts> {
-    let settings = repetition.experiment.settings;
+pub fn search(
+    repetition: &Repetition,
+    search: &Search,
+    name: &str,
+    algebra: Algebra,
+    at_least: usize,
+) -> Result<FoundOnParts> {
     let device = repetition.experiment.device;
     let k = repetition.parts.len();
     let mut masks = vec![repetition.candidates.clone(); k];
     let nothing = repetition.candidates.combine(device, MaskOp::Xor, &repetition.candidates)?;
     let mut dropped = vec![nothing; k];
     let (mut first_magnitude, mut last_magnitude) = (Magnitudes::new(), Magnitudes::new());
-    for level in 1..=settings.levels {
+    for level in 1..=search.levels {
         last_magnitude.clear();
         for (i, part) in repetition.parts.iter().enumerate() {
             // The first level knows nothing of the algebra: all searches share it.
@@ -56,8 +62,8 @@ pub fn search(repetition: &Repetition, name: &str, algebra: Algebra, at_least: u
             let stage = format!("{folder}/{}/level-{level}", part.name);
             let task = Task { part: Some(part), head: Head::Own, ..Task::all(Purpose::Search) };
             let weights = repetition.search(&stage, &masks[i], task)?.tensors;
-            let amount = Amount::Fraction(settings.prune);
-            masks[i] = remove_smallest(device, &weights, &masks[i], settings.scope, amount)?.masks;
+            let amount = Amount::Fraction(search.prune);
+            masks[i] = remove_smallest(device, &weights, &masks[i], search.scope, amount)?.masks;
             collect(&mut last_magnitude, &weights, &repetition.candidates, f32::max);
             if level == 1 {
                 collect(&mut first_magnitude, &weights, &repetition.candidates, |sum, w| sum + w / k as f32);

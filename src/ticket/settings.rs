@@ -1,8 +1,12 @@
-//! What a search for tickets does.
+//! What an experiment repeats, and what a search for tickets does.
+
+use std::fmt::Display;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
 use super::select::Scope;
+use crate::data::DataSet;
 use crate::data::partition::Partition;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
@@ -38,13 +42,49 @@ pub enum Algebra {
     EachLevel,
 }
 
+/// How often an experiment is repeated, and the parts of the data that its tickets are judged on.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Repetitions {
+    /// Number of repetitions with other initial weights and orders of examples.
+    pub seeds: usize,
+    /// The first of the seeds.
+    pub first_seed: u64,
+    /// How the examples are divided into parts; none where parts play no role.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition: Option<Partition>,
+}
+
+impl Repetitions {
+    /// Refuses what cannot be done with this data.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] names the option, what was expected and what it is; errors of [`Partition::split`].
+    pub fn check(&self, data: &DataSet) -> Result<()> {
+        if self.seeds == 0 {
+            return refuse("--seeds", "at least 1", self.seeds);
+        }
+        if self.seeds > MOST_SEEDS || self.first_seed > MOST_SEED {
+            let got = format!("{} and {}", self.seeds, self.first_seed);
+            return refuse("--seeds and --seed", &format!("at most {MOST_SEEDS} and {MOST_SEED}"), got);
+        }
+        if let Some(partition) = &self.partition {
+            partition.split(&data.train.labels, data.classes)?;
+            partition.split(&data.test.labels, data.classes)?;
+        }
+        Ok(())
+    }
+
+    /// The seeds.
+    pub fn seeds(&self) -> Range<u64> {
+        self.first_seed..self.first_seed + self.seeds as u64
+    }
+}
+
 /// What a search for tickets does.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Settings {
+pub struct Search {
     /// How tickets are found.
     pub method: Method,
-    /// How the examples are divided into parts.
-    pub partition: Partition,
     /// Levels of training and pruning.
     pub levels: usize,
     /// Share of what is left that each level removes.
@@ -59,49 +99,38 @@ pub struct Settings {
     pub algebra: Algebra,
     /// The core is what at least this many parts keep.
     pub at_least: usize,
-    /// Number of repetitions with other initial weights and orders of examples.
-    pub seeds: usize,
-    /// The first of the seeds.
-    pub first_seed: u64,
 }
 
-impl Settings {
-    /// Refuses what cannot be done.
+impl Search {
+    /// Refuses what cannot be done with these parts, this network and trainings of so many steps.
     ///
     /// # Errors
     /// [`Error::Usage`] names the option, what was expected and what it is.
-    pub fn check(&self) -> Result<()> {
-        let refuse = |option: &str, expected: &str, got: String| {
-            Err(Error::Usage(format!("{option}: expected {expected}, got {got}")))
-        };
+    pub fn check(&self, partition: Option<&Partition>, model: &Model, steps: usize) -> Result<()> {
         if !(self.prune > 0.0 && self.prune < 1.0) {
-            return refuse("--prune", "a fraction above 0 and below 1", self.prune.to_string());
+            return refuse("--prune", "a fraction above 0 and below 1", self.prune);
         }
-        if self.levels == 0 || self.seeds == 0 {
-            return refuse("--levels and --seeds", "at least 1", format!("{} and {}", self.levels, self.seeds));
-        }
-        if self.levels > MOST_LEVELS || self.seeds > MOST_SEEDS || self.first_seed > MOST_SEED {
-            let expected = format!("at most {MOST_LEVELS}, {MOST_SEEDS} and {MOST_SEED}");
-            let got = format!("{}, {} and {}", self.levels, self.seeds, self.first_seed);
-            return refuse("--levels, --seeds and --seed", &expected, got);
-        }
-        let parts = self.partition.parts();
+        check_levels(self.levels)?;
+        let parts = partition.map_or(1, Partition::parts);
         if self.at_least == 0 || self.at_least > parts {
-            return refuse("--at-least", &format!("1 to {parts}, the number of parts"), self.at_least.to_string());
+            return refuse("--at-least", &format!("1 to {parts}, the number of parts"), self.at_least);
         }
-        Ok(())
+        if self.rewind > steps {
+            return refuse("--rewind", &format!("at most {steps}, the steps of a training"), self.rewind);
+        }
+        self.candidates(partition, model).map(|_| ())
     }
 
     /// Whether parts have classifiers of their own, which then belong to no mask.
-    fn own_heads(&self) -> bool {
-        self.method != Method::Lth && !matches!(self.partition, Partition::Random { .. })
+    fn own_heads(&self, partition: Option<&Partition>) -> bool {
+        self.method != Method::Lth && matches!(partition, Some(Partition::Classes { .. } | Partition::File { .. }))
     }
 
     /// The weights that are pruned, all kept: convolutions, and the classifier where all parts share it.
     ///
     /// # Errors
     /// [`Error::Usage`] if a pattern matches nothing, or nothing is left to prune.
-    pub fn candidates(&self, model: &Model) -> Result<MaskSet> {
+    pub fn candidates(&self, partition: Option<&Partition>, model: &Model) -> Result<MaskSet> {
         for pattern in &self.exclude {
             if !model.parameters.iter().any(|parameter| glob(pattern, &parameter.name)) {
                 let known: Vec<_> = model.parameters.iter().map(|parameter| parameter.name.as_str()).collect();
@@ -111,7 +140,7 @@ impl Settings {
         }
         let pruned = model.parameters.iter().filter(|parameter| match parameter.kind {
             ParameterKind::Convolution => true,
-            ParameterKind::Classifier => !self.own_heads(),
+            ParameterKind::Classifier => !self.own_heads(partition),
             _ => false,
         });
         let pruned = pruned.filter(|parameter| !self.exclude.iter().any(|pattern| glob(pattern, &parameter.name)));
@@ -121,6 +150,22 @@ impl Settings {
         }
         Ok(MaskSet::new(layers))
     }
+}
+
+/// Refuses a number of levels that cannot be done.
+///
+/// # Errors
+/// [`Error::Usage`] says what was expected.
+pub fn check_levels(levels: usize) -> Result<()> {
+    match levels {
+        0 => refuse("--levels", "at least 1", levels),
+        _ if levels > MOST_LEVELS => refuse("--levels", &format!("at most {MOST_LEVELS}"), levels),
+        _ => Ok(()),
+    }
+}
+
+fn refuse<T>(option: &str, expected: &str, got: impl Display) -> Result<T> {
+    Err(Error::Usage(format!("{option}: expected {expected}, got {got}")))
 }
 
 /// Whether a name matches a pattern, in which `*` stands for any characters and `?` for one.

@@ -1,12 +1,11 @@
 //! Evaluation: loss and accuracy with running statistics.
 
+use super::feed::{Batches, Feed};
 use super::labelled::Labelled;
-use super::run::load;
 use crate::device::Slice;
 use crate::error::{Error, Result};
 use crate::nn::network::Network;
 use crate::nn::plan::Mode;
-use crate::ops::augment::GatherShape;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
 
@@ -32,17 +31,18 @@ fn pass(
     let device = network.device().clone();
     let examples = data.len();
     let counts: Vec<u32> = (0..examples.div_ceil(batch)).map(|row| batch.min(examples - row * batch) as u32).collect();
-    let mut order = data.examples.clone();
-    order.resize(counts.len() * batch, 0);
+    let rows = counts.len();
+    let mut feed = Feed::new(&device, data, batch, rows, None)?;
+    feed.begin(Batches::new(data, batch, rows, None, 0..rows))?;
+    feed.chunk(rows)?;
     let mut state = device.alloc::<u32>(2)?;
-    let (order, count) = (device.upload(&order)?, device.upload(&counts)?);
-    let rate = device.alloc::<f32>(counts.len())?;
-    let gather = GatherShape::new(network.model().image, batch)?;
+    let (count, rate) = (device.upload(&counts)?, device.alloc::<f32>(rows)?);
     for &samples in &counts {
+        feed.step()?;
         let current = network.batch();
         let current = StepCurrent { count: current.count, rate: current.rate };
         step_begin(&device, state.view(), StepTables { count: count.view(), rate: rate.view() }, current)?;
-        load(&device, &gather, data, &order, &state, None, network)?;
+        feed.load(&state, network)?;
         network.forward(mode)?;
         done(network, state.slice(0..1), samples as usize)?;
         step_end(&device, state.view_mut())?;

@@ -1,43 +1,76 @@
 //! Images on a device, and which of them a network is trained or evaluated on, with which labels.
 
+use std::num::NonZero;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+
 use crate::data::partition::Part;
-use crate::data::{DataSet, Examples, Pixels};
+use crate::data::{DataSet, Examples, Files, Pixels};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
-use crate::ops::augment::Normalise;
 
-/// The images of a split, on a device, as bytes.
+/// Most threads that decode.
+const MOST_WORKERS: usize = 1 << 10;
+
+/// The images of a split: on a device, as bytes, or in files that are decoded whenever they are needed.
 pub struct Images {
-    /// `[examples, C, H, W]`.
-    pub(super) bytes: Buffer<u8>,
+    pub(super) source: Source,
+    /// Channels, height and width of the stored images.
+    pub(super) stored: [usize; 3],
+    /// Channels, height and width of the network's input.
     pub(super) shape: [usize; 3],
-    scale: f32,
-    mean: Buffer<f32>,
-    std: Buffer<f32>,
+    pub(super) scale: f32,
+    pub(super) mean: Buffer<f32>,
+    pub(super) std: Buffer<f32>,
+    /// Threads that decode.
+    pub(super) workers: usize,
+}
+
+/// Where images come from.
+pub(super) enum Source {
+    /// From the device: `[examples, C, SH, SW]`.
+    Resident(Buffer<u8>),
+    /// From files, decoded to `[C, SH, SW]`.
+    Files(Arc<Files>),
 }
 
 impl Images {
-    /// Copies the images of a split to a device.
+    /// Copies the images of a split to a device, if they are in memory. If they are files, as many threads as the machine
+    /// has cores will decode them, or as the environment variable `DILT_WORKERS` says.
     ///
     /// # Errors
-    /// [`Error::Device`] when memory runs out.
+    /// [`Error::Device`] when memory runs out; [`Error::Usage`] if `DILT_WORKERS` is no number of threads.
     pub fn new(device: &Device, data: &DataSet, split: &Examples) -> Result<Self> {
-        let Pixels::Bytes(bytes) = &split.images else {
-            return Err(Error::Usage(
-                "images that do not fit in memory are not built yet; use a larger --resident".into(),
-            ));
-        };
         Ok(Images {
-            bytes: device.upload(bytes)?,
+            source: match &split.images {
+                Pixels::Bytes(bytes) => Source::Resident(device.upload(bytes)?),
+                Pixels::Files(files) => Source::Files(Arc::new(files.clone())),
+            },
+            stored: data.stored,
             shape: data.shape,
             scale: data.scale,
             mean: device.upload(&data.mean)?,
             std: device.upload(&data.std)?,
+            workers: workers()?,
         })
     }
 
-    pub(super) fn normalise(&self) -> Normalise<'_> {
-        Normalise { scale: self.scale, mean: self.mean.view(), std: self.std.view() }
+    /// The same, whose files are decoded by so many threads, at least one.
+    pub fn with_workers(self, workers: usize) -> Self {
+        Images { workers: workers.max(1), ..self }
+    }
+}
+
+/// Threads that decode files.
+fn workers() -> Result<usize> {
+    match std::env::var("DILT_WORKERS") {
+        Ok(text) if !text.is_empty() => match text.parse() {
+            Ok(workers @ 1..=MOST_WORKERS) => Ok(workers),
+            _ => Err(Error::Usage(format!(
+                "environment variable DILT_WORKERS: expected a number of threads from 1 to {MOST_WORKERS}, got '{text}'"
+            ))),
+        },
+        _ => Ok(available_parallelism().map_or(1, NonZero::get)),
     }
 }
 
@@ -45,11 +78,17 @@ impl Images {
 pub struct Labelled<'a> {
     pub(super) images: &'a Images,
     /// Labels of all images of the split; those of examples that are not gone through are not read.
-    pub(super) labels: Buffer<u32>,
+    pub(super) labels: Labels,
     /// Indices of the examples, in file order.
     pub(super) examples: Vec<u32>,
     /// Number of outputs that the labels need.
     pub(super) classes: usize,
+}
+
+/// Labels lie where the images do.
+pub(super) enum Labels {
+    Device(Buffer<u32>),
+    Host(Vec<u32>),
 }
 
 impl<'a> Labelled<'a> {
@@ -89,7 +128,11 @@ impl<'a> Labelled<'a> {
         if examples.is_empty() {
             return Err(Error::Usage("there are no examples; choose another part, split or --limit".into()));
         }
-        Ok(Labelled { images, labels: device.upload(&labels)?, examples, classes })
+        let labels = match &images.source {
+            Source::Resident(_) => Labels::Device(device.upload(&labels)?),
+            Source::Files(_) => Labels::Host(labels),
+        };
+        Ok(Labelled { images, labels, examples, classes })
     }
 
     /// Number of examples.

@@ -2,10 +2,13 @@
 //!
 //! Time is counted in steps. Steps are done in chunks of an epoch's; for each chunk the host writes a table of sample
 //! counts, learning rates and example indices, then replays one captured step per row. Losses come back in a table
-//! too, so that nothing waits for the device within a chunk.
+//! too, so that nothing waits for the device within a chunk, unless the images are files: then each step's are decoded
+//! ahead by other threads, and copied when the step before is done.
 
 mod checkpoint;
+mod decode;
 mod evaluate;
+mod feed;
 mod labelled;
 mod metrics;
 mod recipe;

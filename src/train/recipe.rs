@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::ops::augment::{Augment, Crop};
 
 /// Most samples of a step.
 pub const MOST_SAMPLES: usize = 1 << 24;
@@ -47,6 +48,8 @@ pub struct Recipe {
     pub shuffle: bool,
     /// How images are varied.
     pub augment: Augmentation,
+    /// Brightness, contrast and saturation are multiplied by factors from `max(0, 1 - jitter)` to `1 + jitter`; 0: none.
+    pub jitter: f32,
 }
 
 impl Default for Recipe {
@@ -68,6 +71,7 @@ impl Default for Recipe {
             clip_norm: None,
             shuffle: true,
             augment: Augmentation::None,
+            jitter: 0.0,
         }
     }
 }
@@ -86,12 +90,18 @@ pub enum Schedule {
 
 /// How images are varied in training.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Augmentation {
     /// Not at all.
     None,
-    /// Random crop after padding by an eighth of the image, and random horizontal flip.
+    /// `ResizedCrop` where the stored images are larger than the network's input, else `Crop`.
     Standard,
+    /// Random crop and random horizontal flip; images that are stored in the input's size are padded by an eighth of it
+    /// before.
+    Crop,
+    /// Random part of the image, scaled to the input's size, and random horizontal flip: torchvision's
+    /// `RandomResizedCrop`.
+    ResizedCrop,
 }
 
 impl Recipe {
@@ -139,10 +149,30 @@ impl Recipe {
         if self.clip_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
             return refuse("clip_norm", "a number above 0", format!("{:?}", self.clip_norm));
         }
+        if !(self.jitter.is_finite() && self.jitter >= 0.0) {
+            return refuse("jitter", "a number of at least 0", self.jitter.to_string());
+        }
+        if self.jitter > 0.0 && self.augment == Augmentation::None {
+            return refuse("jitter", "0 without augmentation, or --augment standard with it", self.jitter.to_string());
+        }
         if !(self.warmup.is_finite() && self.warmup >= 0.0 && self.gamma.is_finite()) {
             return refuse("warmup and gamma", "numbers of at least 0", format!("{}, {}", self.warmup, self.gamma));
         }
         Ok(())
+    }
+
+    /// What is drawn for each sample: `stored` and `input` are channels, height and width.
+    pub(super) fn augment(&self, stored: [usize; 3], input: [usize; 3], seed: u64) -> Option<Augment> {
+        let larger = stored != input;
+        // Around an image that is larger than the input there is no need of black.
+        let padded = Crop::Padded { pad: if larger { 0 } else { (input[1] / 8) as u32 } };
+        let crop = match self.augment {
+            Augmentation::None => return None,
+            Augmentation::Standard if larger => Crop::Resized,
+            Augmentation::Standard | Augmentation::Crop => padded,
+            Augmentation::ResizedCrop => Crop::Resized,
+        };
+        Some(Augment { crop, flip: true, jitter: self.jitter, seed })
     }
 
     /// Steps of an epoch of `examples` examples. A last batch of one sample is left out: it has no variance.
@@ -176,5 +206,28 @@ impl Recipe {
                 self.lr * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_augmentation_scales_only_images_that_are_stored_larger() {
+        let (same, input) = ([3, 32, 32], [3, 32, 32]);
+        let larger = [3, 36, 36];
+        let crop = |augment, stored| {
+            let recipe = Recipe { augment, jitter: 0.5, ..Recipe::default() };
+            recipe.augment(stored, input, 9).map(|augment| {
+                assert_eq!((augment.flip, augment.jitter, augment.seed), (true, 0.5, 9));
+                augment.crop
+            })
+        };
+        assert_eq!([same, larger].map(|stored| crop(Augmentation::None, stored)), [None; 2]);
+        let (padded, inside) = (Some(Crop::Padded { pad: 4 }), Some(Crop::Padded { pad: 0 }));
+        assert_eq!([same, larger].map(|s| crop(Augmentation::Standard, s)), [padded, Some(Crop::Resized)]);
+        assert_eq!([same, larger].map(|s| crop(Augmentation::Crop, s)), [padded, inside]);
+        assert_eq!([same, larger].map(|s| crop(Augmentation::ResizedCrop, s)), [Some(Crop::Resized); 2]);
     }
 }

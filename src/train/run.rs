@@ -1,14 +1,13 @@
 //! The training loop.
 
 use super::checkpoint::Checkpoint;
+use super::feed::{Batches, Feed};
 use super::labelled::Labelled;
-use super::recipe::{Augmentation, Recipe};
-use crate::data::permutation;
+use super::recipe::Recipe;
 use crate::device::{Buffer, Device, Graph};
 use crate::error::{Error, Result};
 use crate::nn::network::Network;
 use crate::nn::plan::Mode;
-use crate::ops::augment::{Augment, GatherShape, GatherSource, gather};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::optimizer::Sgd;
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
@@ -54,7 +53,7 @@ pub struct Training<'a> {
     data: &'a Labelled<'a>,
     recipe: Recipe,
     seed: u64,
-    gather: GatherShape,
+    feed: Feed<'a>,
     loss_shape: LossShape,
     rows: usize,
     stop: usize,
@@ -68,7 +67,6 @@ struct Tables {
     state: Buffer<u32>,
     count: Buffer<u32>,
     rate: Buffer<f32>,
-    order: Buffer<u32>,
     loss: Buffer<f32>,
     top1: Buffer<u32>,
     top5: Buffer<u32>,
@@ -89,15 +87,14 @@ impl<'a> Training<'a> {
             state: device.alloc(2)?,
             count: device.alloc(rows)?,
             rate: device.alloc(rows)?,
-            order: device.alloc(rows * recipe.batch)?,
             loss: device.alloc(rows)?,
             top1: device.alloc(rows)?,
             top5: device.alloc(rows)?,
         };
-        let model = network.model();
+        let augment = recipe.augment(data.images.stored, data.images.shape, seed);
         Ok(Training {
-            gather: GatherShape::new(model.image, recipe.batch)?,
-            loss_shape: LossShape::new(model.classes, recipe.batch)?,
+            feed: Feed::new(&device, data, recipe.batch, rows, augment)?,
+            loss_shape: LossShape::new(network.model().classes, recipe.batch)?,
             recipe: recipe.clone(),
             device,
             data,
@@ -126,6 +123,7 @@ impl<'a> Training<'a> {
     /// [`Error::Launch`] if the device fails; an error of the observer.
     pub fn run(&mut self, network: &mut Network, from: usize, observer: &mut dyn Observer) -> Result<()> {
         let (total, per_epoch) = (self.total_steps(), self.recipe.steps_per_epoch(self.data.len()));
+        self.feed.begin(self.batches(from))?;
         let mut step = from;
         while step < total {
             let epoch = step / per_epoch;
@@ -152,9 +150,13 @@ impl<'a> Training<'a> {
     fn first_not_finite(&mut self, network: &mut Network, before: &Checkpoint, row: usize) -> Result<String> {
         before.restore(network)?;
         self.device.write(&[0, before.step as u32], self.tables.state.view_mut())?;
+        self.feed.begin(self.batches(before.step))?;
+        self.feed.chunk(row + 1)?;
         for _ in 0..row {
+            self.feed.step()?;
             self.step(network)?;
         }
+        self.feed.step()?;
         self.begin(network)?;
         network.first_not_finite()
     }
@@ -164,17 +166,15 @@ impl<'a> Training<'a> {
         let (examples, batch) = (self.data.len(), self.recipe.batch);
         let per_epoch = self.recipe.steps_per_epoch(examples);
         let (epoch, place) = (first_step / per_epoch, first_step % per_epoch * batch);
-        let in_epoch = self.order(epoch);
-        let mut order: Vec<u32> = in_epoch[place..].iter().copied().take(rows * batch).collect();
         let count: Vec<u32> = (0..rows).map(|row| batch.min(examples - place - row * batch) as u32).collect();
         let rate: Vec<f32> = (first_step..first_step + rows).map(|s| self.recipe.rate(s, examples) as f32).collect();
-        order.resize(rows * batch, 0);
         let (device, tables) = (&self.device, &mut self.tables);
         device.write(&[0, first_step as u32], tables.state.view_mut())?;
         device.write(&count, tables.count.slice_mut(0..rows))?;
         device.write(&rate, tables.rate.slice_mut(0..rows))?;
-        device.write(&order, tables.order.slice_mut(0..rows * batch))?;
+        self.feed.chunk(rows)?;
         for _ in 0..rows {
+            self.feed.step()?;
             match &self.graph {
                 Some(graph) => graph.replay()?,
                 None => {
@@ -195,24 +195,21 @@ impl<'a> Training<'a> {
         })
     }
 
-    /// Indices of the examples in the order of an epoch.
-    fn order(&self, epoch: usize) -> Vec<u32> {
-        let examples = &self.data.examples;
-        if !self.recipe.shuffle {
-            return examples.clone();
-        }
-        let order = permutation(examples.len() as u32, self.seed, epoch as u64);
-        order.into_iter().map(|place| examples[place as usize]).collect()
+    /// The examples of the steps from `from` on.
+    fn batches(&self, from: usize) -> Batches {
+        let per_epoch = self.recipe.steps_per_epoch(self.data.len());
+        let shuffle = self.recipe.shuffle.then_some(self.seed);
+        Batches::new(self.data, self.recipe.batch, per_epoch, shuffle, from..self.stop)
     }
 
     /// Settings and batch of the next step.
-    fn begin(&self, network: &mut Network) -> Result<()> {
+    fn begin(&mut self, network: &mut Network) -> Result<()> {
         let (device, tables) = (&self.device, &self.tables);
         let batch = network.batch();
         let current = StepCurrent { count: batch.count, rate: batch.rate };
         let rows = StepTables { count: tables.count.view(), rate: tables.rate.view() };
         step_begin(device, tables.state.view(), rows, current)?;
-        load(device, &self.gather, self.data, &tables.order, &tables.state, self.augment(), network)
+        self.feed.load(&tables.state, network)
     }
 
     fn step(&mut self, network: &mut Network) -> Result<()> {
@@ -230,33 +227,4 @@ impl<'a> Training<'a> {
         network.update(&Sgd { momentum, nesterov, weight_decay }, clip_norm)?;
         step_end(device, tables.state.view_mut())
     }
-
-    fn augment(&self) -> Option<Augment> {
-        let [_, height, _] = self.data.images.shape;
-        match self.recipe.augment {
-            Augmentation::None => None,
-            Augmentation::Standard => Some(Augment { pad: (height / 8) as u32, flip: true, seed: self.seed }),
-        }
-    }
-}
-
-/// Gathers the batch of the current row into the network's input.
-pub(super) fn load(
-    device: &Device,
-    shape: &GatherShape,
-    data: &Labelled,
-    order: &Buffer<u32>,
-    state: &Buffer<u32>,
-    augment: Option<Augment>,
-    network: &mut Network,
-) -> Result<()> {
-    let batch = network.batch();
-    let source = GatherSource {
-        images: data.images.bytes.view(),
-        labels: data.labels.view(),
-        order: order.view(),
-        state: state.view(),
-        count: batch.count.view(),
-    };
-    gather(device, shape, source, data.images.normalise(), augment, batch.x, batch.labels)
 }

@@ -1,7 +1,7 @@
 """Golden files: the numbers of PyTorch in float64 that dilt's kernels are compared with.
 
 Run:       /usr/bin/python3 tests/golden/generate.py [FOLDER]     (default: this folder; about three seconds)
-Versions:  Debian 12: Python 3.11, python3-torch 1.13.0, libopenblas0-pthread 0.3.21; one thread.
+Versions:  Debian 12: Python 3.11, python3-torch 1.13.0, python3-torchvision 0.14.1, libopenblas0-pthread 0.3.21; one thread.
 Seeds:     every case is seeded by CRC-32 of "<file>/<case>", so adding a case changes no other.
 Inputs:    normal, rounded to f32 (stored as F64), so that an f32 engine starts from the same numbers.
 Layouts:   PyTorch's: activations NCHW, filters OIHW (here K C R S). README.md lists files, tensors and scalars.
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, prune
+from torchvision.transforms import functional as vision
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -358,13 +359,17 @@ class Block(nn.Module):
         return F.relu(y + x)
 
 
-class ResNet8(nn.Module):
-    def __init__(self, width=16, classes=10):
+class ResNet(nn.Module):
+    def __init__(self, blocks, channels, width=16, classes=10):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(Block(width, width, 1))
-        self.layer2 = nn.Sequential(Block(width, 2 * width, 2))
-        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, 2))
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+
+        def stage(c, k, stride):
+            return nn.Sequential(Block(c, k, stride), *[Block(k, k, 1) for _ in range(blocks - 1)])
+
+        self.layer1 = stage(width, width, 1)
+        self.layer2 = stage(width, 2 * width, 2)
+        self.layer3 = stage(2 * width, 4 * width, 2)
         self.linear = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -375,12 +380,36 @@ class ResNet8(nn.Module):
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
+def descend(model, masks, x, labels, batch, lr, momentum, decay):
+    """SGD over consecutive batches, weights and velocity masked; yields logits and loss of each before its update."""
+    params = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(params.values(), lr=lr, momentum=momentum, weight_decay=decay)
+
+    def apply_masks():
+        with torch.no_grad():
+            for name, mask in masks.items():
+                params[name] *= mask
+                if params[name] in optimizer.state:
+                    optimizer.state[params[name]]["momentum_buffer"] *= mask
+
+    apply_masks()
+    for first in range(0, len(x), batch):
+        part = slice(first, first + batch)
+        logits = model(x[part])
+        value = F.cross_entropy(logits, labels[part])
+        optimizer.zero_grad()
+        value.backward()
+        yield logits.detach(), value.detach()
+        optimizer.step()
+        apply_masks()
+
+
 def train(dtype=torch.float64):
     """Ten SGD steps of ResNet-8, dense and with a 90 % sparse mask. grad0 is not masked. `dtype` is for measuring tolerances."""
     g, steps, batch = Golden("train_resnet8"), 10, 20
     lr, momentum, decay = 0.05, 0.9, 5e-4
     g.seed("init")
-    model = ResNet8()
+    model = ResNet(1, 1)
     init = {name: p.detach().float() for name, p in model.named_parameters()}
     x, labels = torch.randn(steps * batch, 1, 8, 8).float(), torch.randint(10, (steps * batch,))
     masks = {}
@@ -393,32 +422,15 @@ def train(dtype=torch.float64):
     g.add("mask", masks)
     shown = ["conv1.weight", "layer2.0.conv1.weight", "layer3.0.bn2.weight", "linear.weight", "linear.bias"]
     for case, case_masks in (("dense", {}), ("masked", masks)):
-        model = ResNet8()
+        model = ResNet(1, 1)
         model.load_state_dict(init, strict=False)
         model.to(dtype).train()
         params = dict(model.named_parameters())
-        optimizer = torch.optim.SGD(params.values(), lr=lr, momentum=momentum, weight_decay=decay)
-
-        def apply_masks():
-            with torch.no_grad():
-                for name, mask in case_masks.items():
-                    params[name] *= mask
-                    if params[name] in optimizer.state:
-                        optimizer.state[params[name]]["momentum_buffer"] *= mask
-
-        apply_masks()
         losses, tensors = [], {}
-        for step in range(steps):
-            part = slice(step * batch, (step + 1) * batch)
-            logits = model(x[part].to(dtype))
-            value = F.cross_entropy(logits, labels[part])
-            optimizer.zero_grad()
-            value.backward()
-            losses.append(value.detach())
-            if step == 0:
-                tensors |= {"logits0": logits.detach()} | {f"grad0/{name}": params[name].grad.clone() for name in shown}
-            optimizer.step()
-            apply_masks()
+        for logits, value in descend(model, case_masks, x.to(dtype), labels, batch, lr, momentum, decay):
+            if not losses:
+                tensors |= {"logits0": logits} | {f"grad0/{name}": params[name].grad.clone() for name in shown}
+            losses.append(value)
         tensors["losses"] = torch.stack(losses)
         for name, t in model.state_dict().items():
             if t.is_floating_point():
@@ -428,7 +440,54 @@ def train(dtype=torch.float64):
     return g
 
 
+def augment():
+    """Boxes of stored images, scaled, flipped, their colours changed by given factors, normalised. Without factors: as they are."""
+    g = Golden("augment")
+    cases = {  #         N  C  stored    input   flip   factors
+        "centre":       (3, 3, (9, 12), (6, 7), False, False),  # torchvision's centre crop
+        "larger":       (5, 3, (9, 11), (8, 10), True, False),   # boxes smaller than the input: interpolated
+        "smaller":      (5, 3, (23, 19), (6, 5), True, False),   # boxes larger than the input: not antialiased
+        "padded":       (5, 3, (8, 8), (8, 8), True, False),     # boxes that lie partly outside
+        "one_pixel":    (2, 1, (4, 5), (1, 1), False, True),
+        "grey":         (5, 1, (10, 9), (7, 8), True, True),
+        "colour":       (9, 3, (13, 17), (9, 7), True, True),
+        "padded_colour": (5, 3, (8, 8), (8, 8), True, True),
+        "large":        (1, 3, (40, 50), (37, 41), True, True),  # more pixels than a block has threads
+    }
+    for case, (n, c, (sh, sw), (h, w), may_flip, has_factors) in cases.items():
+        g.seed(case)
+        images = torch.randint(256, (n, c, sh, sw), dtype=torch.uint8)
+        mean, std = normal(c, mean=0.5, std=0.1), normal(c, mean=0.3, std=0.02)
+        boxes, factors, grey, y = [], [], [], []
+        for i, image in enumerate(images.double() / 255):
+            if case == "centre":
+                box = [round((sh - h) / 2), round((sw - w) / 2), h, w]
+                assert torch.equal(vision.center_crop(image, [h, w]), vision.crop(image, *box))
+            elif case.startswith("padded"):
+                box = [int(torch.randint(-3, 4, ())), int(torch.randint(-3, 4, ())), h, w]
+            else:  # the first one is the whole image, the second one pixel
+                height, width = (sh, sw) if i == 0 else (1, 1) if i == 1 else (int(torch.randint(1, m + 1, ())) for m in (sh, sw))
+                box = [int(torch.randint(sh - height + 1, ())), int(torch.randint(sw - width + 1, ())), height, width]
+            flip = may_flip and i % 2 == 0
+            factor = torch.rand(3).float().double() * 2 if has_factors else torch.ones(3)
+            out = vision.resized_crop(image, *box, [h, w], antialias=False)
+            out = vision.hflip(out) if flip else out
+            if has_factors:
+                out = vision.adjust_brightness(out, factor[0])
+                grey.append(vision.rgb_to_grayscale(out).mean())
+                out = vision.adjust_saturation(vision.adjust_contrast(out, factor[1]), factor[2])
+            assert out.dtype == torch.float64
+            boxes.append(box + [int(flip)])
+            factors.append(factor)
+            y.append(vision.normalize(out, mean, std))
+        tensors = dict(images=images, boxes=torch.tensor(boxes), mean=mean, std=std, y=torch.stack(y))
+        if has_factors:
+            tensors.update(factors=torch.stack(factors), grey=torch.stack(grey))
+        g.add(case, tensors, input=f"{h}x{w}")
+    return g
+
+
 if __name__ == "__main__":
     folder = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent
-    for golden in (conv, norm, pool, shortcut, loss, sgd, pruning, train):
+    for golden in (conv, norm, pool, shortcut, loss, sgd, pruning, train, augment):
         golden().write(folder)

@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
+mod agreement;
 mod augment;
 mod bad_input;
 mod cifar;
@@ -9,13 +10,16 @@ mod conv;
 mod data;
 mod device;
 mod doctor;
+mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
+mod feed;
 mod folder;
 mod idx;
 mod image;
 mod loss;
 mod mask;
+mod names;
 mod network;
 mod norm;
 mod optimizer;
@@ -28,4 +32,5 @@ mod step;
 mod support;
 mod tickets;
 mod training;
+mod transfer;
 mod weights;

@@ -24,7 +24,8 @@ fn start(folder: &Path, args: &[&str]) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
-fn kill_after(folder: &Path, args: &[&str], moment: Duration) {
+/// Starts a command that writes a checkpoint after each chunk of steps, and kills it after a while.
+pub fn kill_after(folder: &Path, args: &[&str], moment: Duration) {
     let mut child = start(folder, args);
     std::thread::sleep(moment);
     child.kill().unwrap();

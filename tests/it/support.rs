@@ -37,16 +37,25 @@ pub fn devices() -> Vec<Case> {
     if !cfg!(dilt_sanitize = "thread") {
         host("host staged, schedule 1", HostOptions { schedule: Some(1), ..staged });
     }
-    match Device::cuda_count() {
-        0 => {
-            let why = Device::cuda_status();
-            let required = std::env::var("DILT_REQUIRE_CUDA").is_ok_and(|value| value == "1");
-            assert!(!required, "DILT_REQUIRE_CUDA is set: {why}");
-            eprintln!("skipped: cuda: {why}");
-        }
-        _ => cases.push(Case { label: "cuda".into(), device: Device::open("cuda").expect("a GPU was counted") }),
-    }
+    cases.extend(cuda());
     cases
+}
+
+/// The host device as it is used, and the GPU where there is one: for what takes seconds on each.
+pub fn default_devices() -> Vec<Case> {
+    let host = Case { label: "host".into(), device: Device::open("host").unwrap() };
+    [host].into_iter().chain(cuda()).collect()
+}
+
+fn cuda() -> Option<Case> {
+    if Device::cuda_count() > 0 {
+        return Some(Case { label: "cuda".into(), device: Device::open("cuda").expect("a GPU was counted") });
+    }
+    let why = Device::cuda_status();
+    let required = std::env::var("DILT_REQUIRE_CUDA").is_ok_and(|value| value == "1");
+    assert!(!required, "DILT_REQUIRE_CUDA is set: {why}");
+    eprintln!("skipped: cuda: {why}");
+    None
 }
 
 /// Runs `test` on every device, and demands the same bits from host devices that differ only in their schedule.

@@ -8,7 +8,7 @@ use dilt::nn::weights::Weights;
 use dilt::nn::{init, resnet};
 use serde_json::Value;
 
-use crate::command::{SMALL, json};
+use crate::command::{SMALL, fails, json};
 
 /// Whether each weight is kept, by layer.
 type Kept = BTreeMap<String, Vec<bool>>;
@@ -179,6 +179,8 @@ fn check_rows(found: &Found) {
             continue;
         }
         let ticket = found.file(row, "ticket");
+        let by_level = !["magnitude", "random"].contains(&name);
+        assert_eq!(ticket.metadata.contains_key("level"), by_level, "{name}: found level by level or not");
         let kept = masks(&ticket);
         assert_eq!(row["density"].as_f64().unwrap(), count(&kept) as f64 / total(&kept) as f64, "{name}");
         assert_eq!(masks(&weights), kept, "{name}: the retrained weights know their masks");
@@ -345,4 +347,31 @@ fn means_and_deviations_are_those_of_the_seeds() {
             assert!(Path::new(file["weights"].as_str().unwrap()).is_relative());
         }
     }
+}
+
+#[test]
+fn what_is_refused_leaves_no_run_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = find(&[]);
+    let file = |name| found.run().join(found.row(name, None)["files"][0]["ticket"].as_str().unwrap());
+    let (core, specialist) = (file("core"), file("specialist-1"));
+    let assemble = |part: usize, more: &[&str]| {
+        let given = format!("assemble --core {} --specialist {part}={}", core.display(), specialist.display());
+        given.split(' ').chain(more.iter().copied()).map(String::from).collect::<Vec<_>>()
+    };
+    let find = |more: &[&str]| [&["find"], more, SMALL].concat().into_iter().map(String::from).collect::<Vec<_>>();
+    let refused: &[(Vec<String>, &[&str])] = &[
+        (assemble(3, SMALL), &["--specialist", "from 1 to 2", "got 3"]),
+        (assemble(1, &["--limit", "200"]), &["--core", "conv1.weight", "[16, 1, 3, 3]", "[4, 1, 3, 3]"]),
+        (assemble(1, &[SMALL, &["--parts", "6"]].concat()), &["at most 5"]),
+        (assemble(1, &[SMALL, &["--seeds", "0"]].concat()), &["--seeds", "at least 1"]),
+        (find(&["--rewind", "5"]), &["--rewind", "at most 4"]),
+        (find(&["--exclude", "*"]), &["leaves no weights"]),
+        (find(&["--method", "lth", "--algebra", "final"]), &["--algebra", "--method dilt"]),
+        (find(&["--method", "colt", "--at-least", "2"]), &["--at-least", "--method dilt"]),
+    ];
+    for (args, says) in refused {
+        fails(folder.path(), &args.iter().map(String::as_str).collect::<Vec<_>>(), 2, says);
+    }
+    assert!(!folder.path().join("runs").exists());
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use dilt::device::Device;
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
+use dilt::nn::model::Model;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Mode;
 use dilt::nn::resnet;
@@ -16,7 +17,7 @@ use ndarray::ArrayD;
 use crate::support::{Golden, Tensor, on_devices};
 
 const SAMPLES: usize = 20;
-const STEPS: usize = 10;
+pub const STEPS: usize = 10;
 /// PyTorch's own f32 run stays within 8e-7 of each tensor's largest value and 1.5e-7 of the losses (generate.py).
 const TOLERANCE: f64 = 5e-6;
 
@@ -38,50 +39,78 @@ fn batch(golden: &Golden, step: usize) -> (Vec<f32>, Vec<u32>) {
     let (x, labels) = (golden.whole("x"), golden.whole("labels"));
     let pixels = 64;
     let data = x.data[step * SAMPLES * pixels..][..SAMPLES * pixels].to_vec();
-    let mut these: Vec<u32> = labels.data[step * SAMPLES..][..SAMPLES].iter().map(|&label| label as u32).collect();
-    these.resize(SAMPLES.next_multiple_of(8), 0);
+    let these = labels.data[step * SAMPLES..][..SAMPLES].iter().map(|&label| label as u32).collect();
     (Tensor { shape: vec![SAMPLES, 1, 8, 8], data }.samples_last(), these)
+}
+
+/// A network, where it begins, and how it is trained.
+pub struct Descent<'a> {
+    pub model: &'a Model,
+    pub weights: &'a Weights,
+    pub samples: usize,
+    pub rate: f32,
+    pub sgd: Sgd,
+}
+
+impl Descent<'_> {
+    /// Ten steps: their losses, and the network after the last. Each reads its `batch`, images with samples last and
+    /// labels; `seen` is shown the network between its backward pass and its update.
+    pub fn run(
+        &self,
+        device: &Device,
+        batch: impl Fn(usize) -> (Vec<f32>, Vec<u32>),
+        mut seen: impl FnMut(usize, &Network),
+    ) -> (Vec<f32>, Network) {
+        let mut network = Network::new(device, self.model, self.samples, Mode::Train).unwrap();
+        network.load(self.weights).unwrap();
+        network.set_decay(true).unwrap();
+        let shape = LossShape::new(self.model.classes, self.samples).unwrap();
+        let state = device.upload(&[0u32]).unwrap();
+        let (mut loss, mut top1, mut top5) =
+            (device.alloc::<f32>(1).unwrap(), device.alloc(1).unwrap(), device.alloc(1).unwrap());
+        let mut losses = Vec::new();
+        for step in 0..STEPS {
+            let (x, mut labels) = batch(step);
+            labels.resize(self.samples.next_multiple_of(8), 0);
+            let into = network.batch();
+            device.write(&x, into.x).unwrap();
+            device.write(&labels, into.labels).unwrap();
+            device.write(&[self.samples as u32], into.count).unwrap();
+            device.write(&[self.rate], into.rate).unwrap();
+            network.forward(Mode::Train).unwrap();
+            let head = network.head();
+            let input = LossInput {
+                logits: head.logits,
+                labels: head.labels,
+                count: head.count,
+                step: state.view(),
+                smoothing: 0.0,
+            };
+            let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
+            cross_entropy(device, &shape, input, tables, head.gradient).unwrap();
+            losses.extend(device.read(loss.view()).unwrap());
+            network.backward().unwrap();
+            seen(step, &network);
+            network.update(&self.sgd, None).unwrap();
+        }
+        (losses, network)
+    }
 }
 
 /// Losses, gradients of the first step, and what the network holds after the last.
 fn train(device: &Device, golden: &Golden, masked: bool) -> (Vec<f32>, BTreeMap<String, Vec<f32>>, Network) {
     let model = resnet::build(&ModelConfig::load("resnet8", &[]).unwrap()).unwrap();
-    let mut network = Network::new(device, &model, SAMPLES, Mode::Train).unwrap();
-    network.load(&initial(golden, masked)).unwrap();
-    network.set_decay(true).unwrap();
-    let shape = LossShape::new(10, SAMPLES).unwrap();
-    let state = device.upload(&[0u32]).unwrap();
-    let (mut loss, mut top1, mut top5) =
-        (device.alloc::<f32>(1).unwrap(), device.alloc(1).unwrap(), device.alloc(1).unwrap());
-    let (mut losses, mut gradients) = (Vec::new(), BTreeMap::new());
-    for step in 0..STEPS {
-        let (x, labels) = batch(golden, step);
-        let into = network.batch();
-        device.write(&x, into.x).unwrap();
-        device.write(&labels, into.labels).unwrap();
-        device.write(&[SAMPLES as u32], into.count).unwrap();
-        device.write(&[0.05], into.rate).unwrap();
-        network.forward(Mode::Train).unwrap();
-        let head = network.head();
-        let input = LossInput {
-            logits: head.logits,
-            labels: head.labels,
-            count: head.count,
-            step: state.view(),
-            smoothing: 0.0,
-        };
-        let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
-        cross_entropy(device, &shape, input, tables, head.gradient).unwrap();
-        losses.extend(device.read(loss.view()).unwrap());
-        network.backward().unwrap();
-        if step == 0 {
-            for parameter in &model.parameters {
-                let gradient = network.parameter_gradient(&parameter.name).unwrap().unwrap();
-                gradients.insert(parameter.name.clone(), gradient);
-            }
+    let weights = initial(golden, masked);
+    let sgd = Sgd { momentum: 0.9, nesterov: false, weight_decay: 5e-4 };
+    let descent = Descent { model: &model, weights: &weights, samples: SAMPLES, rate: 0.05, sgd };
+    let mut gradients = BTreeMap::new();
+    let keep_first = |step: usize, network: &Network| {
+        for parameter in model.parameters.iter().filter(|_| step == 0) {
+            let gradient = network.parameter_gradient(&parameter.name).unwrap().unwrap();
+            gradients.insert(parameter.name.clone(), gradient);
         }
-        network.update(&Sgd { momentum: 0.9, nesterov: false, weight_decay: 5e-4 }, None).unwrap();
-    }
+    };
+    let (losses, network) = descent.run(device, |step| batch(golden, step), keep_first);
     (losses, gradients, network)
 }
 

@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use dilt::mask::Mask;
-use dilt::nn::weights::Weights;
+use dilt::nn::weights::{FloatType, Form, Weights};
 use ndarray::{ArrayD, ShapeBuilder};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -192,6 +192,131 @@ fn wrong_content_is_refused_with_name_and_index() {
 }
 
 #[test]
+fn a_packed_mask_is_that_of_bytes_eight_to_one() {
+    let (_folder, path) = scratch();
+    let kept = [true, false, true, true, false, false, true, false, true, true];
+    let weights = Weights {
+        tensors: [("w".into(), array(&[2, 5], (0..10).map(|i| i as f32).collect()))].into(),
+        masks: [("w".into(), Mask::from_fn(&[2, 5], |i| kept[i]))].into(),
+        metadata: sample().metadata,
+    };
+    weights.save_as(&path, Form::Compact, FloatType::F32).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let theirs = SafeTensors::deserialize(&bytes).unwrap();
+    let packed = theirs.tensor("w_bits").unwrap();
+    assert_eq!((packed.dtype(), packed.shape(), packed.data()), (Dtype::U8, &[2][..], &[0b0100_1101, 0b11][..]));
+    assert_eq!(theirs.tensor("w_orig").unwrap().shape(), [2, 5]);
+    assert_eq!(theirs.names().len(), 2);
+    assert_eq!(Weights::load(&path).unwrap(), weights);
+
+    let orig = le(&[1.0; 10]);
+    let with = |packed: &[u8]| {
+        let bits = ("w_bits", Dtype::U8, &[packed.len()][..], packed);
+        crate_file(&[("w_orig", Dtype::F32, &[2, 5], &orig), bits])
+    };
+    assert_eq!(load_bytes(&with(&[255, 3])).unwrap().masks["w"], Mask::ones(&[2, 5]));
+    refused(&with(&[255]), &["\"w_bits\"", "expected 2 bytes", "10 weights, got 1"]);
+    refused(&with(&[255, 3, 0]), &["\"w_bits\"", "expected 2 bytes", "got 3"]);
+    refused(&with(&[255, 7]), &["\"w_bits\"", "expected zeros after the bits of 10 weights", "0x07"]);
+    let (one, bit) = (le(&[1.0]), ("w_bits", Dtype::U8, &[1][..], &[1][..]));
+    let orig = ("w_orig", Dtype::F32, &[1][..], &one[..]);
+    refused(&crate_file(&[bit]), &["\"w_bits\" comes without \"w_orig\""]);
+    refused(&crate_file(&[orig, bit, ("w_mask", Dtype::U8, &[1], &[1])]), &["mask of \"w\" comes twice"]);
+    refused(&crate_file(&[orig, bit, ("w", Dtype::F32, &[1], &one)]), &["\"w\" comes both plain and as"]);
+    refused(&crate_file(&[orig, ("w_bits", Dtype::I8, &[1], &[1])]), &["\"w_bits\"", "U8 [bytes]", "[1]"]);
+    refused(&crate_file(&[orig, ("w_bits", Dtype::U8, &[1, 1], &[1])]), &["\"w_bits\"", "U8 [bytes]", "[1, 1]"]);
+}
+
+#[test]
+fn half_types_are_rounded_as_ieee_says_and_what_is_too_large_is_refused() {
+    let (_folder, path) = scratch();
+    let weights = |values: &[f32]| Weights {
+        tensors: [("w".into(), array(&[1, values.len()], values.to_vec()))].into(),
+        ..Weights::default()
+    };
+    let stored = |dtype, values: &[f32]| {
+        weights(values).save_as(&path, Form::Plain, dtype)?;
+        dilt::Result::Ok(Weights::load(&path).unwrap().tensors["w"].iter().copied().collect::<Vec<f32>>())
+    };
+    // Halfway between two halves goes to the even one.
+    let [low, high] = [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11)];
+    assert_eq!(stored(FloatType::F16, &[low, high, -65504.0]).unwrap(), [1.0, 1.0 + 2f32.powi(-9), -65504.0]);
+    let [low, high] = [1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8)];
+    assert_eq!(stored(FloatType::Bf16, &[low, high, 1e38]).unwrap()[..2], [1.0, 1.0 + 2f32.powi(-6)]);
+    let before = std::fs::read(&path).unwrap();
+    for (dtype, value, name) in [(FloatType::F16, 65520.0, "F16"), (FloatType::Bf16, f32::MAX, "BF16")] {
+        let error = stored(dtype, &[0.0, -value]).unwrap_err().to_string();
+        for part in ["\"w\"", "[0, 1]", "too large", name] {
+            assert!(error.contains(part), "{error}\ndoes not say {part}");
+        }
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+/// Writes files and an index that says what `map` does.
+fn shards(files: &[(&str, Vec<u8>)], map: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    files.iter().for_each(|(name, bytes)| std::fs::write(folder.path().join(name), bytes).unwrap());
+    let index = folder.path().join("model.safetensors.index.json");
+    let map: BTreeMap<_, _> = map.iter().copied().collect();
+    let text = serde_json::json!({ "metadata": { "total_size": 12 }, "weight_map": map }).to_string();
+    std::fs::write(&index, text).unwrap();
+    (folder, index)
+}
+
+#[test]
+fn shards_are_read_as_one_file() {
+    let first = crate_file(&[("a", Dtype::F16, &[1], &[0, 0x3c]), ("b_mask", Dtype::U8, &[2], &[0, 1])]);
+    let second = crate_file(&[("b_orig", Dtype::F32, &[2], &le(&[3.0, 4.0])), ("c_bits", Dtype::U8, &[1], &[2])]);
+    let third = crate_file(&[("c_orig", Dtype::BF16, &[2], &[0x80, 0xbf, 0, 0])]);
+    let files = [("x", first.clone()), ("y", second.clone()), ("z", third)];
+    let map = [("a", "x"), ("b_mask", "x"), ("b_orig", "y"), ("c_bits", "y"), ("c_orig", "z")];
+    let (_folder, index) = shards(&files, &map);
+    let weights = Weights::load(&index).unwrap();
+    assert_eq!(weights.tensors["a"], array(&[1], vec![1.0]));
+    assert_eq!(weights.tensors["b"], array(&[2], vec![3.0, 4.0]));
+    assert_eq!(weights.tensors["c"], array(&[2], vec![-1.0, 0.0]));
+    assert_eq!((weights.masks["b"].to_bytes(), weights.masks["c"].to_bytes()), (vec![0, 1], vec![0, 1]));
+
+    type Map<'a> = &'a [(&'a str, &'a str)];
+    let wrong = |files: &[(&str, Vec<u8>)], map: Map, at: &str, says: &[&str]| {
+        let (folder, index) = shards(files, map);
+        let error = Weights::load(&index).unwrap_err();
+        assert_eq!(error.exit_code(), 1);
+        let place = folder.path().join(at).display().to_string();
+        for part in [place.as_str()].iter().chain(says) {
+            assert!(error.to_string().contains(part), "{error}\ndoes not say {part}");
+        }
+    };
+    let index = "model.safetensors.index.json";
+    let one = crate_file(&[("a", Dtype::F32, &[1], &le(&[1.0]))]);
+    let (both, x) = ([("x", one.clone()), ("y", one.clone())], [("x", one.clone())]);
+    wrong(&x, &[("a", "x"), ("b", "y")], index, &["\"b\"", "in \"y\"", "No such file", "beside it"]);
+    wrong(&x, &[("a", "x"), ("b", "x")], "x", &["places tensor \"b\" in \"x\"", "no such tensor"]);
+    wrong(&files, &map[..4], index, &["\"c_bits\" comes without \"c_orig\""]);
+    wrong(&files, &map[1..], "x", &["tensor \"a\" is in \"x\"", "does not name it"]);
+    let two = crate_file(&[("a", Dtype::F32, &[1], &le(&[1.0])), ("b", Dtype::F32, &[1], &le(&[1.0]))]);
+    wrong(&[both[0].clone(), ("y", two)], &[("a", "x"), ("b", "y")], "y", &["\"a\" is in \"y\"", "places it in \"x\""]);
+    for name in ["../x", "/etc/passwd", "sub/x", "..", ".", "", "x/", "sub\\x"] {
+        wrong(&x, &[("a", name)], index, &["tensor \"a\"", &format!("{name:?}"), "plain name"]);
+    }
+    wrong(&[("x", one[..20].to_vec())], &[("a", "x")], "x", &["cut short"]);
+    wrong(&x, &[], index, &["names no tensors"]);
+    let text = |text: &str, says: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(index);
+        std::fs::write(&path, text).unwrap();
+        let error = Weights::load(&path).unwrap_err().to_string();
+        assert!(error.contains(says) && error.contains(index), "{error}\ndoes not say {says}");
+    };
+    text("", "not an index");
+    text("[]", "not an index");
+    text("{}", "missing field `weight_map`");
+    text(r#"{"weight_map":{"a":5}}"#, "expected a string");
+    text(r#"{"weight_map":{"a":"x","a":"y"}}"#, "\"a\" comes twice");
+}
+
+#[test]
 fn what_is_not_a_file_is_refused() {
     for (path, says) in [("/nowhere/w", "cannot read it"), ("/tmp", "got a folder"), ("/dev/zero", "folder or device")]
     {
@@ -206,11 +331,12 @@ fn a_file_that_could_not_be_read_back_is_not_written() {
     sample().save(&path).unwrap();
     let before = std::fs::read(&path).unwrap();
     type Breakage = (&'static str, fn(&mut Weights));
-    let breakages: [Breakage; 7] = [
+    let breakages: [Breakage; 8] = [
         ("NaN at [1, 0, 0, 2]", |w| w.tensors.get_mut("conv.weight").unwrap()[[1, 0, 0, 2]] = f32::NAN),
         ("there is no tensor", |w| drop(w.masks.insert("conv2.weight".into(), Mask::ones(&[1])))),
         ("[2, 1, 1, 3], got [6]", |w| drop(w.masks.insert("conv.weight".into(), Mask::ones(&[6])))),
         ("reserved", |w| drop(w.tensors.insert("fc_mask".into(), ArrayD::zeros(vec![1])))),
+        ("reserved", |w| drop(w.tensors.insert("fc_bits".into(), ArrayD::zeros(vec![1])))),
         ("reserved", |w| drop(w.tensors.insert("bn.num_batches_tracked".into(), ArrayD::zeros(vec![1])))),
         ("__metadata__", |w| drop(w.tensors.insert("__metadata__".into(), ArrayD::zeros(vec![1])))),
         ("at most 8 dimensions", |w| drop(w.tensors.insert("fc".into(), ArrayD::zeros(vec![1; 9])))),
@@ -233,32 +359,6 @@ fn a_folder_that_cannot_be_written_is_an_error_and_nothing_is_left_behind() {
         assert!(error.starts_with(&bad.display().to_string()) && error.contains("nothing was changed"), "{error}");
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-}
-
-#[test]
-fn a_model_takes_its_own_tensors_only_and_all_differences_are_listed() {
-    let tensors = ["conv1.weight", "layer1.0.bn1.wieght", "module.fc.bias", "zzz"];
-    let weights = Weights {
-        tensors: tensors.map(|name| (name.to_string(), ArrayD::zeros(vec![2, 3]))).into(),
-        ..Weights::default()
-    };
-    let expected = |names: &[&str], shape: &[usize]| -> Vec<(String, Vec<usize>)> {
-        names.iter().map(|name| (name.to_string(), shape.to_vec())).collect()
-    };
-    weights.check_against(&expected(&tensors, &[2, 3])).unwrap();
-    let names = ["conv1.weight", "layer1.0.bn1.weight", "fc.bias", "another"];
-    let error = weights.check_against(&expected(&names, &[3, 2])).unwrap_err();
-    assert_eq!(error.exit_code(), 2);
-    for line in [
-        "missing     \"another\", expected [3, 2]",
-        "missing     \"fc.bias\", expected [3, 2]",
-        "unexpected  \"layer1.0.bn1.wieght\", got [2, 3]; is it \"layer1.0.bn1.weight\"?",
-        "unexpected  \"module.fc.bias\", got [2, 3]; is it \"fc.bias\"?",
-        "unexpected  \"zzz\", got [2, 3]\n",
-        "wrong shape \"conv1.weight\", expected [3, 2], got [2, 3]",
-    ] {
-        assert!(format!("{error}\n").contains(line), "{error}\nlacks {line}");
-    }
 }
 
 fn any_weights() -> impl Strategy<Value = Weights> {
@@ -294,9 +394,24 @@ proptest! {
     }
 
     #[test]
+    fn compact_files_hold_the_same_as_those_of_bytes(weights in any_weights()) {
+        let (folder, path) = scratch();
+        let other = folder.path().join("other");
+        weights.save(&path).unwrap();
+        weights.save_as(&other, Form::Compact, FloatType::F32).unwrap();
+        let back = Weights::load(&other).unwrap();
+        prop_assert_eq!(bits(&back), bits(&weights));
+        back.save(&other).unwrap();
+        prop_assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&other).unwrap());
+    }
+
+    #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), framed in any::<bool>()) {
         let bytes = if framed { raw(&format!("{{{}", String::from_utf8_lossy(&bytes)), b"") } else { bytes };
         let _ = load_bytes(&bytes);
+        let (_folder, index) = shards(&[], &[]);
+        std::fs::write(&index, &bytes).unwrap();
+        prop_assert!(Weights::load(&index).is_err());
     }
 
     #[test]
@@ -305,7 +420,8 @@ proptest! {
         flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 0..6)
     ) {
         let (_folder, path) = scratch();
-        weights.save(&path).unwrap();
+        let form = if flips.len() % 2 == 0 { Form::Pruning } else { Form::Compact };
+        weights.save_as(&path, form, FloatType::F32).unwrap();
         let mut bytes = std::fs::read(&path).unwrap();
         for (at, bit) in &flips {
             let at = at.index(bytes.len());

@@ -1,0 +1,52 @@
+//! Image files decoded by one thread, as a training on files decodes them: images per second of processor time (elem/s).
+//!
+//! `DILT_BENCH_IMAGES=DIR cargo bench --bench decode [FILTER]`: all files of the folder, in turn, to 3x128x128 and to
+//! 3x256x256.
+
+use std::hint::black_box;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use criterion::{Criterion, Throughput};
+use dilt::data::image::decode;
+
+/// Processor time of this process, which others on the machine change less than the wall's.
+fn cpu_time() -> Duration {
+    // SAFETY: rusage is plain data, filled by the call.
+    let usage = unsafe {
+        let mut usage = std::mem::zeroed::<libc::rusage>();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    let of = |time: libc::timeval| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64);
+    of(usage.ru_utime) + of(usage.ru_stime)
+}
+
+fn main() {
+    let Some(folder) = std::env::var_os("DILT_BENCH_IMAGES") else {
+        eprintln!("skipped: DILT_BENCH_IMAGES names no folder of images");
+        return;
+    };
+    let entries = std::fs::read_dir(&folder).expect("the folder that DILT_BENCH_IMAGES names");
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry of the folder").path()).collect();
+    files.sort();
+    let bytes: u64 = files.iter().map(|path| path.metadata().expect("a file").len()).sum();
+    println!("{} files of {} bytes on average", files.len(), bytes / files.len() as u64);
+    let mut criterion = Criterion::default().sample_size(10).configure_from_args();
+    let mut group = criterion.benchmark_group("decode");
+    group.throughput(Throughput::Elements(1));
+    for side in [128, 256] {
+        let mut into = vec![0; 3 * side * side];
+        let mut next = files.iter().cycle();
+        group.bench_function(format!("to 3x{side}x{side}"), |bencher| {
+            bencher.iter_custom(|count| {
+                let begin = cpu_time();
+                for path in next.by_ref().take(count as usize) {
+                    decode(path, [3, side, side], black_box(&mut into)).expect("an image");
+                }
+                cpu_time() - begin
+            });
+        });
+    }
+    group.finish();
+}

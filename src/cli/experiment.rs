@@ -1,0 +1,73 @@
+//! What the commands share that repeat trainings in a run folder.
+
+use clap::Args;
+use dilt::data::DataSet;
+use dilt::device::Device;
+use dilt::nn::config::ModelConfig;
+use dilt::ticket::experiment::Experiment;
+use dilt::ticket::result::Outcome;
+use dilt::ticket::run::RunFolder;
+use dilt::ticket::settings::Repetitions;
+use dilt::train::Recipe;
+use serde_json::{Value, json};
+
+use super::{Common, ModelAndData, RecipeOptions, RunOptions, machine, short_name};
+
+/// Options of a command that repeats trainings in a run folder.
+#[derive(Args)]
+pub struct ExperimentOptions {
+    #[command(flatten)]
+    target: ModelAndData,
+    #[command(flatten)]
+    recipe: RecipeOptions,
+    #[command(flatten)]
+    runs: RunOptions,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// What an experiment works on, before there is a folder for it.
+pub struct Opened<'a> {
+    options: &'a ExperimentOptions,
+    pub device: Device,
+    pub data: DataSet,
+    /// With the image and the classes of the data.
+    pub config: ModelConfig,
+    pub recipe: Recipe,
+}
+
+impl ExperimentOptions {
+    /// Loads model and data, and opens the device. `named` is the model that a ticket says it is of.
+    pub fn open(&self, named: Option<&String>) -> anyhow::Result<Opened<'_>> {
+        let (mut config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
+        let recipe = self.recipe.apply(&config)?;
+        (config.image, config.classes) = (data.shape, data.classes);
+        Ok(Opened { options: self, device: self.common.open()?, data, config, recipe })
+    }
+}
+
+impl Opened<'_> {
+    /// Opens the run folder called `name` and a hash of `settings`, model, recipe and data, does the job in it, and prints
+    /// the outcome.
+    pub fn run(
+        &self,
+        name: &str,
+        repetitions: &Repetitions,
+        mut settings: Value,
+        job: impl FnOnce(&Experiment) -> dilt::Result<Outcome>,
+    ) -> anyhow::Result<()> {
+        let Opened { options, device, data, config, recipe } = self;
+        repetitions.check(data)?;
+        settings["model"] = json!(config);
+        settings["recipe"] = json!(recipe);
+        settings["data"] = data.identity();
+        let name = format!("{name}-{}-{}", short_name(&config.name), data.name);
+        let allow = options.runs.allow_device_change;
+        let folder = RunFolder::open(&options.runs.runs, &name, &settings, &machine(device), allow)?;
+        let progress = options.common.progress();
+        progress.say(&format!("run: {} on {}", folder.path().display(), device.description()));
+        let (folder, progress) = (&folder, &progress);
+        let outcome = job(&Experiment { device, data, config, recipe, repetitions, folder, progress })?;
+        options.common.print(&outcome, |outcome| format!("{}\n\nrun: {}", outcome.to_table(), outcome.run))
+    }
+}
