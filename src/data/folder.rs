@@ -189,13 +189,13 @@ fn refuse_or_name(root: &Path, broken: &[String], reading: &Reading, progress: &
     let count = broken.len();
     if reading.skip_broken {
         broken.iter().for_each(|what| progress.say(&format!("left out: {what}")));
-        progress.say(&format!("left out {count} files of {}", root.display()));
+        progress.say(&format!("files left out of {}: {count}", root.display()));
         return Ok(());
     }
     let named = broken[..count.min(MOST_NAMED)].join("\n  ");
     let more = if count > MOST_NAMED { format!("\n  and {} more", count - MOST_NAMED) } else { String::new() };
     let message =
-        format!("{count} files cannot be used; remove or replace them, or use --skip-broken\n  {named}{more}");
+        format!("files that cannot be used: {count}; remove or replace them, or use --skip-broken\n  {named}{more}");
     Err(Error::file(root, message))
 }
 

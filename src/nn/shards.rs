@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -17,10 +17,10 @@ use crate::{Error, Result};
 const INDEX: &str = ".index.json";
 
 /// A safetensors file whose header has been read, and whose tensors come next.
-pub(super) struct Shard {
+pub(super) struct Shard<R = BufReader<File>> {
     pub path: PathBuf,
     pub header: Header,
-    pub reader: BufReader<File>,
+    pub reader: R,
 }
 
 #[derive(Deserialize)]
@@ -37,14 +37,13 @@ pub(super) fn open(path: &Path) -> Result<Vec<Shard>> {
     if path.to_string_lossy().ends_with(INDEX) {
         return open_index(path);
     }
-    let (reader, bytes) =
-        open_file(path).map_err(|problem| Error::file(path, problem + "; check --weights/--ticket"))?;
-    Ok(vec![Shard::read(path, reader, bytes)?])
+    let (file, bytes) = open_file(path).map_err(|problem| Error::file(path, problem + "; check --weights/--ticket"))?;
+    Ok(vec![Shard::read(path, BufReader::new(file), bytes)?])
 }
 
-impl Shard {
-    fn read(path: &Path, file: File, bytes: u64) -> Result<Self> {
-        let mut reader = BufReader::new(file);
+impl<R: Read> Shard<R> {
+    /// Reads the header of a file of `bytes` bytes.
+    pub(super) fn read(path: &Path, mut reader: R, bytes: u64) -> Result<Self> {
         let header = container::read_header(&mut reader, bytes).map_err(|problem| Error::file(path, problem))?;
         Ok(Shard { path: path.into(), header, reader })
     }
@@ -90,7 +89,7 @@ fn open_index(path: &Path) -> Result<Vec<Shard>> {
         let shard = folder.join(name);
         let (file, bytes) = open_file(&shard)
             .map_err(|problem| wrong(format!("{place}: {problem}; put every file that the index names beside it")))?;
-        let shard = Shard::read(&shard, file, bytes)?;
+        let shard = Shard::read(&shard, BufReader::new(file), bytes)?;
         check_tensors(&shard, name, &tensors, &map)?;
         Ok(shard)
     };

@@ -78,7 +78,18 @@ impl Weights {
     /// 1, a mask of another shape than its weights, or one of `<param>_orig` and its mask without the other; or if
     /// an index and its files contradict each other.
     pub fn load(path: &Path) -> Result<Self> {
-        let mut shards = shards::open(path)?;
+        Self::of_shards(shards::open(path)?, path)
+    }
+
+    /// Reads the bytes of a weights or ticket file that is whole in itself. `path` names it in errors.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        Self::of_shards(vec![Shard::read(path, bytes, bytes.len() as u64)?], path)
+    }
+
+    fn of_shards(mut shards: Vec<Shard<impl Read>>, path: &Path) -> Result<Self> {
         check_pairs(shards.iter().flat_map(|shard| &shard.header.entries)).map_err(|p| Error::file(path, p))?;
         let mut weights = Weights::default();
         let mut bits = BTreeMap::new();
@@ -90,7 +101,7 @@ impl Weights {
     }
 
     /// Adds what a file holds; packed masks, whose shapes may be in another file, go to `packed`.
-    fn read(&mut self, shard: &mut Shard, packed: &mut BTreeMap<String, Vec<u8>>) -> Checked<()> {
+    fn read(&mut self, shard: &mut Shard<impl Read>, packed: &mut BTreeMap<String, Vec<u8>>) -> Checked<()> {
         for (key, value) in std::mem::take(&mut shard.header.metadata) {
             self.metadata.entry(key).or_insert(value);
         }
@@ -173,18 +184,30 @@ impl Weights {
     /// [`Error::File`] if the file cannot be written, or [`load`](Self::load) would not read it back: a weight that is
     /// not finite, also in the type asked for, a mask without tensor or of another shape, a name with a reserved ending.
     pub fn save_as(&self, path: &Path, form: Form, dtype: FloatType) -> Result<()> {
-        let header =
-            self.header(form, dtype).map_err(|problem| Error::file(path, format!("not written: {problem}")))?;
-        write_atomically(path, |file| {
-            file.write_all(&header)?;
-            for (param, tensor) in &self.tensors {
-                file.write_all(&dtype.encode(self.written(param, tensor, form)))?;
-            }
-            self.masks.values().try_for_each(|mask| match form {
-                Form::Plain => Ok(()),
-                Form::Pruning => file.write_all(&mask.to_bytes()),
-                Form::Compact => file.write_all(&packed(mask)),
-            })
+        let header = self.header(form, dtype).map_err(|problem| not_written(path, problem))?;
+        write_atomically(path, |file| self.write(&header, form, dtype, file))
+    }
+
+    /// The bytes of the file that [`Weights::save_as`] writes. `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::File`] if [`parse`](Self::parse) would not read them back.
+    pub fn encode(&self, form: Form, dtype: FloatType, path: &Path) -> Result<Vec<u8>> {
+        let header = self.header(form, dtype).map_err(|problem| not_written(path, problem))?;
+        let mut bytes = Vec::new();
+        self.write(&header, form, dtype, &mut bytes).map_err(|error| not_written(path, error))?;
+        Ok(bytes)
+    }
+
+    fn write(&self, header: &[u8], form: Form, dtype: FloatType, to: &mut impl Write) -> std::io::Result<()> {
+        to.write_all(header)?;
+        for (param, tensor) in &self.tensors {
+            to.write_all(&dtype.encode(self.written(param, tensor, form)))?;
+        }
+        self.masks.values().try_for_each(|mask| match form {
+            Form::Plain => Ok(()),
+            Form::Pruning => to.write_all(&mask.to_bytes()),
+            Form::Compact => to.write_all(&packed(mask)),
         })
     }
 
@@ -238,6 +261,10 @@ impl Weights {
         }
         container::header(&self.metadata, items)
     }
+}
+
+fn not_written(path: &Path, problem: impl std::fmt::Display) -> Error {
+    Error::file(path, format!("not written: {problem}"))
 }
 
 impl FloatType {
