@@ -85,6 +85,23 @@ fn a_ticket_comes_back_bit_by_bit_under_pytorchs_names() {
 }
 
 #[test]
+fn in_memory_a_file_has_the_same_bytes_and_the_same_content() {
+    let (_folder, path) = scratch();
+    for (form, dtype) in
+        [(Form::Pruning, FloatType::F32), (Form::Compact, FloatType::F32), (Form::Plain, FloatType::F32)]
+    {
+        sample().save_as(&path, form, dtype).unwrap();
+        let bytes = sample().encode(form, dtype, &path).unwrap();
+        assert_eq!(bytes, std::fs::read(&path).unwrap());
+        assert_eq!(Weights::parse(&bytes, &path).unwrap(), Weights::load(&path).unwrap());
+    }
+    let error = sample().encode(Form::Plain, FloatType::F16, Path::new("ticket")).unwrap_err().to_string();
+    assert!(error.starts_with("ticket: not written") && error.contains("too large for F16"), "{error}");
+    let error = Weights::parse(b"{}", Path::new("ticket")).unwrap_err().to_string();
+    assert!(error.starts_with("ticket: ") && error.contains("cut short"), "{error}");
+}
+
+#[test]
 fn equal_content_gives_equal_bytes_whatever_the_memory_layout() {
     let (_folder, path) = scratch();
     let metadata: BTreeMap<String, String> = (0..50).map(|i| (format!("key{i}"), i.to_string())).collect();
