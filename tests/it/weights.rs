@@ -95,7 +95,7 @@ fn in_memory_a_file_has_the_same_bytes_and_the_same_content() {
         assert_eq!(bytes, std::fs::read(&path).unwrap());
         assert_eq!(Weights::parse(&bytes, &path).unwrap(), Weights::load(&path).unwrap());
     }
-    let error = sample().encode(Form::Plain, FloatType::F16, Path::new("ticket")).unwrap_err().to_string();
+    let error = sample().encode(Form::Pruning, FloatType::F16, Path::new("ticket")).unwrap_err().to_string();
     assert!(error.starts_with("ticket: not written") && error.contains("too large for F16"), "{error}");
     let error = Weights::parse(b"{}", Path::new("ticket")).unwrap_err().to_string();
     assert!(error.starts_with("ticket: ") && error.contains("cut short"), "{error}");
