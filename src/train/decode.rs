@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use super::feed::Batches;
+use super::batches::Batches;
 use crate::data::Files;
 use crate::device::{Device, Staging};
 use crate::error::{Error, Result};

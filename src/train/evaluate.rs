@@ -1,6 +1,7 @@
 //! Evaluation: loss and accuracy with running statistics.
 
-use super::feed::{Batches, Feed};
+use super::batches::Batches;
+use super::feed::Feed;
 use super::labelled::Labelled;
 use crate::device::Slice;
 use crate::error::{Error, Result};

@@ -4,69 +4,18 @@
 //! steps by threads of their own, and copied before each step to one place on the device, where the step's images are
 //! 0, 1, ... whatever the step: what a step launches is the same for both.
 
-use std::ops::Range;
 use std::sync::Arc;
 
+use super::batches::Batches;
 use super::decode::{Decoded, Decoders, Decoding};
 use super::labelled::{Images, Labelled, Labels, Source};
-use crate::data::{Files, permutation};
+use crate::data::Files;
 use crate::device::{Buffer, Device};
 use crate::error::Result;
 use crate::nn::network::Network;
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
-
-/// The examples of each step, in order.
-pub(super) struct Batches {
-    examples: Vec<u32>,
-    batch: usize,
-    per_epoch: usize,
-    shuffle: Option<u64>,
-    steps: Range<usize>,
-    /// The examples in the order of an epoch, and which.
-    order: (usize, Vec<u32>),
-}
-
-impl Batches {
-    /// Batches of `batch` examples for `steps`, `per_epoch` an epoch: in file order, or in a new random order each epoch,
-    /// drawn from the seed `shuffle`.
-    pub(super) fn new(
-        data: &Labelled,
-        batch: usize,
-        per_epoch: usize,
-        shuffle: Option<u64>,
-        steps: Range<usize>,
-    ) -> Self {
-        Batches { examples: data.examples.clone(), batch, per_epoch, shuffle, steps, order: (0, Vec::new()) }
-    }
-
-    fn of_epoch(&self, epoch: usize) -> Vec<u32> {
-        let Some(seed) = self.shuffle else { return self.examples.clone() };
-        let order = permutation(self.examples.len() as u32, seed, epoch as u64);
-        order.into_iter().map(|place| self.examples[place as usize]).collect()
-    }
-}
-
-impl Iterator for Batches {
-    type Item = Vec<u32>;
-
-    fn next(&mut self) -> Option<Vec<u32>> {
-        let step = self.steps.next()?;
-        let (epoch, place) = (step / self.per_epoch, step % self.per_epoch * self.batch);
-        if self.order.1.is_empty() || self.order.0 != epoch {
-            self.order = (epoch, self.of_epoch(epoch));
-        }
-        let order = &self.order.1;
-        Some(order[place..(place + self.batch).min(order.len())].to_vec())
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        self.steps.size_hint()
-    }
-}
-
-impl ExactSizeIterator for Batches {}
 
 /// Brings examples to the device, a batch a step, and gathers them into a network's input.
 pub(super) struct Feed<'a> {

@@ -5,6 +5,7 @@
 //! too, so that nothing waits for the device within a chunk, unless the images are files: then each step's are decoded
 //! ahead by other threads, and copied when the step before is done.
 
+mod batches;
 mod checkpoint;
 mod decode;
 mod evaluate;

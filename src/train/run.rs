@@ -1,7 +1,8 @@
 //! The training loop.
 
+use super::batches::Batches;
 use super::checkpoint::Checkpoint;
-use super::feed::{Batches, Feed};
+use super::feed::Feed;
 use super::labelled::Labelled;
 use super::recipe::Recipe;
 use crate::device::{Buffer, Device, Graph};
