@@ -3,24 +3,14 @@
 //! `DILT_BENCH_IMAGES=DIR cargo bench --bench decode [FILTER]`: all files of the folder, in turn, to 3x128x128 and to
 //! 3x256x256.
 
+mod cpu_time;
+
 use std::hint::black_box;
 use std::path::PathBuf;
-use std::time::Duration;
 
+use cpu_time::cpu_time;
 use criterion::{Criterion, Throughput};
 use dilt::data::image::decode;
-
-/// Processor time of this process, which others on the machine change less than the wall's.
-fn cpu_time() -> Duration {
-    // SAFETY: rusage is plain data, filled by the call.
-    let usage = unsafe {
-        let mut usage = std::mem::zeroed::<libc::rusage>();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    let of = |time: libc::timeval| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64);
-    of(usage.ru_utime) + of(usage.ru_stime)
-}
 
 fn main() {
     let Some(folder) = std::env::var_os("DILT_BENCH_IMAGES") else {

@@ -4,8 +4,11 @@
 //! `-- --json` it prints one line of JSON instead, for scripts/bench-host.sh: median and best wall time, CPU time, and
 //! the peak of resident memory beside what the plan holds.
 
+mod cpu_time;
+
 use std::time::Duration;
 
+use cpu_time::cpu_time;
 use criterion::{Criterion, Throughput};
 use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
@@ -98,18 +101,6 @@ impl Observer for Clock {
         self.time = Duration::from_secs_f64(now.elapsed_ms(begin)? / 1e3);
         Err(dilt::Error::Run("measured".into()))
     }
-}
-
-/// CPU time of this process, all threads.
-fn cpu_time() -> Duration {
-    // SAFETY: rusage is plain data, filled by the call.
-    let usage = unsafe {
-        let mut usage = std::mem::zeroed::<libc::rusage>();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    let of = |time: libc::timeval| Duration::from_micros(time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64);
-    of(usage.ru_utime) + of(usage.ru_stime)
 }
 
 /// A line of /proc/self/status in MiB; 0 where there is none.

@@ -77,7 +77,7 @@ struct Common {
     /// Show more on stderr.
     #[arg(short, long, conflicts_with = "quiet", help_heading = "Output")]
     verbose: bool,
-    /// Show nothing on stderr but errors.
+    /// Show nothing on stderr but errors and warnings.
     #[arg(short, long, help_heading = "Output")]
     quiet: bool,
 }

@@ -36,7 +36,7 @@ pub struct Train {
     /// Folder for weights and metrics.
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     out: Option<PathBuf>,
-    /// Train on the train or the test split.
+    /// Which examples.
     #[arg(long, value_enum, default_value = "train")]
     split: super::eval::Split,
     /// Show the network's tensors with their bytes, and train nothing; --weights are checked against them.

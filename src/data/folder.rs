@@ -188,8 +188,8 @@ fn refuse_or_name(root: &Path, broken: &[String], reading: &Reading, progress: &
     }
     let count = broken.len();
     if reading.skip_broken {
-        broken.iter().for_each(|what| progress.say(&format!("left out: {what}")));
-        progress.say(&format!("files left out of {}: {count}", root.display()));
+        broken.iter().for_each(|what| progress.warn(&format!("left out: {what}")));
+        progress.warn(&format!("files left out of {}: {count}", root.display()));
         return Ok(());
     }
     let named = broken[..count.min(MOST_NAMED)].join("\n  ");

@@ -79,6 +79,11 @@ impl Progress {
             let _ = writeln!(std::io::stderr(), "{message}");
         }
     }
+
+    /// A message that everybody must see: what was asked for is not quite what is done.
+    pub fn warn(&self, message: &str) {
+        let _ = writeln!(std::io::stderr(), "warning: {message}");
+    }
 }
 
 impl Stage {

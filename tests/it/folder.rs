@@ -225,4 +225,8 @@ fn the_program_trains_on_a_folder_and_names_broken_images() {
     let skipping = dilt(folder.path(), &[&args[..], &["--skip-broken"]].concat()).assert().success();
     let said = String::from_utf8(skipping.get_output().stderr.clone()).unwrap();
     assert!(said.contains("ant/1.png") && said.contains(": 1\n") && said.contains("12 images"), "{said}");
+    // Nothing is left out in silence.
+    let quiet = dilt(folder.path(), &[&args[..], &["--skip-broken", "-q"]].concat()).assert().success();
+    let said = String::from_utf8(quiet.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("ant/1.png") && said.contains(": 1\n") && !said.contains("12 images"), "{said}");
 }
