@@ -92,6 +92,13 @@ DEVICE Samples<L> where_at_most(const Samples<L>& x, const Samples<L>& limit, Sa
     return yes;
 }
 
+// e^x lane by lane.
+template <int L>
+DEVICE Samples<L> exponential(Samples<L> x) {
+    UNROLL for (int i = 0; i < L; ++i) x.lane[i] = expf(x.lane[i]);
+    return x;
+}
+
 #else
 #include "host.cuh"
 #endif
@@ -133,6 +140,26 @@ DEVICE Samples<L> kept(const Samples<L>& x, uint32_t bits) {
     Samples<L> y;
     UNROLL for (int i = 0; i < L; ++i) y[i] = bits >> i & 1 ? x[i] : 0.0f;
     return y;
+}
+
+// The columns of a feature row: `n` samples of `row` columns each, of which the first `tokens` are true and the others
+// padding. Of an image's pixel, or of a vector per sample: row = tokens = 1. n * row is a multiple of 8.
+struct Columns {
+    int32_t n;
+    int32_t row;
+    int32_t tokens;
+};
+
+// A bit for each of L columns from `first` on: set where the column is a true token of one of `count` true samples.
+template <int L>
+DEVICE uint32_t live_columns(const Columns& d, int count, int first) {
+    uint32_t bits = 0;
+    int sample = first / d.row, token = first - sample * d.row;
+    UNROLL for (int i = 0; i < L; ++i) {
+        bits |= uint32_t(sample < count && token < d.tokens) << i;
+        if (++token == d.row) token = 0, ++sample;
+    }
+    return bits;
 }
 
 // Shared memory of a kernel that only sums over its block.

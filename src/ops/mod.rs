@@ -15,11 +15,49 @@ pub mod pool;
 pub mod prune;
 pub mod step;
 
-use crate::device::{Device, Launch, Layout};
+use crate::device::{Device, Launch, Layout, kernel_args};
 use crate::error::{Error, Result};
 
 /// Samples of a row are padded to a multiple of this.
 pub const SAMPLE_ALIGNMENT: usize = 8;
+
+kernel_args! {
+    /// The columns of a feature row: `n` samples of `row` columns each, the first `tokens` of them true, the others padding.
+    pub struct Columns { n: i32, row: i32, tokens: i32 }
+}
+
+impl Columns {
+    /// One column for each of `n` samples, rounded up to a multiple of 8.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a size is 0 or too large for an index.
+    pub fn samples(n: usize) -> Result<Self> {
+        Self::checked(n.next_multiple_of(SAMPLE_ALIGNMENT), 1, 1)
+    }
+
+    /// `tokens` columns for each of `n` samples: both rounded up to a multiple of 8.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a size is 0 or too large for an index.
+    pub fn tokens(n: usize, tokens: usize) -> Result<Self> {
+        Self::checked(n.next_multiple_of(SAMPLE_ALIGNMENT), tokens.next_multiple_of(SAMPLE_ALIGNMENT), tokens)
+    }
+
+    fn checked(n: usize, row: usize, tokens: usize) -> Result<Self> {
+        let columns = n.checked_mul(row).filter(|&columns| columns > 0 && columns < 1 << 30);
+        if columns.is_none() {
+            let expected = "1 to 2^30 samples times tokens".into();
+            let got = format!("{n} samples of {tokens} tokens");
+            return Err(Error::Shape { op: "columns", what: "sizes".into(), expected, got });
+        }
+        Ok(Columns { n: n as i32, row: row as i32, tokens: tokens as i32 })
+    }
+
+    /// All columns, padding included.
+    pub fn len(&self) -> usize {
+        self.n as usize * self.row as usize
+    }
+}
 
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
