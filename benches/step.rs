@@ -14,8 +14,8 @@ use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::network::Network;
-use dilt::nn::plan::Mode;
-use dilt::nn::{init, resnet};
+use dilt::nn::plan::Purpose;
+use dilt::nn::init;
 use dilt::report::progress::{Progress, Verbosity};
 use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Training};
 
@@ -54,8 +54,8 @@ fn cases() -> [Case; 2] {
 impl Case {
     /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
     fn run(&self, device: &Device, work: impl FnOnce(&mut dyn FnMut(usize) -> Duration, usize)) -> dilt::Result<()> {
-        let model = resnet::build(&ModelConfig::load(self.model, &[])?)?;
-        let mut network = Network::new(device, &model, self.batch, Mode::Train)?;
+        let model = ModelConfig::load(self.model, &[])?.build()?;
+        let mut network = Network::new(device, &model, self.batch, Purpose::Train(recipe.optimizer))?;
         network.load(&init::draw(&model, 0))?;
         let mut examples = self.data.train.clone();
         examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch

@@ -2,7 +2,6 @@
 
 use clap::Args;
 use dilt::data::partition::Partition;
-use dilt::nn::resnet;
 use dilt::ticket::find::find;
 use dilt::ticket::select::Scope;
 use dilt::ticket::settings::{Algebra, Method, Repetitions, Search};
@@ -74,7 +73,7 @@ impl Find {
         let search = self.search(&partition)?;
         let opened = self.options.open(None)?;
         let steps = opened.recipe.total_steps(opened.data.train.len());
-        search.check(Some(&partition), &resnet::build(&opened.config)?, steps)?;
+        search.check(Some(&partition), &opened.config.build()?, steps)?;
         let repetitions = Repetitions { seeds: self.seeds, first_seed, partition: Some(partition) };
         let method = json!(search.method);
         let settings = json!({ "settings": Settings { search: &search, repetitions: &repetitions } });

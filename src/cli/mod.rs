@@ -18,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dilt::data::{DataSet, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
+use dilt::nn::plan::OptimizerKind;
 use dilt::report::progress::{Progress, Verbosity};
 use dilt::train::{Augmentation, Recipe, Schedule};
 use serde::Serialize;
@@ -210,22 +211,28 @@ struct RecipeOptions {
     /// Samples of a step.
     #[arg(long, help_heading = "Training")]
     batch: Option<usize>,
-    /// Optimizer.
-    #[arg(long, value_parser = ["sgd"], default_value = "sgd", help_heading = "Training")]
-    optimizer: String,
+    /// Optimizer; another than the model file's needs --lr and --weight-decay.
+    #[arg(long, value_enum, help_heading = "Training")]
+    optimizer: Option<OptimizerOption>,
     /// Highest learning rate.
     #[arg(long, help_heading = "Training")]
     lr: Option<f64>,
-    /// Share of the velocity that is kept.
+    /// SGD: share of the velocity that is kept.
     #[arg(long, help_heading = "Training")]
     momentum: Option<f32>,
-    /// Nesterov's momentum.
+    /// SGD: Nesterov's momentum.
     #[arg(long, help_heading = "Training")]
     nesterov: bool,
-    /// Weight decay, added to the gradient as in PyTorch's SGD.
+    /// AdamW: shares of the first and the second moment that are kept.
+    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "B1,B2", help_heading = "Training")]
+    betas: Option<Vec<f64>>,
+    /// AdamW: added to the root of the second moment.
+    #[arg(long, help_heading = "Training")]
+    epsilon: Option<f32>,
+    /// Weight decay: added to the gradient by SGD, decoupled from it by AdamW, as in PyTorch.
     #[arg(long, help_heading = "Training")]
     weight_decay: Option<f32>,
-    /// Leave norms and biases out of weight decay.
+    /// Leave norms, biases, tokens and positions out of weight decay.
     #[arg(long, help_heading = "Training")]
     no_decay_norms: bool,
     /// How the learning rate changes.
@@ -258,6 +265,14 @@ struct RecipeOptions {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum OptimizerOption {
+    /// Stochastic gradient descent with momentum.
+    Sgd,
+    /// Adam with decoupled weight decay.
+    Adamw,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum ScheduleOption {
     Constant,
     Multistep,
@@ -285,6 +300,25 @@ impl RecipeOptions {
                 field.clone_from(value);
             }
         }
+        if let Some(optimizer) = self.optimizer {
+            let optimizer = match optimizer {
+                OptimizerOption::Sgd => OptimizerKind::Sgd,
+                OptimizerOption::Adamw => OptimizerKind::Adamw,
+            };
+            if optimizer != recipe.optimizer && (self.lr.is_none() || self.weight_decay.is_none()) {
+                return Err(dilt::Error::Usage(format!(
+                    "--optimizer: expected --lr and --weight-decay with it, since those of model {} are for another optimizer",
+                    config.name
+                )));
+            }
+            recipe.optimizer = optimizer;
+        }
+        if let Some(betas) = &self.betas {
+            recipe.betas = betas.as_slice().try_into().map_err(|_| {
+                dilt::Error::Usage(format!("--betas: expected two numbers, got {betas:?}"))
+            })?;
+        }
+        set(&mut recipe.epsilon, &self.epsilon);
         set(&mut recipe.epochs, &self.epochs);
         set(&mut recipe.batch, &self.batch);
         set(&mut recipe.lr, &self.lr);

@@ -8,9 +8,9 @@ use clap::Args;
 use dilt::device::Device;
 use dilt::nn::model::Model;
 use dilt::nn::network::Network;
-use dilt::nn::plan::{Group, Mode, Plan};
+use dilt::nn::plan::{Group, Plan, Purpose};
 use dilt::nn::weights::Weights;
-use dilt::nn::{init, resnet};
+use dilt::nn::init;
 use dilt::report::table::table;
 use dilt::ticket::experiment::{Saver, resume};
 use dilt::ticket::run::TrainingFolder;
@@ -66,7 +66,7 @@ impl Train {
         let named = given.as_ref().and_then(|weights| weights.metadata.get("model"));
         let (config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
-        let model = resnet::build(&config)?;
+        let model = config.build()?;
         let given = given.map(|weights| self.fit(weights, &model)).transpose()?;
         let device = self.common.open()?;
         if self.dry_run {
@@ -78,7 +78,7 @@ impl Train {
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
-        let mut network = Network::new(&device, &model, recipe.batch, Mode::Train)?;
+        let mut network = Network::new(&device, &model, recipe.batch, Purpose::Train(recipe.optimizer))?;
         let start = given.unwrap_or_else(|| init::draw(&model, self.common.seed));
         network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
@@ -142,7 +142,7 @@ impl Train {
     }
 
     fn show_plan(&self, device: &Device, model: &Model, recipe: &Recipe) -> anyhow::Result<()> {
-        let plan = Plan::new(device, model, recipe.batch, Mode::Train)?;
+        let plan = Plan::new(device, model, recipe.batch, Purpose::Train(recipe.optimizer))?;
         #[derive(Serialize)]
         struct Row<'a> {
             name: &'a str,

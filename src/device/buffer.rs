@@ -103,12 +103,24 @@ impl<T: bytemuck::Pod> Buffer<T> {
     /// Two ranges that do not overlap, exclusively.
     ///
     /// # Panics
-    /// If the ranges overlap or are not within the buffer.
+    /// As [`Buffer::disjoint_mut`].
     pub fn pair_mut(&mut self, a: Range<usize>, b: Range<usize>) -> (SliceMut<'_, T>, SliceMut<'_, T>) {
-        assert!(a.end <= b.start || b.end <= a.start, "slices {a:?} and {b:?} overlap");
-        let (a, b) = (self.slice(a), self.slice(b));
-        let exclusive = |Slice { address, len, .. }| SliceMut { address, len, element: PhantomData };
-        (exclusive(a), exclusive(b))
+        self.disjoint_mut([a, b]).into()
+    }
+
+    /// Ranges of which no two overlap, exclusively.
+    ///
+    /// # Panics
+    /// If two overlap, or one is not within the buffer.
+    pub fn disjoint_mut<const N: usize>(&mut self, ranges: [Range<usize>; N]) -> [SliceMut<'_, T>; N] {
+        for (i, a) in ranges.iter().enumerate() {
+            let apart = |b: &Range<usize>| a.is_empty() || b.is_empty() || a.end <= b.start || b.end <= a.start;
+            assert!(ranges[..i].iter().all(apart), "slices {ranges:?} overlap");
+        }
+        ranges.map(|range| {
+            let Slice { address, len, .. } = self.slice(range);
+            SliceMut { address, len, element: PhantomData }
+        })
     }
 
     /// The same memory as elements of another type, as many as fit. Any bits are a value of either type.

@@ -1,5 +1,6 @@
-//! Initial weights: Kaiming normal for convolutions (He et al. 2015, arXiv 1502.01852), PyTorch's uniform for the
-//! classifier, γ = 1 and β = 0.
+//! Initial weights. Of residual networks: Kaiming normal for convolutions (He et al. 2015, arXiv 1502.01852), PyTorch's
+//! uniform for the classifier. Of vision transformers, as timm draws them: normal with a deviation of 0.02 for linear
+//! layers and positions, 1e-6 for the class token, PyTorch's uniform for patches. γ = 1 and β = 0.
 //!
 //! Each tensor is drawn from a stream of its own, chosen by its name: a network with another head has the same body.
 
@@ -10,8 +11,13 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
-use super::model::{Model, Parameter, ParameterKind, STATISTICS};
+use super::model::{Init, Model, Parameter, ParameterKind, STATISTICS};
 use super::weights::Weights;
+
+/// Deviation of a vision transformer's weights; timm cuts the normal distribution off at 2, a hundred times that.
+const TRANSFORMER_DEVIATION: f64 = 0.02;
+/// Deviation of its class token.
+const TOKEN_DEVIATION: f64 = 1e-6;
 
 /// Draws the weights of a network. Equal seeds give equal weights.
 pub fn draw(model: &Model, seed: u64) -> Weights {
@@ -31,24 +37,35 @@ pub fn draw(model: &Model, seed: u64) -> Weights {
 }
 
 fn draw_parameter(model: &Model, parameter: &Parameter, seed: u64) -> Vec<f32> {
+    use ParameterKind::*;
     let len = parameter.elements();
     let mut stream = Stream::new(seed, &parameter.name);
-    match parameter.kind {
-        ParameterKind::Convolution => {
-            let fan = if model.fan_out_init { parameter.fan_out() } else { parameter.fan_in() };
-            let deviation = (2.0 / fan as f64).sqrt();
-            (0..len).map(|_| (stream.normal() * deviation) as f32).collect()
-        }
-        ParameterKind::Classifier | ParameterKind::Bias => {
-            // A bias has no fan-in of its own: it is that of the weights before it.
-            let fan_in =
-                model.parameters.iter().find(|p| p.kind == ParameterKind::Classifier).map_or(1, Parameter::fan_in);
-            let bound = 1.0 / (fan_in as f64).sqrt();
-            (0..len).map(|_| ((stream.uniform() * 2.0 - 1.0) * bound) as f32).collect()
-        }
-        ParameterKind::NormScale => vec![1.0; len],
-        ParameterKind::NormShift => vec![0.0; len],
+    let mut normal = |deviation: f64| (0..len).map(|_| (stream.normal() * deviation) as f32).collect();
+    match (parameter.kind, model.init) {
+        (Convolution, Init::FanOut) => normal((2.0 / parameter.fan_out() as f64).sqrt()),
+        (Convolution, _) => normal((2.0 / parameter.fan_in() as f64).sqrt()),
+        (Linear | Positions, _) | (Classifier, Init::Transformer { .. }) => normal(TRANSFORMER_DEVIATION),
+        (ClassToken, _) => normal(TOKEN_DEVIATION),
+        (PatchEmbedding | Classifier, _) => uniform(&mut stream, parameter, len),
+        // A bias has no fan-in of its own: it is that of the weights before it.
+        (PatchBias, _) => uniform(&mut stream, weights_of(model, PatchEmbedding), len),
+        (ClassifierBias, Init::FanIn | Init::FanOut) => uniform(&mut stream, weights_of(model, Classifier), len),
+        (NormScale, _) => vec![1.0; len],
+        (NormShift | Bias | ClassifierBias, _) => vec![0.0; len],
+        (LayerScale, Init::Transformer { layer_scale }) => vec![layer_scale; len],
+        (LayerScale, _) => vec![1.0; len],
     }
+}
+
+/// The first parameter of a kind, of which a model has one.
+fn weights_of(model: &Model, kind: ParameterKind) -> &Parameter {
+    model.parameters.iter().find(|parameter| parameter.kind == kind).expect("a bias follows its weights")
+}
+
+/// PyTorch's default of linear layers and convolutions, bounded by the root of the weights' fan-in.
+fn uniform(stream: &mut Stream, weights: &Parameter, len: usize) -> Vec<f32> {
+    let bound = 1.0 / (weights.fan_in() as f64).sqrt();
+    (0..len).map(|_| ((stream.uniform() * 2.0 - 1.0) * bound) as f32).collect()
 }
 
 /// Random numbers that belong to a seed and a name.

@@ -1,8 +1,8 @@
 //! Networks: what they are made of, their memory and passes, and the files their weights live in.
 //!
-//! [`config`] reads a model file, [`resnet`] turns it into a [`model::Model`] (a list of layers), [`plan`] finds its
-//! tensors a place in one arena, [`network`] runs it, [`init`] draws its weights, [`weights`] reads and writes them,
-//! [`names`] matches the names of a file to those of a model.
+//! [`config`] reads a model file, `resnet` and `vit` turn it into a [`model::Model`] (a list of layers), [`plan`] finds its
+//! tensors a place in one arena, [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
+//! and writes them, [`names`] matches the names of a file to those of a model.
 
 pub(crate) mod atomic;
 pub mod config;
@@ -11,7 +11,9 @@ pub mod init;
 pub mod model;
 pub mod names;
 pub mod network;
+mod passes;
 pub mod plan;
-pub mod resnet;
+mod resnet;
 mod shards;
+mod vit;
 pub mod weights;

@@ -2,32 +2,79 @@
 //!
 //! It is a plan of a computation, without memory: [`super::network::Network`] has that. Layers stand in the order of
 //! the forward pass; the backward pass goes through them from the end. It is not an autograd framework: there are the
-//! layers of residual networks, and each has its forward and backward in `network.rs`.
+//! layers of residual networks and vision transformers, and each has its forward and backward in `passes.rs`.
 
+use super::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::ops::{Columns, SAMPLE_ALIGNMENT};
+use crate::ops::attention::AttentionShape;
 use crate::ops::conv::ConvShape;
+use crate::ops::layer_norm::LayerNormShape;
 use crate::ops::norm::NormShape;
-use crate::ops::pointwise::ShortcutShape;
+use crate::ops::pointwise::{ResidualShape, ShortcutShape};
 use crate::ops::pool::{MeanPoolShape, PoolShape};
+use crate::ops::tokens::{EmbedShape, PatchShape, TokenPool, TokenPoolShape};
 
 /// Index of a value in [`Model::values`].
 pub type ValueId = usize;
 /// Index of a parameter in [`Model::parameters`].
 pub type ParameterId = usize;
 
-/// An activation: `[channels, height, width]` of each sample.
+/// An activation.
 #[derive(Clone, Debug)]
 pub struct Value {
     /// Name of the layer that writes it.
     pub name: String,
-    /// Channels, height, width.
-    pub shape: [usize; 3],
+    /// What it holds of each sample.
+    pub shape: Shape,
+}
+
+/// What an activation holds of each sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// Channels, height, width: in memory `[C, H, W, N]`.
+    Image([usize; 3]),
+    /// In memory `[features, N, tokens rounded up to a multiple of 8]`.
+    Tokens {
+        /// Features of a token.
+        features: usize,
+        /// True tokens.
+        tokens: usize,
+    },
 }
 
 impl Value {
-    /// Elements of a sample.
+    /// Elements in memory for `n` samples, a multiple of 8; padded tokens included.
+    pub fn elements(&self, n: usize) -> usize {
+        match self.shape {
+            Shape::Image(image) => image.iter().product::<usize>() * n,
+            Shape::Tokens { features, tokens } => features * n * tokens.next_multiple_of(SAMPLE_ALIGNMENT),
+        }
+    }
+
+    /// Rows of the memory whose elements are of different features: channels of an image, features of a token.
     pub fn features(&self) -> usize {
-        self.shape.iter().product()
+        match self.shape {
+            Shape::Image([channels, ..]) => channels,
+            Shape::Tokens { features, .. } => features,
+        }
+    }
+
+    /// Channels, height and width of an image.
+    ///
+    /// # Panics
+    /// For tokens.
+    pub fn image(&self) -> [usize; 3] {
+        let Shape::Image(image) = self.shape else { panic!("{}: tokens where an image is expected", self.name) };
+        image
+    }
+
+    /// The columns of a feature row: one a sample, or one a token.
+    pub(super) fn columns(&self, n: usize) -> Result<Columns> {
+        match self.shape {
+            Shape::Image(_) => Columns::samples(n),
+            Shape::Tokens { tokens, .. } => Columns::tokens(n, tokens),
+        }
     }
 }
 
@@ -36,14 +83,40 @@ impl Value {
 pub enum ParameterKind {
     /// Weights of a convolution, `[K, C, R, S]`.
     Convolution,
+    /// Weights of a linear layer inside the network, `[outputs, inputs]`.
+    Linear,
+    /// Weights of the patch embedding, `[dim, C, patch, patch]`.
+    PatchEmbedding,
     /// Weights of the classifier, `[classes, features]`.
     Classifier,
     /// Bias of the classifier.
+    ClassifierBias,
+    /// Bias of a linear layer.
     Bias,
-    /// Scale γ of a batch norm.
+    /// Bias of the patch embedding.
+    PatchBias,
+    /// Scale γ of a norm.
     NormScale,
-    /// Shift β of a batch norm.
+    /// Shift β of a norm.
     NormShift,
+    /// The class token, `[1, 1, dim]`.
+    ClassToken,
+    /// Position embeddings, `[1, tokens, dim]`.
+    Positions,
+    /// Scale of each feature of a branch (LayerScale).
+    LayerScale,
+}
+
+impl ParameterKind {
+    /// Whether it is pruned, and decays in any case: the weights of convolutions, linear layers and the classifier.
+    pub fn is_prunable(self) -> bool {
+        matches!(self, ParameterKind::Convolution | ParameterKind::Linear | ParameterKind::Classifier)
+    }
+
+    /// Whether weight decay may leave it out: vectors, tokens and positions.
+    pub fn is_small(self) -> bool {
+        !self.is_prunable() && self != ParameterKind::PatchEmbedding
+    }
 }
 
 /// A trained tensor.
@@ -86,7 +159,7 @@ pub struct Statistics {
 /// One layer: what it reads, and the value it writes.
 #[derive(Clone, Debug)]
 pub enum Layer {
-    /// Convolution, or (1x1 on a 1x1 image, with a bias) the classifier.
+    /// Convolution. With 1x1 filters on a 1x1 image or on tokens it is a linear layer.
     Conv {
         /// Weights.
         weight: ParameterId,
@@ -147,31 +220,149 @@ pub enum Layer {
         /// What it writes.
         output: ValueId,
     },
+    /// An image as tokens, one a patch, after `prefix` empty ones.
+    Patches {
+        /// Height and width of a patch.
+        patch: usize,
+        /// Tokens before those of the patches.
+        prefix: usize,
+        /// What it reads.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// The class token before those of the patches, the patches' bias, and positions added.
+    Embed {
+        /// The class token, or none.
+        token: Option<ParameterId>,
+        /// Bias of the patches, or none.
+        bias: Option<ParameterId>,
+        /// Positions.
+        positions: ParameterId,
+        /// What it reads.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// Norm over the features of each token.
+    LayerNorm {
+        /// γ.
+        scale: ParameterId,
+        /// β.
+        shift: ParameterId,
+        /// Added to a variance before its root is taken.
+        epsilon: f32,
+        /// What it reads.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// Attention, from queries, keys and values to the heads' outputs.
+    Attention {
+        /// Heads.
+        heads: usize,
+        /// Weights that read the outputs: a head none of whose columns is kept is left out.
+        projection: ParameterId,
+        /// Queries, keys and values.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// GELU, with the exact normal distribution.
+    Gelu {
+        /// What it reads.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// Sum with a branch, whose features may be scaled, and which training may leave out for some samples.
+    Residual {
+        /// Scale of the branch's features, or none.
+        scale: Option<ParameterId>,
+        /// Share of samples that go without the branch.
+        drop: f32,
+        /// What it reads.
+        input: ValueId,
+        /// What is added.
+        branch: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// Some elements zero in training, the others larger by as much.
+    Dropout {
+        /// Share of elements.
+        rate: f32,
+        /// What it reads.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
+    /// One token, or the mean of those from `prefix` on.
+    TokenPool {
+        /// Which.
+        pool: TokenPool,
+        /// Tokens before those of the patches.
+        prefix: usize,
+        /// What it reads.
+        input: ValueId,
+        /// What it writes.
+        output: ValueId,
+    },
 }
 
 impl Layer {
     /// The value it writes.
     pub fn output(&self) -> ValueId {
-        match *self {
-            Layer::Conv { output, .. }
-            | Layer::Norm { output, .. }
-            | Layer::Shortcut { output, .. }
-            | Layer::MaxPool { output, .. }
-            | Layer::MeanPool { output, .. } => output,
-        }
+        self.ends().2
     }
 
     /// The values it reads.
     pub fn inputs(&self) -> impl Iterator<Item = ValueId> {
-        let (input, residual) = match *self {
-            Layer::Norm { input, residual, .. } => (input, residual),
-            Layer::Conv { input, .. }
-            | Layer::Shortcut { input, .. }
-            | Layer::MaxPool { input, .. }
-            | Layer::MeanPool { input, .. } => (input, None),
-        };
-        std::iter::once(input).chain(residual)
+        let (input, second, _) = self.ends();
+        std::iter::once(input).chain(second)
     }
+
+    /// What it reads, what else it reads, what it writes.
+    fn ends(&self) -> (ValueId, Option<ValueId>, ValueId) {
+        match *self {
+            Layer::Norm { input, residual, output, .. } => (input, residual, output),
+            Layer::Residual { input, branch, output, .. } => (input, Some(branch), output),
+            Layer::Conv { input, output, .. }
+            | Layer::Shortcut { input, output, .. }
+            | Layer::MaxPool { input, output, .. }
+            | Layer::MeanPool { input, output }
+            | Layer::Patches { input, output, .. }
+            | Layer::Embed { input, output, .. }
+            | Layer::LayerNorm { input, output, .. }
+            | Layer::Attention { input, output, .. }
+            | Layer::Gelu { input, output }
+            | Layer::Dropout { input, output, .. }
+            | Layer::TokenPool { input, output, .. } => (input, None, output),
+        }
+    }
+
+    /// Whether the gradient of its branch is that of its output.
+    pub(super) fn adds_plainly(&self) -> bool {
+        matches!(self, Layer::Residual { scale: None, drop: 0.0, .. })
+    }
+
+    fn has_parameters(&self) -> bool {
+        matches!(self, Layer::Conv { .. } | Layer::Norm { .. } | Layer::LayerNorm { .. } | Layer::Embed { .. })
+    }
+}
+
+/// How a network's weights are drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Kaiming normal with fan-in: the CIFAR networks.
+    FanIn,
+    /// Kaiming normal with fan-out: torchvision.
+    FanOut,
+    /// timm's vision transformers.
+    Transformer {
+        /// What the scales of branches begin at.
+        layer_scale: f32,
+    },
 }
 
 /// A network without memory. Value 0 is the input; the last value is the logits.
@@ -191,19 +382,20 @@ pub struct Model {
     pub parameters: Vec<Parameter>,
     /// Batch norms' statistics.
     pub statistics: Vec<Statistics>,
-    /// How weights are drawn: with fan-in (the CIFAR networks) or fan-out (torchvision).
-    pub fan_out_init: bool,
+    /// How weights are drawn.
+    pub init: Init,
 }
 
 impl Model {
     /// A model that has its input alone.
-    pub(super) fn new(name: &str, image: [usize; 3], classes: usize, fan_out_init: bool) -> Self {
-        let values = vec![Value { name: "input".into(), shape: image }];
+    pub(super) fn new(file: &ModelConfig, init: Init) -> Self {
+        let values = vec![Value { name: "input".into(), shape: Shape::Image(file.image) }];
         let (layers, parameters, statistics) = Default::default();
-        Model { name: name.into(), image, classes, layers, values, parameters, statistics, fan_out_init }
+        let (name, image, classes) = (file.name.clone(), file.image, file.classes);
+        Model { name, image, classes, layers, values, parameters, statistics, init }
     }
 
-    pub(super) fn value(&mut self, name: &str, shape: [usize; 3]) -> ValueId {
+    pub(super) fn value(&mut self, name: &str, shape: Shape) -> ValueId {
         self.values.push(Value { name: name.into(), shape });
         self.values.len() - 1
     }
@@ -213,20 +405,37 @@ impl Model {
         self.parameters.len() - 1
     }
 
+    /// The last layer: the logits.
+    pub(super) fn classifier(&mut self, name: &str, x: ValueId) {
+        let (features, classes) = (self.values[x].features(), self.classes);
+        let weight = self.parameter(format!("{name}.weight"), vec![classes, features], ParameterKind::Classifier);
+        let bias = Some(self.parameter(format!("{name}.bias"), vec![classes], ParameterKind::ClassifierBias));
+        let output = self.value(name, Shape::Image([classes, 1, 1]));
+        self.layers.push(Layer::Conv { weight, bias, stride: 1, pad: 0, input: x, output });
+    }
+
+    /// Whether each value depends on a parameter, so that it has a gradient.
+    pub(super) fn have_gradients(&self) -> Vec<bool> {
+        let mut have = vec![false; self.values.len()];
+        for layer in &self.layers {
+            have[layer.output()] = layer.has_parameters() || layer.inputs().any(|input| have[input]);
+        }
+        have
+    }
+
     /// The logits.
     pub fn output(&self) -> ValueId {
         self.values.len() - 1
     }
 
-    /// The weights that can be pruned: convolutions and the classifier.
+    /// The weights that can be pruned: of convolutions, linear layers and the classifier.
     pub fn prunable(&self) -> impl Iterator<Item = &Parameter> {
-        let kinds = [ParameterKind::Convolution, ParameterKind::Classifier];
-        self.parameters.iter().filter(move |parameter| kinds.contains(&parameter.kind))
+        self.parameters.iter().filter(|parameter| parameter.kind.is_prunable())
     }
 
     /// Whether a tensor of a file belongs to the classifier.
     pub fn is_head(&self, name: &str) -> bool {
-        let head = [ParameterKind::Classifier, ParameterKind::Bias];
+        let head = [ParameterKind::Classifier, ParameterKind::ClassifierBias];
         self.parameters.iter().any(|parameter| parameter.name == name && head.contains(&parameter.kind))
     }
 
@@ -245,33 +454,79 @@ impl Model {
         parameters.chain(statistics).collect()
     }
 
-    /// The shape of a convolution of `n` samples.
+    /// The shape of a convolution of `n` samples; of tokens, and of one pixel, it is a linear layer.
     pub(super) fn conv_shape(&self, layer: &Layer, n: usize) -> Result<ConvShape> {
         let Layer::Conv { weight, stride, pad, input, .. } = *layer else { unreachable!("asked of convolutions") };
         let shape = &self.parameters[weight].shape;
-        let filter = [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)];
-        ConvShape::new(self.values[input].shape, shape[0], filter, stride, pad, n).map_err(|error| self.name_it(error))
+        let value = &self.values[input];
+        let (image, filter, n) = match value.shape {
+            Shape::Image(image) => {
+                (image, [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)], n)
+            }
+            Shape::Tokens { features, .. } => ([features, 1, 1], [1, 1], value.columns(n)?.len()),
+        };
+        ConvShape::new(image, shape[0], filter, stride, pad, n).map_err(|error| self.name_it(error))
     }
 
     pub(super) fn norm_shape(&self, value: ValueId, n: usize) -> Result<NormShape> {
-        let [channels, height, width] = self.values[value].shape;
+        let [channels, height, width] = self.values[value].image();
         NormShape::new(channels, height * width, n)
     }
 
     pub(super) fn pool_shape(&self, layer: &Layer, n: usize) -> Result<PoolShape> {
         let Layer::MaxPool { kernel, stride, pad, input, .. } = *layer else { unreachable!("asked of max pools") };
-        let [channels, height, width] = self.values[input].shape;
+        let [channels, height, width] = self.values[input].image();
         PoolShape::new(channels, [height, width], kernel, stride, pad, n).map_err(|error| self.name_it(error))
     }
 
     pub(super) fn mean_pool_shape(&self, value: ValueId, n: usize) -> Result<MeanPoolShape> {
-        let [channels, height, width] = self.values[value].shape;
+        let [channels, height, width] = self.values[value].image();
         MeanPoolShape::new(channels, height * width, n)
     }
 
     pub(super) fn shortcut_shape(&self, layer: &Layer, n: usize) -> Result<ShortcutShape> {
         let Layer::Shortcut { stride, input, output } = *layer else { unreachable!("asked of shortcuts") };
-        ShortcutShape::new(self.values[input].shape, self.values[output].shape[0], stride, n)
+        ShortcutShape::new(self.values[input].image(), self.values[output].features(), stride, n)
+    }
+
+    pub(super) fn patch_shape(&self, layer: &Layer, n: usize) -> Result<PatchShape> {
+        let Layer::Patches { patch, prefix, input, .. } = *layer else { unreachable!("asked of patches") };
+        PatchShape::new(self.values[input].image(), patch, prefix, n).map_err(|error| self.name_it(error))
+    }
+
+    pub(super) fn embed_shape(&self, layer: &Layer, n: usize) -> Result<EmbedShape> {
+        let Layer::Embed { token, output, .. } = *layer else { unreachable!("asked of embeddings") };
+        let (features, tokens) = self.tokens(output);
+        EmbedShape::new(features, tokens, usize::from(token.is_some()), n)
+    }
+
+    pub(super) fn layer_norm_shape(&self, value: ValueId, n: usize) -> Result<LayerNormShape> {
+        LayerNormShape::new(self.values[value].features(), self.values[value].columns(n)?)
+    }
+
+    pub(super) fn attention_shape(&self, layer: &Layer, n: usize) -> Result<AttentionShape> {
+        let Layer::Attention { heads, output, .. } = *layer else { unreachable!("asked of attention") };
+        let (features, tokens) = self.tokens(output);
+        AttentionShape::new(heads, features / heads, tokens, n).map_err(|error| self.name_it(error))
+    }
+
+    pub(super) fn residual_shape(&self, value: ValueId, n: usize) -> Result<ResidualShape> {
+        ResidualShape::new(self.values[value].features(), self.values[value].columns(n)?)
+    }
+
+    pub(super) fn token_pool_shape(&self, layer: &Layer, n: usize) -> Result<TokenPoolShape> {
+        let Layer::TokenPool { pool, prefix, input, .. } = *layer else { unreachable!("asked of token pools") };
+        let (features, tokens) = self.tokens(input);
+        TokenPoolShape::new(features, tokens, prefix, n, pool)
+    }
+
+    /// Features and tokens of a value.
+    fn tokens(&self, value: ValueId) -> (usize, usize) {
+        let value = &self.values[value];
+        let Shape::Tokens { features, tokens } = value.shape else {
+            panic!("{}: an image where tokens are expected", value.name)
+        };
+        (features, tokens)
     }
 
     fn name_it(&self, error: Error) -> Error {

@@ -3,7 +3,11 @@
 //! Activations that the backward pass reads have memory of their own. Gradients of activations, and activations that
 //! are only evaluated, share: a piece is free again after the last layer that reads it.
 
-use super::model::{Layer, Model, ValueId};
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::model::{Layer, Model, ParameterId, ValueId};
 use crate::device::Device;
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
@@ -12,13 +16,34 @@ use crate::ops::optimizer::GRADIENT_NORM_PARTIALS;
 /// Pieces and parameters start at multiples of this many words of four bytes.
 const ALIGNMENT: usize = 64;
 
-/// Whether a network is trained, or only evaluated.
+/// What a network is for, which decides what it has memory for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Forward, backward and optimizer.
-    Train,
-    /// Forward with running statistics.
+pub enum Purpose {
+    /// Forward, backward, and the steps of this optimizer.
+    Train(OptimizerKind),
+    /// Forward alone.
     Evaluate,
+}
+
+/// The optimizers.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Stochastic gradient descent with momentum.
+    Sgd,
+    /// Adam with decoupled weight decay (arXiv 1711.05101).
+    Adamw,
+}
+
+impl Purpose {
+    /// Tensors of the parameters' sizes that the optimizer keeps: the velocity, or the first and the second moment.
+    pub(super) fn moments(self) -> usize {
+        match self {
+            Purpose::Evaluate => 0,
+            Purpose::Train(OptimizerKind::Sgd) => 1,
+            Purpose::Train(OptimizerKind::Adamw) => 2,
+        }
+    }
 }
 
 /// What a planned tensor is for.
@@ -80,13 +105,21 @@ pub struct Plan {
     pub(super) gradient_slots: Vec<Option<usize>>,
     /// Whether a layer's gradient is added to what its input's gradient holds.
     pub(super) accumulates: Vec<bool>,
+    /// Which of the kept pieces holds what a layer's backward pass needs beside values; of a max pool, which of the pool
+    /// indices.
+    pub(super) kept_slots: Vec<usize>,
+    /// Number of pool indices.
+    pub(super) pools: usize,
+    /// Where the flags of each layer's heads begin; for attention.
+    pub(super) heads: Vec<usize>,
 }
 
-/// The order of a plan's pieces; value pieces, gradient pieces and pool indices follow.
+/// The order of a plan's pieces; value pieces, gradient pieces, kept pieces and pool indices follow.
 pub(super) enum Fixed {
     Parameters,
     Gradients,
-    Velocity,
+    FirstMoment,
+    SecondMoment,
     Mask,
     Decay,
     Statistics,
@@ -96,6 +129,9 @@ pub(super) enum Fixed {
     Labels,
     Count,
     Rate,
+    Corrections,
+    Step,
+    Heads,
     Pieces,
 }
 
@@ -136,9 +172,9 @@ impl Plan {
     ///
     /// # Errors
     /// [`crate::Error`] if a layer's shape cannot be computed.
-    pub fn new(device: &Device, model: &Model, batch: usize, mode: Mode) -> Result<Self> {
+    pub fn new(device: &Device, model: &Model, batch: usize, purpose: Purpose) -> Result<Self> {
         let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
-        let train = mode == Mode::Train;
+        let train = purpose != Purpose::Evaluate;
         let (parameters, parameter_len) = offsets(model.parameters.iter().map(|p| p.elements()));
         let (statistics, statistics_len) = offsets(model.statistics.iter().map(|s| 2 * aligned(s.features)));
         let masks = parameter_len / 32;
@@ -151,32 +187,37 @@ impl Plan {
             carve.place(Group::Parameters, &parameter.name, start + offset, parameter.elements());
         }
         carve.piece(Group::Gradients, "gradients of parameters", when(train, parameter_len));
-        carve.piece(Group::Optimizer, "velocity", when(train, parameter_len));
+        carve.piece(Group::Optimizer, "velocity or first moment", when(purpose.moments() > 0, parameter_len));
+        carve.piece(Group::Optimizer, "second moment", when(purpose.moments() > 1, parameter_len));
         carve.piece(Group::Masks, "mask bits", masks);
         carve.piece(Group::Masks, "weight decay bits", when(train, masks));
         carve.piece(Group::Statistics, "running statistics", statistics_len);
         carve.piece(Group::Statistics, "batch statistics", when(train, statistics_len));
-        carve.piece(Group::Scratch, "partial sums", scratch(device, model, n, mode)?);
+        carve.piece(Group::Scratch, "partial sums", when(train, scratch(device, model, n)?));
         carve.piece(Group::Scratch, "gradient norm", when(train, GRADIENT_NORM_PARTIALS));
         carve.piece(Group::Scratch, "labels", n);
         carve.piece(Group::Scratch, "sample count", 1);
         carve.piece(Group::Scratch, "learning rate", 1);
+        carve.piece(Group::Scratch, "bias corrections", 2);
+        carve.piece(Group::Scratch, "step", 1);
+        let (heads, head_len) = offsets(model.layers.iter().map(|layer| match layer {
+            Layer::Attention { heads, .. } => *heads,
+            _ => 0,
+        }));
+        carve.piece(Group::Masks, "heads with a kept projection", head_len);
         debug_assert_eq!(carve.pieces.len(), Fixed::Pieces as usize);
 
-        let sizes: Vec<usize> = model.values.iter().map(|value| value.features() * n).collect();
-        let value_slots = match mode {
-            Mode::Train => carve_values(&mut carve, model, &sizes),
-            Mode::Evaluate => carve_shared(&mut carve, Group::Activations, model, &sizes, &forward_lives(model)),
+        let sizes: Vec<usize> = model.values.iter().map(|value| value.elements(n)).collect();
+        let value_slots = match purpose {
+            Purpose::Train(_) => carve_values(&mut carve, model, &sizes),
+            Purpose::Evaluate => carve_shared(&mut carve, Group::Activations, model, &sizes, &forward_lives(model)),
         };
         let value_slots = value_slots.into_iter().map(|slot| slot.expect("every value has a life")).collect();
-        let lives = if train { gradient_lives(model) } else { vec![None; sizes.len()] };
-        let gradient_slots = carve_shared(&mut carve, Group::ActivationGradients, model, &sizes, &lives);
-        for layer in &model.layers {
-            if let Layer::MaxPool { output, .. } = layer {
-                let name = format!("{} index", model.values[*output].name);
-                carve.piece(Group::Activations, &name, (sizes[*output]).div_ceil(4));
-            }
-        }
+        let owners = gradient_owners(model);
+        let lives = if train { gradient_lives(model, &owners) } else { vec![None; sizes.len()] };
+        let own_slots = carve_shared(&mut carve, Group::ActivationGradients, model, &sizes, &lives);
+        let gradient_slots = owners.iter().map(|&owner| own_slots[owner]).collect();
+        let (kept_slots, pools) = carve_kept(&mut carve, model, n, &sizes, train)?;
         Ok(Plan {
             tensors: carve.tensors,
             bytes: carve.end * 4,
@@ -188,7 +229,22 @@ impl Plan {
             value_slots,
             gradient_slots,
             accumulates: accumulates(model),
+            kept_slots,
+            pools,
+            heads,
         })
+    }
+
+    /// Where a parameter lies among the parameters.
+    pub(super) fn range(&self, model: &Model, id: ParameterId) -> Range<usize> {
+        let start = self.parameters[id];
+        start..start + model.parameters[id].elements()
+    }
+
+    /// Where running mean and variance of a batch norm lie among the statistics.
+    pub(super) fn statistic_ranges(&self, model: &Model, index: usize) -> [Range<usize>; 2] {
+        let (start, features) = (self.statistics[index], model.statistics[index].features);
+        [0, aligned(features)].map(|offset| start + offset..start + offset + features)
     }
 
     /// Bytes of the tensors of a group.
@@ -209,20 +265,53 @@ fn offsets(sizes: impl Iterator<Item = usize>) -> (Vec<usize>, usize) {
     (offsets, end)
 }
 
-/// Elements of scratch memory that the largest of the layers needs.
-fn scratch(device: &Device, model: &Model, n: usize, mode: Mode) -> Result<usize> {
-    if mode == Mode::Evaluate {
-        return Ok(0);
-    }
+/// Elements of scratch memory that the backward pass of the largest of the layers needs.
+fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
     let mut most = 0;
     for layer in &model.layers {
         most = most.max(match layer {
             Layer::Conv { .. } => model.conv_shape(layer, n)?.gradient_scratch_len(device),
             Layer::Norm { output, .. } => model.norm_shape(*output, n)?.scratch_len(),
+            Layer::LayerNorm { output, .. } => model.layer_norm_shape(*output, n)?.scratch_len(),
+            Layer::Attention { .. } => model.attention_shape(layer, n)?.statistic_len(),
             _ => 0,
         });
     }
     Ok(most)
+}
+
+/// Pieces for what layers keep for their backward pass beside values, then for the indices of max pools, which a
+/// forward pass always writes: the number of each layer's piece, and the number of max pools.
+fn carve_kept(
+    carve: &mut Carver,
+    model: &Model,
+    n: usize,
+    sizes: &[usize],
+    train: bool,
+) -> Result<(Vec<usize>, usize)> {
+    let (mut slots, mut kept) = (vec![0; model.layers.len()], 0);
+    for (slot, layer) in slots.iter_mut().zip(&model.layers).filter(|_| train) {
+        let (what, words) = match layer {
+            Layer::LayerNorm { input, .. } => {
+                ("mean and deviation", 2 * aligned(model.layer_norm_shape(*input, n)?.columns()))
+            }
+            Layer::Attention { .. } => ("log-sum-exp", model.attention_shape(layer, n)?.statistic_len()),
+            _ => continue,
+        };
+        carve.piece(Group::Statistics, &format!("{} {what}", model.values[layer.output()].name), words);
+        *slot = kept;
+        kept += 1;
+    }
+    let mut pools = 0;
+    for (slot, layer) in slots.iter_mut().zip(&model.layers) {
+        if let Layer::MaxPool { output, .. } = layer {
+            let name = format!("{} index", model.values[*output].name);
+            carve.piece(Group::Activations, &name, sizes[*output].div_ceil(4));
+            *slot = pools;
+            pools += 1;
+        }
+    }
+    Ok((slots, pools))
 }
 
 /// A piece for each value.
@@ -249,23 +338,37 @@ fn forward_lives(model: &Model) -> Vec<Life> {
     lives
 }
 
-/// In a backward pass: from the first layer, seen from the end, that reads a value to the layer that writes it.
-fn gradient_lives(model: &Model) -> Vec<Life> {
+/// The value whose memory holds each value's gradient: its own, or that of a sum which passes its gradient on as it is.
+fn gradient_owners(model: &Model) -> Vec<ValueId> {
+    let mut owners: Vec<ValueId> = (0..model.values.len()).collect();
+    for layer in model.layers.iter().rev() {
+        match *layer {
+            Layer::Residual { input, branch, output, .. } => {
+                owners[input] = owners[output];
+                if layer.adds_plainly() {
+                    owners[branch] = owners[output];
+                }
+            }
+            Layer::Embed { input, output, .. } => owners[input] = owners[output],
+            _ => {}
+        }
+    }
+    owners
+}
+
+/// In a backward pass: from the first layer, seen from the end, that reads a value to the layer that writes it, for the
+/// values that own the memory of their gradient.
+fn gradient_lives(model: &Model, owners: &[ValueId]) -> Vec<Life> {
+    let have = model.have_gradients();
     let mut lives: Vec<Life> = vec![None; model.values.len()];
     lives[model.output()] = Some((0, 0));
     for (time, layer) in model.layers.iter().rev().enumerate() {
-        if let Some(life) = &mut lives[layer.output()] {
-            life.1 = time + 1;
-        }
-        for input in layer.inputs().filter(|&input| input != INPUT) {
-            lives[input].get_or_insert((time + 1, time + 1)).1 = time + 1;
+        for value in layer.inputs().chain([layer.output()]).filter(|&value| have[value]) {
+            lives[owners[value]].get_or_insert((time + 1, time + 1)).1 = time + 1;
         }
     }
     lives
 }
-
-/// The value whose gradient nobody asks for.
-const INPUT: ValueId = 0;
 
 /// Pieces for tensors with these lives: a piece is used again by a tensor of the same size, once it is free.
 fn carve_shared(
@@ -307,7 +410,8 @@ fn accumulates(model: &Model) -> Vec<bool> {
     for (index, layer) in model.layers.iter().enumerate().rev() {
         for input in layer.inputs() {
             let again = std::mem::replace(&mut written[input], true);
-            assert!(!again || matches!(layer, Layer::Conv { .. }), "{layer:?} cannot add to a gradient");
+            let adds = matches!(layer, Layer::Conv { .. } | Layer::LayerNorm { .. });
+            assert!(!again || adds, "{layer:?} cannot add to a gradient");
             accumulates[index] |= again;
         }
     }

@@ -1,18 +1,16 @@
 //! Residual networks (He et al. 2016): the CIFAR networks with parameter-free shortcuts, and torchvision's.
 
-use super::config::{Block, Family, ModelConfig, Stem};
-use super::model::{Layer, Model, ParameterKind, Statistics, ValueId};
+use super::config::{Block, Family, ModelConfig, ResNetConfig, Stem};
+use super::model::{Init, Layer, Model, ParameterKind, Shape, Statistics, ValueId};
 use crate::error::{Error, Result};
 
-/// Kernels count the weights of a network in 32 bits.
-const MOST_PARAMETERS: usize = 1 << 31;
-
-/// Builds the network that a model file describes.
+/// Builds the residual network of a model file.
 ///
 /// # Errors
-/// [`Error::Usage`] if the images are too small for the network, or it would have 2^31 parameters or more.
-pub fn build(config: &ModelConfig) -> Result<Model> {
-    let mut model = Model::new(&config.name, config.image, config.classes, config.family == Family::Torchvision);
+/// [`Error::Usage`] if the images are too small for the network.
+pub(super) fn build(file: &ModelConfig, config: &ResNetConfig) -> Result<Model> {
+    let init = if config.family == Family::Torchvision { Init::FanOut } else { Init::FanIn };
+    let mut model = Model::new(file, init);
     let mut x = match config.stem {
         Stem::Small => model.conv("conv1", 0, config.widths[0], 3, 1)?,
         Stem::Large => model.conv("conv1", 0, config.widths[0], 7, 2)?,
@@ -32,14 +30,7 @@ pub fn build(config: &ModelConfig) -> Result<Model> {
         }
     }
     x = model.mean_pool("avgpool", x);
-    model.linear(if config.family == Family::Cifar { "linear" } else { "fc" }, x, config.classes);
-    let parameters = model.parameter_count();
-    if parameters >= MOST_PARAMETERS {
-        return Err(Error::Usage(format!(
-            "model {}: expected fewer than {MOST_PARAMETERS} parameters, got {parameters}; choose smaller widths or fewer blocks",
-            config.name
-        )));
-    }
+    model.classifier(if config.family == Family::Cifar { "linear" } else { "fc" }, x);
     Ok(model)
 }
 
@@ -79,7 +70,7 @@ fn shortcut(
     channels: usize,
     stride: usize,
 ) -> Result<ValueId> {
-    if stride == 1 && model.values[x].shape[0] == channels {
+    if stride == 1 && model.values[x].image()[0] == channels {
         return Ok(x);
     }
     match family {
@@ -102,7 +93,7 @@ struct NormParameters {
 /// The pieces that the networks above are written in.
 impl Model {
     fn conv(&mut self, name: &str, x: ValueId, k: usize, filter: usize, stride: usize) -> Result<ValueId> {
-        let [c, height, width] = self.values[x].shape;
+        let [c, height, width] = self.values[x].image();
         let pad = filter / 2;
         if height + 2 * pad < filter || width + 2 * pad < filter {
             let (model, image) = (&self.name, self.image);
@@ -110,13 +101,13 @@ impl Model {
         }
         let weight = self.parameter(format!("{name}.weight"), vec![k, c, filter, filter], ParameterKind::Convolution);
         let out = |size: usize| (size + 2 * pad - filter) / stride + 1;
-        let output = self.value(name, [k, out(height), out(width)]);
+        let output = self.value(name, Shape::Image([k, out(height), out(width)]));
         self.layers.push(Layer::Conv { weight, bias: None, stride, pad, input: x, output });
         Ok(output)
     }
 
     fn norm(&mut self, name: &str, x: ValueId, residual: Option<ValueId>, relu: bool) -> ValueId {
-        let parameters = self.norm_parameters(name, self.values[x].shape[0]);
+        let parameters = self.norm_parameters(name, self.values[x].features());
         self.norm_with(name, parameters, x, residual, relu)
     }
 
@@ -144,35 +135,26 @@ impl Model {
     }
 
     fn shortcut(&mut self, name: &str, x: ValueId, channels: usize, stride: usize) -> ValueId {
-        let [_, height, width] = self.values[x].shape;
-        let output = self.value(name, [channels, height.div_ceil(stride), width.div_ceil(stride)]);
+        let [_, height, width] = self.values[x].image();
+        let output = self.value(name, Shape::Image([channels, height.div_ceil(stride), width.div_ceil(stride)]));
         self.layers.push(Layer::Shortcut { stride, input: x, output });
         output
     }
 
     fn max_pool(&mut self, name: &str, x: ValueId, kernel: usize, stride: usize, pad: usize) -> Result<ValueId> {
-        let [c, height, width] = self.values[x].shape;
-        let output = self.value(name, [c, 0, 0]);
+        let [c, height, width] = self.values[x].image();
+        let output = self.value(name, Shape::Image([c, 0, 0]));
         let layer = Layer::MaxPool { kernel, stride, pad, input: x, output };
         let [p, q] = self.pool_shape(&layer, 1)?.output_image();
         debug_assert!(p <= height && q <= width);
-        self.values[output].shape = [c, p, q];
+        self.values[output].shape = Shape::Image([c, p, q]);
         self.layers.push(layer);
         Ok(output)
     }
 
     fn mean_pool(&mut self, name: &str, x: ValueId) -> ValueId {
-        let output = self.value(name, [self.values[x].shape[0], 1, 1]);
+        let output = self.value(name, Shape::Image([self.values[x].features(), 1, 1]));
         self.layers.push(Layer::MeanPool { input: x, output });
-        output
-    }
-
-    fn linear(&mut self, name: &str, x: ValueId, outputs: usize) -> ValueId {
-        let features = self.values[x].features();
-        let weight = self.parameter(format!("{name}.weight"), vec![outputs, features], ParameterKind::Classifier);
-        let bias = Some(self.parameter(format!("{name}.bias"), vec![outputs], ParameterKind::Bias));
-        let output = self.value(name, [outputs, 1, 1]);
-        self.layers.push(Layer::Conv { weight, bias, stride: 1, pad: 0, input: x, output });
         output
     }
 }

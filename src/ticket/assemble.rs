@@ -18,7 +18,6 @@ use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
-use crate::nn::resnet;
 use crate::nn::weights::Weights;
 use crate::ops::prune::MaskOp;
 
@@ -61,7 +60,7 @@ impl Pieces {
         core: &Weights,
         specialists: &[Specialist],
     ) -> Result<Self> {
-        let model = resnet::build(config)?;
+        let model = config.build()?;
         let of = |option: &str, error: Error| Error::Usage(format!("{option}: {error}"));
         let tensors = model.file_tensors();
         let named = |file: &Weights| file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()));

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::nn::weights::Weights;
-use crate::nn::{init, resnet};
+use crate::nn::init;
 use crate::ops::prune::MaskOp;
 
 /// First stream of random masks: apart from the orders of examples, which are drawn with small streams.
@@ -46,7 +46,7 @@ pub fn random(repetition: &Repetition, like: &MaskSet) -> MaskSet {
 /// # Errors
 /// [`crate::Error::Usage`] if the model does not fit the images.
 pub fn redrawn(repetition: &Repetition) -> Result<Weights> {
-    Ok(init::draw(&resnet::build(repetition.experiment.config)?, repetition.seed + REDRAWN))
+    Ok(init::draw(&repetition.experiment.config.build()?, repetition.seed + REDRAWN))
 }
 
 /// The weights of `extra`, none of them in `core`, each put to a random place outside the core, in its layer. Of one

@@ -16,9 +16,9 @@ use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
 use crate::nn::model::Model;
 use crate::nn::network::Network;
-use crate::nn::plan::Mode;
+use crate::nn::plan::Purpose;
 use crate::nn::weights::Weights;
-use crate::nn::{init, resnet};
+use crate::nn::init;
 use crate::report::progress::Progress;
 use crate::train::{
     Checkpoint, Chunk, Images, Labelled, MetricsFile, Observer, Recipe, Training, evaluate, refresh_statistics,
@@ -182,7 +182,7 @@ impl<'a> Repetition<'a> {
     /// # Errors
     /// [`crate::Error::Usage`] if data, model and search do not fit together; an error of the training.
     pub fn of_search(experiment: &'a Experiment<'a>, search: &Search, seed: u64) -> Result<Self> {
-        let model = resnet::build(experiment.config)?;
+        let model = experiment.config.build()?;
         let partition = experiment.repetitions.partition.as_ref();
         search.check(partition, &model, experiment.recipe.total_steps(experiment.data.train.len()))?;
         let start = init::draw(&model, seed);
@@ -219,7 +219,7 @@ impl<'a> Repetition<'a> {
 
     /// The network with these outputs.
     fn model(&self, classes: usize) -> Result<Model> {
-        resnet::build(&ModelConfig { classes, ..self.experiment.config.clone() })
+        ModelConfig { classes, ..self.experiment.config.clone() }.build()
     }
 
     /// Outputs of the network of a task.
@@ -289,7 +289,7 @@ impl<'a> Repetition<'a> {
         }
         let Experiment { device, progress, .. } = *self.experiment;
         let examples = self.examples(task)?;
-        let mut network = Network::new(device, model, recipe.batch, Mode::Train)?;
+        let mut network = Network::new(device, model, recipe.batch, Purpose::Train(recipe.optimizer))?;
         if let Some(only) = task.only {
             network.train_only(only)?;
         }
@@ -372,7 +372,7 @@ impl<'a> Repetition<'a> {
     /// These weights with running statistics of one more pass over all training examples.
     pub(super) fn with_fresh_statistics(&self, weights: &Weights) -> Result<Weights> {
         let Experiment { device, data, recipe, .. } = *self.experiment;
-        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Mode::Train)?;
+        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Purpose::Train(recipe.optimizer))?;
         network.load(weights)?;
         refresh_statistics(&mut network, &self.examples(Task::all(Purpose::Retrain))?, recipe.batch)?;
         network.weights()
@@ -381,7 +381,7 @@ impl<'a> Repetition<'a> {
     /// Evaluates weights on the test examples: all of them, and each part's.
     pub(super) fn score(&self, weights: &Weights, masks: &MaskSet) -> Result<TicketScore> {
         let Experiment { device, data, recipe, .. } = *self.experiment;
-        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Mode::Evaluate)?;
+        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Purpose::Evaluate)?;
         network.load(weights)?;
         let examples = Labelled::all(device, &self.test_images, &data.test, data.classes)?;
         let score = evaluate(&mut network, &examples, recipe.batch, true)?;

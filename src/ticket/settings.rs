@@ -126,7 +126,7 @@ impl Search {
         self.method != Method::Lth && matches!(partition, Some(Partition::Classes { .. } | Partition::File { .. }))
     }
 
-    /// The weights that are pruned, all kept: convolutions, and the classifier where all parts share it.
+    /// The weights that are pruned, all kept: convolutions and linear layers, and the classifier where all parts share it.
     ///
     /// # Errors
     /// [`Error::Usage`] if a pattern matches nothing, or nothing is left to prune.
@@ -139,7 +139,7 @@ impl Search {
             }
         }
         let pruned = model.parameters.iter().filter(|parameter| match parameter.kind {
-            ParameterKind::Convolution => true,
+            ParameterKind::Convolution | ParameterKind::Linear => true,
             ParameterKind::Classifier => !self.own_heads(partition),
             _ => false,
         });

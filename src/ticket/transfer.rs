@@ -14,8 +14,7 @@ use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
 use crate::nn::init;
-use crate::nn::model::{Model, ParameterKind};
-use crate::nn::resnet;
+use crate::nn::model::{Model, Parameter, ParameterKind};
 use crate::nn::weights::Weights;
 
 /// Name of the row of the ticket.
@@ -53,9 +52,9 @@ impl Body {
     ///
     /// # Errors
     /// [`Error::Usage`] if its first convolution reads another number of channels, with the full list of what else does
-    /// not fit, or for a mask of something else than a convolution or the classifier; as [`Weights::named_as`].
+    /// not fit, or for a mask of something that is not pruned; as [`Weights::named_as`].
     pub fn new(file: &Weights, config: &ModelConfig) -> Result<Self> {
-        let model = resnet::build(config)?;
+        let model = config.build()?;
         let (identity, tensors) = (file.identity(), model.file_tensors());
         let file = &file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()))?;
         check_channels(file, &model)?;
@@ -66,8 +65,8 @@ impl Body {
         };
         check_body(&weights, &model)?;
         let masks = file.masks.iter().filter(|(name, _)| keep(name)).map(|(n, m)| (n.clone(), m.clone())).collect();
-        let convolutions = model.parameters.iter().filter(|p| p.kind == ParameterKind::Convolution);
-        let names = convolutions.map(|p| p.name.clone()).filter(|name| file.masks.contains_key(name));
+        let body = model.prunable().filter(|p| p.kind != ParameterKind::Classifier);
+        let names = body.map(|p| p.name.clone()).filter(|name| file.masks.contains_key(name));
         let masks = MaskSet::from_file(&masks, &names.collect::<Vec<_>>())?;
         Ok(Body { weights, masks, identity })
     }
@@ -86,7 +85,8 @@ impl Body {
 
 /// Refuses weights whose first convolution reads another number of channels than the data has.
 fn check_channels(file: &Weights, model: &Model) -> Result<()> {
-    let name = &model.parameters[0].name;
+    let first = [ParameterKind::Convolution, ParameterKind::PatchEmbedding];
+    let Some(Parameter { name, .. }) = model.parameters.iter().find(|p| first.contains(&p.kind)) else { return Ok(()) };
     let (shape, got) = (file.tensors.get(name).map(|tensor| tensor.shape()), model.image[0]);
     match shape {
         Some(shape @ &[_, channels, _, _]) if channels != got => Err(Error::Usage(format!(
@@ -186,7 +186,7 @@ fn from_file(name: &str, method: &'static str, body: &Body) -> Ticket {
 /// # Errors
 /// Errors of trainings and files.
 pub fn transfer(experiment: &Experiment, transfer: &Transfer) -> Result<Outcome> {
-    let model = resnet::build(experiment.config)?;
+    let model = experiment.config.build()?;
     let all = transfer.ticket.masks.layers().iter().map(|(name, mask)| (name.clone(), Mask::ones(mask.shape())));
     let candidates = MaskSet::new(all.collect());
     repeat(experiment, |seed, rows| {

@@ -5,8 +5,7 @@ use super::feed::Feed;
 use super::labelled::Labelled;
 use crate::device::Slice;
 use crate::error::{Error, Result};
-use crate::nn::network::Network;
-use crate::nn::plan::Mode;
+use crate::nn::network::{Mode, Network};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
 

@@ -3,7 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::nn::network::Optimizer;
+use crate::nn::plan::OptimizerKind;
 use crate::ops::augment::{Augment, Crop};
+use crate::ops::optimizer::{AdamW, Sgd};
 
 /// Most samples of a step.
 pub const MOST_SAMPLES: usize = 1 << 24;
@@ -22,15 +25,21 @@ pub struct Recipe {
     pub steps: Option<usize>,
     /// Samples of a step; the last step of an epoch takes what is left.
     pub batch: usize,
+    /// Optimizer.
+    pub optimizer: OptimizerKind,
     /// Highest learning rate.
     pub lr: f64,
-    /// Share of the velocity that is kept.
+    /// SGD: share of the velocity that is kept.
     pub momentum: f32,
-    /// Nesterov's momentum.
+    /// SGD: Nesterov's momentum.
     pub nesterov: bool,
-    /// Weight decay, added to the gradient as in PyTorch's SGD.
+    /// AdamW: shares of the first and the second moment that are kept.
+    pub betas: [f64; 2],
+    /// AdamW: added to the root of the second moment.
+    pub epsilon: f32,
+    /// Weight decay: added to the gradient by SGD, decoupled from it by AdamW, as in PyTorch.
     pub weight_decay: f32,
-    /// Whether norms and biases decay too, as in PyTorch with `model.parameters()`.
+    /// Whether norms, biases, tokens and positions decay too, as in PyTorch with `model.parameters()`.
     pub decay_norms: bool,
     /// How the learning rate changes.
     pub schedule: Schedule,
@@ -58,9 +67,12 @@ impl Default for Recipe {
             epochs: 1,
             steps: None,
             batch: 128,
+            optimizer: OptimizerKind::Sgd,
             lr: 0.1,
             momentum: 0.9,
             nesterov: false,
+            betas: [0.9, 0.999],
+            epsilon: 1e-8,
             weight_decay: 5e-4,
             decay_norms: true,
             schedule: Schedule::Cosine,
@@ -140,6 +152,12 @@ impl Recipe {
         if self.nesterov && self.momentum == 0.0 {
             return refuse("nesterov", "momentum above 0 with it", "0".into());
         }
+        if !self.betas.iter().all(|beta| (0.0..1.0).contains(beta)) {
+            return refuse("betas", "two numbers of 0 or more, less than 1", format!("{:?}", self.betas));
+        }
+        if !(self.epsilon.is_finite() && self.epsilon > 0.0) {
+            return refuse("epsilon", "a number above 0", self.epsilon.to_string());
+        }
         if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
             return refuse("weight_decay", "a number of at least 0", self.weight_decay.to_string());
         }
@@ -184,6 +202,21 @@ impl Recipe {
     /// Steps of the whole training.
     pub fn total_steps(&self, examples: usize) -> usize {
         self.steps.unwrap_or_else(|| self.epochs * self.steps_per_epoch(examples))
+    }
+
+    /// The optimizer with its settings.
+    pub fn optimizer(&self) -> Optimizer {
+        let Recipe { momentum, nesterov, betas, epsilon, weight_decay, .. } = *self;
+        match self.optimizer {
+            OptimizerKind::Sgd => Optimizer::Sgd(Sgd { momentum, nesterov, weight_decay }),
+            OptimizerKind::Adamw => Optimizer::AdamW(AdamW { betas, epsilon, weight_decay }),
+        }
+    }
+
+    /// AdamW's bias corrections of a step: `1 / (1 - β1^t)` and `1 / sqrt(1 - β2^t)`, where the first step is t = 1.
+    pub fn corrections(&self, step: usize) -> [f32; 2] {
+        let [first, second] = self.betas.map(|beta| 1.0 - beta.powf(step as f64 + 1.0));
+        [(1.0 / first) as f32, (1.0 / second.sqrt()) as f32]
     }
 
     /// The learning rate of a step.

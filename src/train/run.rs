@@ -7,10 +7,8 @@ use super::labelled::Labelled;
 use super::recipe::Recipe;
 use crate::device::{Buffer, Device, Graph};
 use crate::error::{Error, Result};
-use crate::nn::network::Network;
-use crate::nn::plan::Mode;
+use crate::nn::network::{Batch, Mode, Network};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
-use crate::ops::optimizer::Sgd;
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
 
 /// Most steps of a chunk: after so many the host looks at the losses, and a NaN stops the run.
@@ -68,6 +66,7 @@ struct Tables {
     state: Buffer<u32>,
     count: Buffer<u32>,
     rate: Buffer<f32>,
+    corrections: Buffer<f32>,
     loss: Buffer<f32>,
     top1: Buffer<u32>,
     top5: Buffer<u32>,
@@ -82,12 +81,14 @@ impl<'a> Training<'a> {
         recipe.check()?;
         data.check_fits(network.model().image, network.model().classes)?;
         network.set_decay(recipe.decay_norms)?;
+        network.set_seed(seed);
         let device = network.device().clone();
         let rows = recipe.steps_per_epoch(data.len()).min(MOST_ROWS);
         let tables = Tables {
             state: device.alloc(2)?,
             count: device.alloc(rows)?,
             rate: device.alloc(rows)?,
+            corrections: device.alloc(2 * rows)?,
             loss: device.alloc(rows)?,
             top1: device.alloc(rows)?,
             top5: device.alloc(rows)?,
@@ -169,10 +170,12 @@ impl<'a> Training<'a> {
         let (epoch, place) = (first_step / per_epoch, first_step % per_epoch * batch);
         let count: Vec<u32> = (0..rows).map(|row| batch.min(examples - place - row * batch) as u32).collect();
         let rate: Vec<f32> = (first_step..first_step + rows).map(|s| self.recipe.rate(s, examples) as f32).collect();
+        let corrections: Vec<f32> = (first_step..first_step + rows).flat_map(|s| self.recipe.corrections(s)).collect();
         let (device, tables) = (&self.device, &mut self.tables);
         device.write(&[0, first_step as u32], tables.state.view_mut())?;
         device.write(&count, tables.count.slice_mut(0..rows))?;
         device.write(&rate, tables.rate.slice_mut(0..rows))?;
+        device.write(&corrections, tables.corrections.slice_mut(0..2 * rows))?;
         self.feed.chunk(rows)?;
         for _ in 0..rows {
             self.feed.step()?;
@@ -206,9 +209,10 @@ impl<'a> Training<'a> {
     /// Settings and batch of the next step.
     fn begin(&mut self, network: &mut Network) -> Result<()> {
         let (device, tables) = (&self.device, &self.tables);
-        let batch = network.batch();
-        let current = StepCurrent { count: batch.count, rate: batch.rate };
-        let rows = StepTables { count: tables.count.view(), rate: tables.rate.view() };
+        let Batch { count, rate, corrections, step, .. } = network.batch();
+        let current = StepCurrent { count, rate, corrections, step };
+        let (count, rate, corrections) = (tables.count.view(), tables.rate.view(), tables.corrections.view());
+        let rows = StepTables { count, rate, corrections };
         step_begin(device, tables.state.view(), rows, current)?;
         self.feed.load(&tables.state, network)
     }
@@ -217,7 +221,7 @@ impl<'a> Training<'a> {
         self.begin(network)?;
         network.forward(Mode::Train)?;
         let (device, tables) = (&self.device, &mut self.tables);
-        let Recipe { label_smoothing, momentum, nesterov, weight_decay, clip_norm, .. } = self.recipe;
+        let Recipe { label_smoothing, clip_norm, .. } = self.recipe;
         let head = network.head();
         let step = tables.state.slice(0..1);
         let input =
@@ -225,7 +229,7 @@ impl<'a> Training<'a> {
         let (loss, top1, top5) = (tables.loss.view_mut(), tables.top1.view_mut(), tables.top5.view_mut());
         cross_entropy(device, &self.loss_shape, input, LossTables { loss, top1, top5 }, head.gradient)?;
         network.backward()?;
-        network.update(&Sgd { momentum, nesterov, weight_decay }, clip_norm)?;
+        network.update(&self.recipe.optimizer(), clip_norm)?;
         step_end(device, tables.state.view_mut())
     }
 }

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
-use dilt::nn::network::Network;
-use dilt::nn::plan::Mode;
-use dilt::nn::resnet;
+use dilt::nn::network::{Mode, Network};
+use dilt::nn::plan::Purpose;
 use dilt::nn::weights::Weights;
 use dilt::ops::optimizer::Sgd;
 use ndarray::ArrayD;
@@ -59,7 +58,7 @@ fn weights(model: &Model) -> Weights {
 }
 
 fn model(name: &str) -> Model {
-    resnet::build(&ModelConfig::load(name, &[]).unwrap()).unwrap()
+    ModelConfig::load(name, &[]).unwrap().build().unwrap()
 }
 
 // ------------------------------------------------------------------------------------------- without real files
@@ -76,7 +75,7 @@ fn logits_agree(name: &str) {
     let weights = weights(&model);
     for case in default_devices() {
         let device = &case.device;
-        let mut network = Network::new(device, &model, samples, Mode::Evaluate).unwrap();
+        let mut network = Network::new(device, &model, samples, Purpose::Evaluate).unwrap();
         network.load(&weights).unwrap();
         let batch = network.batch();
         device.write(&x, batch.x).unwrap();

@@ -3,7 +3,7 @@
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::weights::Weights;
-use dilt::nn::{init, resnet};
+use dilt::nn::init;
 use ndarray::ArrayD;
 
 use crate::command::{dilt, fails, json};
@@ -81,7 +81,7 @@ fn a_model_takes_its_own_tensors_only_and_all_differences_are_listed() {
 fn what_fits_is_loaded_and_the_rest_is_drawn_and_named() {
     let model = |classes: &str| {
         let config = ModelConfig::load("resnet8", &[format!("classes={classes}")]).unwrap();
-        resnet::build(&config).unwrap()
+        config.build().unwrap()
     };
     let mut file = init::draw(&model("10"), 1);
     let masks =

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use dilt::nn::config::ModelConfig;
 use dilt::nn::weights::Weights;
-use dilt::nn::{init, resnet};
+use dilt::nn::init;
 use serde_json::Value;
 
 use crate::command::{SMALL, fails, json};
@@ -62,7 +62,7 @@ impl Found {
             return Weights::load(&path).unwrap();
         }
         let config = ModelConfig::load("resnet8", &["widths=[4,8,16]".into()]).unwrap();
-        init::draw(&resnet::build(&config).unwrap(), 0)
+        init::draw(&config.build().unwrap(), 0)
     }
 }
 

@@ -6,9 +6,8 @@ use dilt::device::Device;
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
-use dilt::nn::network::Network;
-use dilt::nn::plan::Mode;
-use dilt::nn::resnet;
+use dilt::nn::network::{Mode, Network};
+use dilt::nn::plan::{OptimizerKind, Purpose};
 use dilt::nn::weights::Weights;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::optimizer::Sgd;
@@ -22,7 +21,7 @@ pub const STEPS: usize = 10;
 const TOLERANCE: f64 = 5e-6;
 
 fn initial(golden: &Golden, masked: bool) -> Weights {
-    let model = resnet::build(&ModelConfig::load("resnet8", &[]).unwrap()).unwrap();
+    let model = ModelConfig::load("resnet8", &[]).unwrap().build().unwrap();
     let mut weights = Weights::default();
     for (name, shape) in model.file_tensors() {
         let default = if name.ends_with("running_var") { 1.0 } else { 0.0 };
@@ -61,7 +60,7 @@ impl Descent<'_> {
         batch: impl Fn(usize) -> (Vec<f32>, Vec<u32>),
         mut seen: impl FnMut(usize, &Network),
     ) -> (Vec<f32>, Network) {
-        let mut network = Network::new(device, self.model, self.samples, Mode::Train).unwrap();
+        let mut network = Network::new(device, self.model, self.samples, Purpose::Train(OptimizerKind::Sgd)).unwrap();
         network.load(self.weights).unwrap();
         network.set_decay(true).unwrap();
         let shape = LossShape::new(self.model.classes, self.samples).unwrap();
@@ -99,7 +98,7 @@ impl Descent<'_> {
 
 /// Losses, gradients of the first step, and what the network holds after the last.
 fn train(device: &Device, golden: &Golden, masked: bool) -> (Vec<f32>, BTreeMap<String, Vec<f32>>, Network) {
-    let model = resnet::build(&ModelConfig::load("resnet8", &[]).unwrap()).unwrap();
+    let model = ModelConfig::load("resnet8", &[]).unwrap().build().unwrap();
     let weights = initial(golden, masked);
     let sgd = Sgd { momentum: 0.9, nesterov: false, weight_decay: 5e-4 };
     let descent = Descent { model: &model, weights: &weights, samples: SAMPLES, rate: 0.05, sgd };

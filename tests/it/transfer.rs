@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dilt::nn::config::ModelConfig;
 use dilt::nn::weights::Weights;
-use dilt::nn::{init, resnet};
+use dilt::nn::init;
 use serde_json::Value;
 
 use crate::command::{SMALL, assert_same_files, dilt, fails, json, keys, run_folder};
@@ -94,7 +94,7 @@ fn same_body(a: &Weights, b: &Weights) -> bool {
 /// What a network of the digits' shape is drawn as.
 fn drawn(seed: u64) -> Weights {
     let config = ModelConfig::load("resnet8", &["widths=[4,8,16]".into()]).unwrap();
-    init::draw(&resnet::build(&config).unwrap(), seed)
+    init::draw(&config.build().unwrap(), seed)
 }
 
 const MATCHED: Option<&str> = Some("ticket");

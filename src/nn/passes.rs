@@ -1,0 +1,238 @@
+//! The forward and the backward pass of a network, layer by layer.
+
+use super::model::{Layer, ParameterId, ValueId};
+use super::network::{Mode, Network};
+use super::plan::aligned;
+use crate::device::{Slice, SliceMut};
+use crate::error::Result;
+use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
+use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::layer_norm::{
+    LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
+};
+use crate::ops::norm::{
+    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_backward, norm_eval, norm_forward,
+};
+use crate::ops::pointwise::{
+    Draw, dropout_backward, dropout_forward, gelu_backward, gelu_forward, residual_backward, residual_forward,
+    shortcut_backward, shortcut_forward,
+};
+use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
+use crate::ops::tokens::{
+    EmbedGradients, EmbedParameters, embed_backward, embed_forward, patches_forward, token_pool_backward,
+    token_pool_forward,
+};
+
+/// Added to a batch norm's variance before its root is taken; PyTorch's default.
+const NORM_EPSILON: f32 = 1e-5;
+/// Share of the batch's statistics in the running ones; PyTorch's default.
+const NORM_MOMENTUM: f32 = 0.1;
+
+impl Network {
+    /// The forward pass: in training with batch statistics, which also move the running ones, and with what is drawn at
+    /// random; else with running statistics alone.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if the device fails.
+    pub fn forward(&mut self, mode: Mode) -> Result<()> {
+        for index in 0..self.model.layers.len() {
+            let slot = self.plan.value_slots[self.model.layers[index].output()];
+            // Taken out, so that the others can be read while it is written.
+            let mut y = std::mem::take(&mut self.values[slot]);
+            self.layer_forward(index, mode, y.view_mut())?;
+            self.values[slot] = y;
+        }
+        Ok(())
+    }
+
+    fn layer_forward(&mut self, index: usize, mode: Mode, y: SliceMut<f32>) -> Result<()> {
+        let Network {
+            device, model, plan, n, parameters, values, statistics, saved, scratch, kept, pool_indices, count, step, seed,
+            heads: flags, ..
+        } = self;
+        let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
+        let value = |id: ValueId| values[plan.value_slots[id]].view();
+        let parameter = |id: ParameterId| parameters.slice(plan.range(model, id));
+        let count = count.view();
+        // Nothing is left out in evaluation.
+        let draw = |rate: f32| {
+            Draw { rate: if train { rate } else { 0.0 }, seed: *seed, stream: index as u32, step: step.view() }
+        };
+        match *layer {
+            Layer::Conv { weight, bias, input, output, .. } => {
+                let columns = model.values[output].columns(n)?;
+                let bias = bias.map(|bias| Bias { bias: parameter(bias), columns, count });
+                let shape = model.conv_shape(layer, n)?;
+                conv_forward(device, &shape, value(input), parameter(weight), bias, y)
+            }
+            Layer::Norm { scale, shift, statistics: index, input, residual, relu, .. } => {
+                let shape = model.norm_shape(input, n)?;
+                let [mean, var] = plan.statistic_ranges(model, index);
+                let norm = NormInput { x: value(input), residual: residual.map(value), relu, count };
+                let affine = NormAffine { gamma: parameter(scale), beta: parameter(shift), epsilon: NORM_EPSILON };
+                if !train {
+                    return norm_eval(device, &shape, norm, affine, statistics.slice(mean), statistics.slice(var), y);
+                }
+                let (means, vars) = statistics.pair_mut(mean.clone(), var.clone());
+                let running = NormRunning { mean: means, var: vars, momentum: NORM_MOMENTUM };
+                let (mean, invstd) = saved.pair_mut(mean, var);
+                norm_forward(device, &shape, norm, affine, running, NormSaved { mean, invstd }, scratch.view_mut(), y)
+            }
+            Layer::Shortcut { input, .. } => {
+                shortcut_forward(device, &model.shortcut_shape(layer, n)?, value(input), y)
+            }
+            Layer::MaxPool { input, .. } => {
+                let picked = pool_indices[plan.kept_slots[index]].view_mut();
+                max_pool_forward(device, &model.pool_shape(layer, n)?, value(input), picked, y)
+            }
+            Layer::MeanPool { input, .. } => {
+                mean_pool_forward(device, &model.mean_pool_shape(input, n)?, value(input), y)
+            }
+            Layer::Patches { input, .. } => patches_forward(device, &model.patch_shape(layer, n)?, value(input), y),
+            Layer::Embed { token, bias, positions, input, .. } => {
+                let (token, bias, positions) = (token.map(parameter), bias.map(parameter), parameter(positions));
+                let parameters = EmbedParameters { token, bias, positions };
+                embed_forward(device, &model.embed_shape(layer, n)?, value(input), parameters, count, y)
+            }
+            Layer::LayerNorm { scale, shift, epsilon, input, .. } => {
+                let shape = model.layer_norm_shape(input, n)?;
+                let affine = LayerNormAffine { gamma: parameter(scale), beta: parameter(shift), epsilon };
+                // A network that is only evaluated keeps nothing.
+                let saved = kept.get_mut(plan.kept_slots[index]).map(|kept| {
+                    let [mean, invstd] = moments(shape.columns());
+                    let (mean, invstd) = kept.pair_mut(mean, invstd);
+                    LayerNormStatistics { mean, invstd }
+                });
+                layer_norm_forward(device, &shape, value(input), affine, count, saved, y)
+            }
+            Layer::Attention { heads, input, .. } => {
+                let shape = model.attention_shape(layer, n)?;
+                let live = flags.slice(plan.heads[index]..plan.heads[index] + heads);
+                let lse = kept.get_mut(plan.kept_slots[index]).map(|kept| kept.view_mut());
+                attention_forward(device, &shape, AttentionInput { qkv: value(input), live, count }, lse, y)
+            }
+            Layer::Gelu { input, .. } => gelu_forward(device, value(input), y),
+            Layer::Residual { scale, drop, input, branch, .. } => {
+                let drop = (drop > 0.0 && train).then(|| draw(drop));
+                let shape = model.residual_shape(input, n)?;
+                residual_forward(device, &shape, value(input), value(branch), scale.map(parameter), drop, y)
+            }
+            Layer::Dropout { rate, input, .. } => dropout_forward(device, value(input), draw(rate), y),
+            Layer::TokenPool { input, .. } => {
+                token_pool_forward(device, &model.token_pool_shape(layer, n)?, value(input), y)
+            }
+        }
+    }
+
+    /// The backward pass, from the gradient of the logits to the gradients of all parameters.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if the device fails.
+    pub fn backward(&mut self) -> Result<()> {
+        for index in (0..self.model.layers.len()).rev() {
+            // What no parameter comes before has no gradient.
+            let Some(slot) = self.plan.gradient_slots[self.model.layers[index].output()] else { continue };
+            let dy = std::mem::take(&mut self.value_gradients[slot]);
+            self.layer_backward(index, dy.view())?;
+            self.value_gradients[slot] = dy;
+        }
+        Ok(())
+    }
+
+    fn layer_backward(&mut self, index: usize, dy: Slice<f32>) -> Result<()> {
+        let Network {
+            device, model, plan, n, parameters, gradients, values, value_gradients, saved, scratch, kept, pool_indices,
+            count, step, seed, heads: flags, ..
+        } = self;
+        let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
+        let value = |id: ValueId| values[plan.value_slots[id]].view();
+        let parameter = |id: ParameterId| parameters.slice(plan.range(model, id));
+        let range = |id: ParameterId| plan.range(model, id);
+        let slot = |id: ValueId| plan.gradient_slots[id];
+        let count = count.view();
+        let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };
+        let mut dx = |id: ValueId| value_gradients[slot(id).expect("a layer after a parameter")].view_mut();
+        match *layer {
+            Layer::Conv { weight, bias, input, .. } => {
+                let shape = model.conv_shape(layer, n)?;
+                let dw = gradients.slice_mut(range(weight));
+                conv_weight_gradient(device, &shape, value(input), dy, scratch.view_mut(), dw)?;
+                if let Some(bias) = bias {
+                    conv_bias_gradient(device, &shape, dy, gradients.slice_mut(range(bias)))?;
+                }
+                if slot(input).is_some() {
+                    conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, dx(input))?;
+                }
+                Ok(())
+            }
+            Layer::Norm { scale, shift, statistics, input, residual, relu, output } => {
+                let shape = model.norm_shape(input, n)?;
+                let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
+                let (x, y, gamma) = (value(input), value(output), parameter(scale));
+                let norm = NormBackward { x, y, dy, relu, gamma, mean, invstd, training: true, count };
+                let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
+                let x = slot(input).expect("a norm comes after a convolution");
+                let (dx, dresidual) = match residual.and_then(slot) {
+                    Some(residual) => {
+                        let two = value_gradients.get_disjoint_mut([x, residual]).expect("two values have two places");
+                        let [dx, dresidual] = two.map(|buffer| buffer.view_mut());
+                        (dx, Some(dresidual))
+                    }
+                    None => (value_gradients[x].view_mut(), None),
+                };
+                norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dresidual, dx)
+            }
+            Layer::Shortcut { input, .. } => shortcut_backward(device, &model.shortcut_shape(layer, n)?, dy, dx(input)),
+            Layer::MaxPool { input, .. } => {
+                let picked = pool_indices[plan.kept_slots[index]].view();
+                max_pool_backward(device, &model.pool_shape(layer, n)?, dy, picked, dx(input))
+            }
+            Layer::MeanPool { input, .. } => {
+                mean_pool_backward(device, &model.mean_pool_shape(input, n)?, dy, dx(input))
+            }
+            Layer::Patches { .. } => unreachable!("an image has no gradient"),
+            // The gradient of what it reads lies where its own does.
+            Layer::Embed { token, bias, positions, .. } => {
+                let part = |id: Option<ParameterId>| id.map_or(0..0, range);
+                let parts = [part(token), part(bias), range(positions)];
+                let [dtoken, dbias, positions] = gradients.disjoint_mut(parts);
+                let (token, bias) = (token.map(|_| dtoken), bias.map(|_| dbias));
+                let gradients = EmbedGradients { token, bias, positions };
+                embed_backward(device, &model.embed_shape(layer, n)?, dy, gradients)
+            }
+            Layer::LayerNorm { scale, shift, input, .. } => {
+                let shape = model.layer_norm_shape(input, n)?;
+                let [mean, invstd] = moments(shape.columns()).map(|range| kept[plan.kept_slots[index]].slice(range));
+                let (x, gamma) = (value(input), parameter(scale));
+                let norm = LayerNormBackward { x, dy, gamma, mean, invstd, count, accumulate };
+                let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
+                layer_norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dx(input))
+            }
+            Layer::Attention { heads, input, output, .. } => {
+                let shape = model.attention_shape(layer, n)?;
+                let live = flags.slice(plan.heads[index]..plan.heads[index] + heads);
+                let qkv = AttentionInput { qkv: value(input), live, count };
+                let saved = AttentionSaved { y: value(output), lse: kept[plan.kept_slots[index]].view() };
+                attention_backward(device, &shape, qkv, saved, dy, scratch.view_mut(), dx(input))
+            }
+            Layer::Gelu { input, .. } => gelu_backward(device, value(input), dy, dx(input)),
+            // The gradient of what it reads lies where its own does, and that of a plain branch too.
+            Layer::Residual { .. } if layer.adds_plainly() => Ok(()),
+            Layer::Residual { scale, drop, branch, .. } => {
+                let (shape, drop) = (model.residual_shape(branch, n)?, (drop > 0.0).then(|| draw(drop)));
+                let dgamma = scale.map(|scale| gradients.slice_mut(range(scale)));
+                let gamma = scale.map(parameter);
+                residual_backward(device, &shape, value(branch), dy, gamma, drop, dgamma, dx(branch))
+            }
+            Layer::Dropout { rate, input, .. } => dropout_backward(device, dy, draw(rate), dx(input)),
+            Layer::TokenPool { input, .. } => {
+                token_pool_backward(device, &model.token_pool_shape(layer, n)?, dy, dx(input))
+            }
+        }
+    }
+}
+
+/// Where means and inverse deviations of so many columns lie in what a layer norm keeps.
+fn moments(columns: usize) -> [std::ops::Range<usize>; 2] {
+    [0..columns, aligned(columns)..aligned(columns) + columns]
+}
