@@ -14,7 +14,7 @@ use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::network::Network;
-use dilt::nn::plan::Purpose;
+use dilt::nn::plan::Use;
 use dilt::nn::init;
 use dilt::report::progress::{Progress, Verbosity};
 use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Training};
@@ -55,7 +55,7 @@ impl Case {
     /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
     fn run(&self, device: &Device, work: impl FnOnce(&mut dyn FnMut(usize) -> Duration, usize)) -> dilt::Result<()> {
         let model = ModelConfig::load(self.model, &[])?.build()?;
-        let mut network = Network::new(device, &model, self.batch, Purpose::Train(recipe.optimizer))?;
+        let mut network = Network::new(device, &model, self.batch, Use::Train(recipe.optimizer))?;
         network.load(&init::draw(&model, 0))?;
         let mut examples = self.data.train.clone();
         examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch

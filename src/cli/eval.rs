@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use dilt::data::{DataSet, Examples};
 use dilt::mask::set::MaskSet;
 use dilt::nn::network::Network;
-use dilt::nn::plan::Purpose;
+use dilt::nn::plan::Use;
 use dilt::nn::weights::{Weights, save_logits};
 use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
 use serde::Serialize;
@@ -88,7 +88,7 @@ impl Eval {
         let model = config.build()?;
         let device = self.common.open()?;
         let weights = weights.for_model(&model.file_tensors()).with_context(|| self.weights.display().to_string())?;
-        let mut network = Network::new(&device, &model, self.batch, Purpose::Evaluate)?;
+        let mut network = Network::new(&device, &model, self.batch, Use::Evaluate)?;
         network.load(&weights)?;
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;

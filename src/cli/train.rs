@@ -8,7 +8,7 @@ use clap::Args;
 use dilt::device::Device;
 use dilt::nn::model::Model;
 use dilt::nn::network::Network;
-use dilt::nn::plan::{Group, Plan, Purpose};
+use dilt::nn::plan::{Group, Plan, Use};
 use dilt::nn::weights::Weights;
 use dilt::nn::init;
 use dilt::report::table::table;
@@ -78,7 +78,7 @@ impl Train {
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
-        let mut network = Network::new(&device, &model, recipe.batch, Purpose::Train(recipe.optimizer))?;
+        let mut network = Network::new(&device, &model, recipe.batch, Use::Train(recipe.optimizer))?;
         let start = given.unwrap_or_else(|| init::draw(&model, self.common.seed));
         network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
@@ -142,7 +142,7 @@ impl Train {
     }
 
     fn show_plan(&self, device: &Device, model: &Model, recipe: &Recipe) -> anyhow::Result<()> {
-        let plan = Plan::new(device, model, recipe.batch, Purpose::Train(recipe.optimizer))?;
+        let plan = Plan::new(device, model, recipe.batch, Use::Train(recipe.optimizer))?;
         #[derive(Serialize)]
         struct Row<'a> {
             name: &'a str,

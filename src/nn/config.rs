@@ -89,8 +89,6 @@ pub struct ResNetConfig {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VitConfig {
-    /// `vit`.
-    pub family: Family,
     /// Height and width of a patch.
     pub patch: usize,
     /// Features of a token.
@@ -156,26 +154,7 @@ pub enum Pool {
     Mean,
 }
 
-/// Whose parameter names and shortcuts it has.
-    pub family: Family,
-    /// Channels, height and width of an input image.
-    pub image: [usize; 3],
-    /// Outputs of the classifier.
-    pub classes: usize,
-    /// The residual block.
-    pub block: Block,
-    /// Blocks of each stage.
-    pub stages: Vec<usize>,
-    /// Channels of each stage; a bottleneck block has four times as many outputs.
-    pub widths: Vec<usize>,
-    /// The first layers.
-    pub stem: Stem,
-    /// How it is trained unless options say otherwise: the fields of `train::Recipe`.
-    #[serde(default)]
-    pub train: Table,
-}
-
-/// Whose parameter names a network has.
+/// Whose parameter names and shortcuts a residual network has.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
@@ -183,8 +162,6 @@ pub enum Family {
     Cifar,
     /// torchvision: `fc` classifies, shortcuts are 1x1 convolutions `downsample.0` with a norm `downsample.1`.
     Torchvision,
-    /// timm's vision transformers.
-    Vit,
 }
 
 /// A residual block.
@@ -245,16 +222,20 @@ impl ModelConfig {
             name: String,
             image: Image,
             classes: usize,
-            family: Family,
+            family: String,
             #[serde(default)]
             train: Table,
         }
         let message = |error: toml::de::Error| error.message().to_owned();
         let Common { name, image, classes, family, train } = table.clone().try_into().map_err(message)?;
-        table.retain(|key, _| !["name", "image", "classes", "train"].contains(&key.as_str()));
-        let architecture = match family {
-            Family::Vit => Architecture::Transformer(table.try_into().map_err(message)?),
-            Family::Cifar | Family::Torchvision => Architecture::Residual(table.try_into().map_err(message)?),
+        ["name", "image", "classes", "train"].map(|key| table.remove(key));
+        let architecture = match family.as_str() {
+            "vit" => {
+                table.remove("family");
+                Architecture::Transformer(table.try_into().map_err(message)?)
+            }
+            "cifar" | "torchvision" => Architecture::Residual(table.try_into().map_err(message)?),
+            _ => return Err(format!("family: expected cifar, torchvision or vit, got '{family}'")),
         };
         let image = match image {
             Image::Square(size) => [3, size, size],

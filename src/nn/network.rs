@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::model::{Layer, Model, ParameterKind, STATISTICS};
-use super::plan::{Fixed, Plan, Purpose};
+use super::plan::{Fixed, Plan, Use};
 use super::weights::Weights;
 use crate::device::{Buffer, Device, Slice, SliceMut};
 use crate::error::{Error, Result};
@@ -12,6 +12,7 @@ use crate::mask::set::MaskSet;
 use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::optimizer::{AdamW, Clip, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step};
 use crate::ops::prune::apply_mask;
+use crate::ops::step::StepCurrent;
 
 /// Which form of a pass: norms with the batch's statistics and random layers at work, or norms with running statistics
 /// and nothing random.
@@ -77,14 +78,8 @@ pub struct Batch<'a> {
     pub x: SliceMut<'a, f32>,
     /// Labels, `[n]`.
     pub labels: SliceMut<'a, u32>,
-    /// Number of true samples, `[1]`.
-    pub count: SliceMut<'a, u32>,
-    /// Learning rate, `[1]`.
-    pub rate: SliceMut<'a, f32>,
-    /// Bias corrections of AdamW's moments, `[2]`.
-    pub corrections: SliceMut<'a, f32>,
-    /// Number of the step, `[1]`.
-    pub step: SliceMut<'a, u32>,
+    /// Settings of the step.
+    pub current: StepCurrent<'a>,
 }
 
 /// What the loss reads and writes.
@@ -105,8 +100,8 @@ impl Network {
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
-    pub fn new(device: &Device, model: &Model, batch: usize, purpose: Purpose) -> Result<Self> {
-        let plan = Plan::new(device, model, batch, purpose)?;
+    pub fn new(device: &Device, model: &Model, batch: usize, memory_for: Use) -> Result<Self> {
+        let plan = Plan::new(device, model, batch, memory_for)?;
         let arena = device.alloc::<u32>(plan.bytes / 4)?;
         let mut pieces = arena.split(&plan.pieces);
         let mut rest = pieces.split_off(Fixed::Pieces as usize);
@@ -171,10 +166,12 @@ impl Network {
         Batch {
             x: self.values[self.plan.value_slots[0]].view_mut(),
             labels: self.labels.view_mut(),
-            count: self.count.view_mut(),
-            rate: self.rate.view_mut(),
-            corrections: self.corrections.view_mut(),
-            step: self.step.view_mut(),
+            current: StepCurrent {
+                count: self.count.view_mut(),
+                rate: self.rate.view_mut(),
+                corrections: self.corrections.view_mut(),
+                step: self.step.view_mut(),
+            },
         }
     }
 

@@ -3,7 +3,7 @@
 use super::model::{Layer, ParameterId, ValueId};
 use super::network::{Mode, Network};
 use super::plan::aligned;
-use crate::device::{Slice, SliceMut};
+use crate::device::{Buffer, Slice, SliceMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
@@ -151,7 +151,6 @@ impl Network {
         let slot = |id: ValueId| plan.gradient_slots[id];
         let count = count.view();
         let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };
-        let mut dx = |id: ValueId| value_gradients[slot(id).expect("a layer after a parameter")].view_mut();
         match *layer {
             Layer::Conv { weight, bias, input, .. } => {
                 let shape = model.conv_shape(layer, n)?;
@@ -161,7 +160,7 @@ impl Network {
                     conv_bias_gradient(device, &shape, dy, gradients.slice_mut(range(bias)))?;
                 }
                 if slot(input).is_some() {
-                    conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, dx(input))?;
+                    conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, at(value_gradients, slot(input)))?;
                 }
                 Ok(())
             }
@@ -182,13 +181,13 @@ impl Network {
                 };
                 norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dresidual, dx)
             }
-            Layer::Shortcut { input, .. } => shortcut_backward(device, &model.shortcut_shape(layer, n)?, dy, dx(input)),
+            Layer::Shortcut { input, .. } => shortcut_backward(device, &model.shortcut_shape(layer, n)?, dy, at(value_gradients, slot(input))),
             Layer::MaxPool { input, .. } => {
                 let picked = pool_indices[plan.kept_slots[index]].view();
-                max_pool_backward(device, &model.pool_shape(layer, n)?, dy, picked, dx(input))
+                max_pool_backward(device, &model.pool_shape(layer, n)?, dy, picked, at(value_gradients, slot(input)))
             }
             Layer::MeanPool { input, .. } => {
-                mean_pool_backward(device, &model.mean_pool_shape(input, n)?, dy, dx(input))
+                mean_pool_backward(device, &model.mean_pool_shape(input, n)?, dy, at(value_gradients, slot(input)))
             }
             Layer::Patches { .. } => unreachable!("an image has no gradient"),
             // The gradient of what it reads lies where its own does.
@@ -206,30 +205,35 @@ impl Network {
                 let (x, gamma) = (value(input), parameter(scale));
                 let norm = LayerNormBackward { x, dy, gamma, mean, invstd, count, accumulate };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
-                layer_norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dx(input))
+                layer_norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, at(value_gradients, slot(input)))
             }
             Layer::Attention { heads, input, output, .. } => {
                 let shape = model.attention_shape(layer, n)?;
                 let live = flags.slice(plan.heads[index]..plan.heads[index] + heads);
                 let qkv = AttentionInput { qkv: value(input), live, count };
                 let saved = AttentionSaved { y: value(output), lse: kept[plan.kept_slots[index]].view() };
-                attention_backward(device, &shape, qkv, saved, dy, scratch.view_mut(), dx(input))
+                attention_backward(device, &shape, qkv, saved, dy, scratch.view_mut(), at(value_gradients, slot(input)))
             }
-            Layer::Gelu { input, .. } => gelu_backward(device, value(input), dy, dx(input)),
+            Layer::Gelu { input, .. } => gelu_backward(device, value(input), dy, at(value_gradients, slot(input))),
             // The gradient of what it reads lies where its own does, and that of a plain branch too.
             Layer::Residual { .. } if layer.adds_plainly() => Ok(()),
             Layer::Residual { scale, drop, branch, .. } => {
                 let (shape, drop) = (model.residual_shape(branch, n)?, (drop > 0.0).then(|| draw(drop)));
                 let dgamma = scale.map(|scale| gradients.slice_mut(range(scale)));
                 let gamma = scale.map(parameter);
-                residual_backward(device, &shape, value(branch), dy, gamma, drop, dgamma, dx(branch))
+                residual_backward(device, &shape, value(branch), dy, gamma, drop, dgamma, at(value_gradients, slot(branch)))
             }
-            Layer::Dropout { rate, input, .. } => dropout_backward(device, dy, draw(rate), dx(input)),
+            Layer::Dropout { rate, input, .. } => dropout_backward(device, dy, draw(rate), at(value_gradients, slot(input))),
             Layer::TokenPool { input, .. } => {
-                token_pool_backward(device, &model.token_pool_shape(layer, n)?, dy, dx(input))
+                token_pool_backward(device, &model.token_pool_shape(layer, n)?, dy, at(value_gradients, slot(input)))
             }
         }
     }
+}
+
+/// Where the gradient of what a layer reads lies.
+fn at(gradients: &mut [Buffer<f32>], slot: Option<usize>) -> SliceMut<'_, f32> {
+    gradients[slot.expect("a layer after a parameter")].view_mut()
 }
 
 /// Where means and inverse deviations of so many columns lie in what a layer norm keeps.

@@ -18,7 +18,7 @@ const ALIGNMENT: usize = 64;
 
 /// What a network is for, which decides what it has memory for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
+pub enum Use {
     /// Forward, backward, and the steps of this optimizer.
     Train(OptimizerKind),
     /// Forward alone.
@@ -35,13 +35,13 @@ pub enum OptimizerKind {
     Adamw,
 }
 
-impl Purpose {
+impl Use {
     /// Tensors of the parameters' sizes that the optimizer keeps: the velocity, or the first and the second moment.
     pub(super) fn moments(self) -> usize {
         match self {
-            Purpose::Evaluate => 0,
-            Purpose::Train(OptimizerKind::Sgd) => 1,
-            Purpose::Train(OptimizerKind::Adamw) => 2,
+            Use::Evaluate => 0,
+            Use::Train(OptimizerKind::Sgd) => 1,
+            Use::Train(OptimizerKind::Adamw) => 2,
         }
     }
 }
@@ -172,9 +172,9 @@ impl Plan {
     ///
     /// # Errors
     /// [`crate::Error`] if a layer's shape cannot be computed.
-    pub fn new(device: &Device, model: &Model, batch: usize, purpose: Purpose) -> Result<Self> {
+    pub fn new(device: &Device, model: &Model, batch: usize, memory_for: Use) -> Result<Self> {
         let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
-        let train = purpose != Purpose::Evaluate;
+        let train = memory_for != Use::Evaluate;
         let (parameters, parameter_len) = offsets(model.parameters.iter().map(|p| p.elements()));
         let (statistics, statistics_len) = offsets(model.statistics.iter().map(|s| 2 * aligned(s.features)));
         let masks = parameter_len / 32;
@@ -187,8 +187,8 @@ impl Plan {
             carve.place(Group::Parameters, &parameter.name, start + offset, parameter.elements());
         }
         carve.piece(Group::Gradients, "gradients of parameters", when(train, parameter_len));
-        carve.piece(Group::Optimizer, "velocity or first moment", when(purpose.moments() > 0, parameter_len));
-        carve.piece(Group::Optimizer, "second moment", when(purpose.moments() > 1, parameter_len));
+        carve.piece(Group::Optimizer, "velocity or first moment", when(memory_for.moments() > 0, parameter_len));
+        carve.piece(Group::Optimizer, "second moment", when(memory_for.moments() > 1, parameter_len));
         carve.piece(Group::Masks, "mask bits", masks);
         carve.piece(Group::Masks, "weight decay bits", when(train, masks));
         carve.piece(Group::Statistics, "running statistics", statistics_len);
@@ -208,9 +208,9 @@ impl Plan {
         debug_assert_eq!(carve.pieces.len(), Fixed::Pieces as usize);
 
         let sizes: Vec<usize> = model.values.iter().map(|value| value.elements(n)).collect();
-        let value_slots = match purpose {
-            Purpose::Train(_) => carve_values(&mut carve, model, &sizes),
-            Purpose::Evaluate => carve_shared(&mut carve, Group::Activations, model, &sizes, &forward_lives(model)),
+        let value_slots = match memory_for {
+            Use::Train(_) => carve_values(&mut carve, model, &sizes),
+            Use::Evaluate => carve_shared(&mut carve, Group::Activations, model, &sizes, &forward_lives(model)),
         };
         let value_slots = value_slots.into_iter().map(|slot| slot.expect("every value has a life")).collect();
         let owners = gradient_owners(model);

@@ -16,7 +16,7 @@ use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
 use crate::nn::model::Model;
 use crate::nn::network::Network;
-use crate::nn::plan::Purpose;
+use crate::nn::plan::Use;
 use crate::nn::weights::Weights;
 use crate::nn::init;
 use crate::report::progress::Progress;
@@ -289,7 +289,7 @@ impl<'a> Repetition<'a> {
         }
         let Experiment { device, progress, .. } = *self.experiment;
         let examples = self.examples(task)?;
-        let mut network = Network::new(device, model, recipe.batch, Purpose::Train(recipe.optimizer))?;
+        let mut network = Network::new(device, model, recipe.batch, Use::Train(recipe.optimizer))?;
         if let Some(only) = task.only {
             network.train_only(only)?;
         }
@@ -372,7 +372,7 @@ impl<'a> Repetition<'a> {
     /// These weights with running statistics of one more pass over all training examples.
     pub(super) fn with_fresh_statistics(&self, weights: &Weights) -> Result<Weights> {
         let Experiment { device, data, recipe, .. } = *self.experiment;
-        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Purpose::Train(recipe.optimizer))?;
+        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Use::Train(recipe.optimizer))?;
         network.load(weights)?;
         refresh_statistics(&mut network, &self.examples(Task::all(Purpose::Retrain))?, recipe.batch)?;
         network.weights()
@@ -381,7 +381,7 @@ impl<'a> Repetition<'a> {
     /// Evaluates weights on the test examples: all of them, and each part's.
     pub(super) fn score(&self, weights: &Weights, masks: &MaskSet) -> Result<TicketScore> {
         let Experiment { device, data, recipe, .. } = *self.experiment;
-        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Purpose::Evaluate)?;
+        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Use::Evaluate)?;
         network.load(weights)?;
         let examples = Labelled::all(device, &self.test_images, &data.test, data.classes)?;
         let score = evaluate(&mut network, &examples, recipe.batch, true)?;

@@ -7,7 +7,7 @@ use crate::device::Slice;
 use crate::error::{Error, Result};
 use crate::nn::network::{Mode, Network};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
-use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+use crate::ops::step::{StepTables, step_begin, step_end};
 
 /// Moves the running statistics to those of the network as it is: one pass over the examples in file order, with the
 /// batches' statistics, and without a step of the optimizer.
@@ -36,12 +36,13 @@ fn pass(
     feed.begin(Batches::new(data, batch, rows, None, 0..rows))?;
     feed.chunk(rows)?;
     let mut state = device.alloc::<u32>(2)?;
-    let (count, rate) = (device.upload(&counts)?, device.alloc::<f32>(rows)?);
+    // What an optimizer would read stays zero.
+    let (count, rate, corrections) =
+        (device.upload(&counts)?, device.alloc::<f32>(rows)?, device.alloc::<f32>(2 * rows)?);
+    let tables = StepTables { count: count.view(), rate: rate.view(), corrections: corrections.view() };
     for &samples in &counts {
         feed.step()?;
-        let current = network.batch();
-        let current = StepCurrent { count: current.count, rate: current.rate };
-        step_begin(&device, state.view(), StepTables { count: count.view(), rate: rate.view() }, current)?;
+        step_begin(&device, state.view(), tables, network.batch().current)?;
         feed.load(&state, network)?;
         network.forward(mode)?;
         done(network, state.slice(0..1), samples as usize)?;

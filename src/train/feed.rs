@@ -151,7 +151,7 @@ impl<'a> Feed<'a> {
             labels: labels.view(),
             order: self.order.view(),
             state: state.view(),
-            count: batch.count.view(),
+            count: batch.current.count.view(),
             scale: self.images.scale,
         };
         let (mean, std) = (self.images.mean.view(), self.images.std.view());

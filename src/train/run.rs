@@ -7,9 +7,9 @@ use super::labelled::Labelled;
 use super::recipe::Recipe;
 use crate::device::{Buffer, Device, Graph};
 use crate::error::{Error, Result};
-use crate::nn::network::{Batch, Mode, Network};
+use crate::nn::network::{Mode, Network};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
-use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+use crate::ops::step::{StepTables, step_begin, step_end};
 
 /// Most steps of a chunk: after so many the host looks at the losses, and a NaN stops the run.
 const MOST_ROWS: usize = 256;
@@ -209,11 +209,9 @@ impl<'a> Training<'a> {
     /// Settings and batch of the next step.
     fn begin(&mut self, network: &mut Network) -> Result<()> {
         let (device, tables) = (&self.device, &self.tables);
-        let Batch { count, rate, corrections, step, .. } = network.batch();
-        let current = StepCurrent { count, rate, corrections, step };
         let (count, rate, corrections) = (tables.count.view(), tables.rate.view(), tables.corrections.view());
         let rows = StepTables { count, rate, corrections };
-        step_begin(device, tables.state.view(), rows, current)?;
+        step_begin(device, tables.state.view(), rows, network.batch().current)?;
         self.feed.load(&tables.state, network)
     }
 

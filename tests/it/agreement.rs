@@ -6,7 +6,7 @@ use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
 use dilt::nn::network::{Mode, Network};
-use dilt::nn::plan::Purpose;
+use dilt::nn::plan::Use;
 use dilt::nn::weights::Weights;
 use dilt::ops::optimizer::Sgd;
 use ndarray::ArrayD;
@@ -75,7 +75,7 @@ fn logits_agree(name: &str) {
     let weights = weights(&model);
     for case in default_devices() {
         let device = &case.device;
-        let mut network = Network::new(device, &model, samples, Purpose::Evaluate).unwrap();
+        let mut network = Network::new(device, &model, samples, Use::Evaluate).unwrap();
         network.load(&weights).unwrap();
         let batch = network.batch();
         device.write(&x, batch.x).unwrap();

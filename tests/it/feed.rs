@@ -8,7 +8,7 @@ use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
 use dilt::nn::network::Network;
-use dilt::nn::plan::{OptimizerKind, Purpose};
+use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
 use dilt::nn::init;
 use dilt::train::{Augmentation, Checkpoint, Chunk, Images, Labelled, Observer, Recipe, Training, evaluate};
@@ -104,7 +104,7 @@ fn labelled<'a>(device: &Device, images: &'a Images, data: &DataSet) -> Labelled
 fn train(device: &Device, data: &DataSet, workers: usize, recipe: &Recipe, stop: usize) -> dilt::Result<Trained> {
     let images = Images::new(device, data, &data.train)?.with_workers(workers);
     let examples = labelled(device, &images, data);
-    let mut network = Network::new(device, &model(), BATCH, Purpose::Train(OptimizerKind::Sgd))?;
+    let mut network = Network::new(device, &model(), BATCH, Use::Train(OptimizerKind::Sgd))?;
     network.load(&init::draw(&model(), 0))?;
     let mut training = Training::new(&mut network, &examples, recipe, 7)?;
     training.stop_after(stop);
@@ -167,7 +167,7 @@ fn a_training_on_files_that_stops_within_an_epoch_goes_on_as_if_it_had_not() {
         let part = train(&device, &files, 2, &recipe, 7).unwrap();
         let images = Images::new(&device, &files, &files.train).unwrap().with_workers(2);
         let examples = labelled(&device, &images, &files);
-        let mut network = Network::new(&device, &model(), BATCH, Purpose::Train(OptimizerKind::Sgd)).unwrap();
+        let mut network = Network::new(&device, &model(), BATCH, Use::Train(OptimizerKind::Sgd)).unwrap();
         Checkpoint::take(&part.network, 7, "").unwrap().restore(&mut network).unwrap();
         let mut training = Training::new(&mut network, &examples, &recipe, 7).unwrap();
         let mut losses = Losses(part.loss);
@@ -193,7 +193,7 @@ fn a_file_that_cannot_be_decoded_stops_the_training_and_is_named() {
         assert_eq!(error.exit_code(), 1);
         assert!(error.to_string().contains("11.png: broken image"), "the first one of the order: {error}");
         let images = Images::new(&device, &data, &data.train).unwrap().with_workers(workers);
-        let mut network = Network::new(&device, &model(), BATCH, Purpose::Evaluate).unwrap();
+        let mut network = Network::new(&device, &model(), BATCH, Use::Evaluate).unwrap();
         let error = evaluate(&mut network, &labelled(&device, &images, &data), BATCH, false).unwrap_err();
         assert!(error.to_string().contains("11.png: broken image"), "{error}");
     }
@@ -219,7 +219,7 @@ fn a_training_that_ends_early_leaves_its_decoding_threads_at_once() {
     for workers in [1, 4, 60] {
         let images = Images::new(&device, &data, &data.train).unwrap().with_workers(workers);
         let examples = labelled(&device, &images, &data);
-        let mut network = Network::new(&device, &model(), BATCH, Purpose::Train(OptimizerKind::Sgd)).unwrap();
+        let mut network = Network::new(&device, &model(), BATCH, Use::Train(OptimizerKind::Sgd)).unwrap();
         network.load(&init::draw(&model(), 0)).unwrap();
         let recipe = Recipe { steps: Some(1 << 30), ..recipe(Augmentation::None, 0.0) };
         let mut training = Training::new(&mut network, &examples, &recipe, 0).unwrap();

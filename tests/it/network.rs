@@ -5,7 +5,7 @@ use dilt::device::{Device, HostOptions};
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
 use dilt::nn::network::{Mode, Network};
-use dilt::nn::plan::{OptimizerKind, Purpose};
+use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
 use dilt::nn::init;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
@@ -59,7 +59,7 @@ fn loss(logits: &[f32], smoothing: f64) -> f64 {
 /// Moves each parameter a little along its gradient and along noise: the loss must change as the gradient says.
 fn check_gradients(model: &Model, smoothing: f32) {
     let device = host();
-    let mut network = Network::new(&device, model, SAMPLES, Purpose::Train(OptimizerKind::Sgd)).unwrap();
+    let mut network = Network::new(&device, model, SAMPLES, Use::Train(OptimizerKind::Sgd)).unwrap();
     let mut weights = init::draw(model, 3);
     for (name, tensor) in weights.tensors.iter_mut().filter(|(name, _)| !name.contains("running")) {
         // Norms away from 1 and 0, so that every term of their gradients shows.
@@ -166,7 +166,7 @@ fn train(examples: usize, recipe: &Recipe, seed: u64) -> (Network, Seen) {
     let model = model("resnet8", &[TINY, &["widths=[3,5,8]"]].concat());
     let images = Images::new(&device, &data, &data.train).unwrap();
     let labelled = Labelled::all(&device, &images, &data.train, CLASSES).unwrap();
-    let mut network = Network::new(&device, &model, recipe.batch, Purpose::Train(OptimizerKind::Sgd)).unwrap();
+    let mut network = Network::new(&device, &model, recipe.batch, Use::Train(OptimizerKind::Sgd)).unwrap();
     network.load(&init::draw(&model, 0)).unwrap();
     let mut seen = Seen::default();
     Training::new(&mut network, &labelled, recipe, seed).unwrap().run(&mut network, 0, &mut seen).unwrap();
@@ -258,7 +258,7 @@ fn a_training_that_stops_early_is_the_beginning_of_the_whole() {
     let model = model("resnet8", &[TINY, &["widths=[3,5,8]"]].concat());
     let images = Images::new(&device, &data, &data.train).unwrap();
     let labelled = Labelled::all(&device, &images, &data.train, CLASSES).unwrap();
-    let mut network = Network::new(&device, &model, 8, Purpose::Train(OptimizerKind::Sgd)).unwrap();
+    let mut network = Network::new(&device, &model, 8, Use::Train(OptimizerKind::Sgd)).unwrap();
     network.load(&init::draw(&model, 0)).unwrap();
     let mut training = Training::new(&mut network, &labelled, &recipe, 0).unwrap();
     training.stop_after(4);
@@ -266,7 +266,7 @@ fn a_training_that_stops_early_is_the_beginning_of_the_whole() {
     training.run(&mut network, 0, &mut seen).unwrap();
     assert_eq!((seen.rate[..].to_vec(), seen.loss[..].to_vec()), (whole.rate[..4].to_vec(), whole.loss[..4].to_vec()));
     let [a, b] = [8, 20].map(|batch| {
-        let mut network2 = Network::new(&device, &model, batch, Purpose::Evaluate).unwrap();
+        let mut network2 = Network::new(&device, &model, batch, Use::Evaluate).unwrap();
         network2.load(&network.weights().unwrap()).unwrap();
         evaluate(&mut network2, &labelled, batch, false).unwrap()
     });

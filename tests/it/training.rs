@@ -7,7 +7,7 @@ use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
 use dilt::nn::network::{Mode, Network};
-use dilt::nn::plan::{OptimizerKind, Purpose};
+use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::optimizer::Sgd;
@@ -60,7 +60,7 @@ impl Descent<'_> {
         batch: impl Fn(usize) -> (Vec<f32>, Vec<u32>),
         mut seen: impl FnMut(usize, &Network),
     ) -> (Vec<f32>, Network) {
-        let mut network = Network::new(device, self.model, self.samples, Purpose::Train(OptimizerKind::Sgd)).unwrap();
+        let mut network = Network::new(device, self.model, self.samples, Use::Train(OptimizerKind::Sgd)).unwrap();
         network.load(self.weights).unwrap();
         network.set_decay(true).unwrap();
         let shape = LossShape::new(self.model.classes, self.samples).unwrap();
