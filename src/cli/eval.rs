@@ -87,7 +87,9 @@ impl Eval {
         let (config, data) = self.target.load(named, &self.common.progress())?;
         let model = config.build()?;
         let device = self.common.open()?;
-        let weights = weights.for_model(&model.file_tensors()).with_context(|| self.weights.display().to_string())?;
+        let fitted = self.target.renamed(weights, &config, &model);
+        let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
+        let weights = fitted.with_context(|| self.weights.display().to_string())?;
         let mut network = Network::new(&device, &model, self.batch, Use::Evaluate)?;
         network.load(&weights)?;
         let split = self.split.of(&data);
