@@ -1,6 +1,7 @@
 //! Operations: each checks its arguments, fills a kernel's argument struct and launches it. One file per kernel file,
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
+pub mod attention;
 pub mod augment;
 pub mod conv;
 #[cfg(dilt_sanitize)]
@@ -62,6 +63,7 @@ impl Columns {
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
     let files = [
+        attention::layouts(),
         augment::layouts(),
         conv::layouts(),
         #[cfg(dilt_sanitize)]
