@@ -9,7 +9,6 @@ use crate::device::{Buffer, Device, Slice, SliceMut};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
-use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::norm::{
     NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_backward, norm_eval, norm_forward,
@@ -18,6 +17,7 @@ use crate::ops::optimizer::{Clip, Sgd, SgdInput, gradient_norm, sgd_step};
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
 use crate::ops::prune::apply_mask;
+use crate::ops::{Columns, SAMPLE_ALIGNMENT};
 
 /// Added to a variance before its root is taken; PyTorch's default.
 const NORM_EPSILON: f32 = 1e-5;
@@ -193,8 +193,8 @@ impl Network {
             let mut y = std::mem::take(&mut self.values[slot]);
             match &layer {
                 Layer::Conv { weight, bias, input, .. } => {
-                    let shape = self.model.conv_shape(&layer, self.n)?;
-                    let bias = bias.map(|bias| Bias { bias: self.parameter(bias), count: self.count.view() });
+                    let (shape, columns) = (self.model.conv_shape(&layer, self.n)?, Columns::samples(self.n)?);
+                    let bias = bias.map(|bias| Bias { bias: self.parameter(bias), columns, count: self.count.view() });
                     let (x, w) = (self.value(*input), self.parameter(*weight));
                     conv_forward(&self.device, &shape, x, w, bias, y.view_mut())?;
                 }
