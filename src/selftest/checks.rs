@@ -8,7 +8,6 @@ use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
-use crate::ops::layouts;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward};
@@ -19,6 +18,7 @@ use crate::ops::pool::{mean_pool_backward, mean_pool_forward};
 use crate::ops::prune::{MaskOp, Selection, apply_mask, mask_combine, mask_consensus, mask_counts};
 use crate::ops::prune::{prune_report, prune_scratch_len, prune_smallest};
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+use crate::ops::{Columns, layouts};
 
 /// The checks, each of as few kernels as its operation allows.
 pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
@@ -115,7 +115,7 @@ fn convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
     let (bias, count) = (t.floats(shape.filters())?, t.count()?);
     let mut y = t.unwritten(shape.output_len())?;
-    let bias = Bias { bias: bias.view(), count: count.view() };
+    let bias = Bias { bias: bias.view(), columns: Columns::samples(SAMPLES)?, count: count.view() };
     conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
     t.close("y", &y)
 }

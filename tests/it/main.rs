@@ -32,6 +32,7 @@ mod resume;
 mod step;
 mod support;
 mod tickets;
+mod tokens;
 mod training;
 mod transfer;
 mod weights;
