@@ -56,7 +56,8 @@ impl Body {
     pub fn new(file: &Weights, config: &ModelConfig) -> Result<Self> {
         let model = config.build()?;
         let (identity, tensors) = (file.identity(), model.file_tensors());
-        let file = &file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()))?;
+        let file = file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()))?;
+        let file = &file.with_positions_for(config)?;
         check_channels(file, &model)?;
         let keep = |name: &String| !model.is_head(name);
         let weights = Weights {
