@@ -10,6 +10,7 @@ use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::{Weights, save_logits};
 use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
+use dilt::ticket::heads::{HeadDensities, head_densities};
 use serde::Serialize;
 
 use super::{Common, ModelAndData};
@@ -72,6 +73,9 @@ struct Evaluated {
     top5: f64,
     loss: f64,
     density: f64,
+    /// What masks keep of each attention head.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    heads: Vec<HeadDensities>,
     device: String,
     precision: &'static str,
 }
@@ -110,6 +114,7 @@ impl Eval {
             top5: score.top5,
             loss: score.loss,
             density: masks.density(),
+            heads: head_densities(&model, &masks),
             device: device.description(),
             precision: self.common.precision(),
         };

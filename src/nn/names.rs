@@ -172,6 +172,13 @@ impl Weights {
     }
 }
 
+/// Whether a tensor of a file is the patch embedding, the class token or the positions of a vision transformer, which are
+/// not pruned unless asked for.
+pub fn is_embedding(name: &str) -> bool {
+    let name = name.strip_prefix(PARALLEL).unwrap_or(name);
+    name == CLASS_TOKEN || name == POSITIONS || name.starts_with("patch_embed.")
+}
+
 /// The candidate that `name` most resembles: itself behind a prefix, else at an edit distance of at most a quarter.
 fn nearest<'a>(name: &str, candidates: &[&'a str]) -> Option<&'a str> {
     let behind_prefix = candidates.iter().find(|c| name.strip_suffix(**c).is_some_and(|prefix| prefix.ends_with('.')));
