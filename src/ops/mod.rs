@@ -15,6 +15,7 @@ pub mod pointwise;
 pub mod pool;
 pub mod prune;
 pub mod step;
+pub mod tokens;
 
 use crate::device::{Device, Launch, Layout, kernel_args};
 use crate::error::{Error, Result};
@@ -55,6 +56,7 @@ impl Columns {
     }
 
     /// All columns, padding included.
+    #[expect(clippy::len_without_is_empty, reason = "there is a column")]
     pub fn len(&self) -> usize {
         self.n as usize * self.row as usize
     }
@@ -75,6 +77,7 @@ pub fn layouts() -> Vec<Layout> {
         pool::layouts(),
         prune::layouts(),
         step::layouts(),
+        tokens::layouts(),
     ];
     files.concat()
 }
