@@ -13,7 +13,7 @@ use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradie
 use crate::ops::norm::{
     NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_backward, norm_eval, norm_forward,
 };
-use crate::ops::optimizer::{Clip, Sgd, SgdInput, gradient_norm, sgd_step};
+use crate::ops::optimizer::{Clip, OptimizerInput, Sgd, gradient_norm, sgd_step};
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
 use crate::ops::prune::apply_mask;
@@ -49,6 +49,8 @@ pub struct Network {
     labels: Buffer<u32>,
     count: Buffer<u32>,
     rate: Buffer<f32>,
+    corrections: Buffer<f32>,
+    step: Buffer<u32>,
     values: Vec<Buffer<f32>>,
     value_gradients: Vec<Buffer<f32>>,
     pool_indices: Vec<Buffer<u8>>,
@@ -64,6 +66,10 @@ pub struct Batch<'a> {
     pub count: SliceMut<'a, u32>,
     /// Learning rate, `[1]`.
     pub rate: SliceMut<'a, f32>,
+    /// Bias corrections of AdamW's moments, `[2]`.
+    pub corrections: SliceMut<'a, f32>,
+    /// Steps since training began, `[1]`.
+    pub step: SliceMut<'a, u32>,
 }
 
 /// What the loss reads and writes.
@@ -112,6 +118,8 @@ impl Network {
             labels: piece(Fixed::Labels),
             count: piece(Fixed::Count),
             rate: piece(Fixed::Rate).cast(),
+            corrections: piece(Fixed::Corrections).cast(),
+            step: piece(Fixed::Step),
             values: rest.into_iter().map(Buffer::cast).collect(),
             value_gradients,
             pool_indices,
@@ -145,6 +153,8 @@ impl Network {
             labels: self.labels.view_mut(),
             count: self.count.view_mut(),
             rate: self.rate.view_mut(),
+            corrections: self.corrections.view_mut(),
+            step: self.step.view_mut(),
         }
     }
 
@@ -350,7 +360,7 @@ impl Network {
             gradient_norm(&self.device, gradients, mask, self.partials.view_mut())?;
         }
         let clip = clip_norm.map(|max_norm| Clip { partials: self.partials.view(), max_norm });
-        let input = SgdInput { rate: self.rate.view(), gradients, mask, decay: Some(self.decay.view()), clip };
+        let input = OptimizerInput { rate: self.rate.view(), gradients, mask, decay: Some(self.decay.view()), clip };
         sgd_step(&self.device, sgd, input, self.parameters.view_mut(), self.velocity.view_mut())
     }
 

@@ -96,6 +96,8 @@ pub(super) enum Fixed {
     Labels,
     Count,
     Rate,
+    Corrections,
+    Step,
     Pieces,
 }
 
@@ -161,6 +163,8 @@ impl Plan {
         carve.piece(Group::Scratch, "labels", n);
         carve.piece(Group::Scratch, "sample count", 1);
         carve.piece(Group::Scratch, "learning rate", 1);
+        carve.piece(Group::Scratch, "bias corrections", 2);
+        carve.piece(Group::Scratch, "step", 1);
         debug_assert_eq!(carve.pieces.len(), Fixed::Pieces as usize);
 
         let sizes: Vec<usize> = model.values.iter().map(|value| value.features() * n).collect();

@@ -37,12 +37,15 @@ fn pass(
     feed.begin(Batches::new(data, batch, rows, None, 0..rows))?;
     feed.chunk(rows)?;
     let mut state = device.alloc::<u32>(2)?;
-    let (count, rate) = (device.upload(&counts)?, device.alloc::<f32>(rows)?);
+    let (count, rate, corrections) =
+        (device.upload(&counts)?, device.alloc::<f32>(rows)?, device.alloc::<f32>(2 * rows)?);
     for &samples in &counts {
         feed.step()?;
-        let current = network.batch();
-        let current = StepCurrent { count: current.count, rate: current.rate };
-        step_begin(&device, state.view(), StepTables { count: count.view(), rate: rate.view() }, current)?;
+        let batch = network.batch();
+        let current =
+            StepCurrent { count: batch.count, rate: batch.rate, corrections: batch.corrections, step: batch.step };
+        let tables = StepTables { count: count.view(), rate: rate.view(), corrections: corrections.view() };
+        step_begin(&device, state.view(), tables, current)?;
         feed.load(&state, network)?;
         network.forward(mode)?;
         done(network, state.slice(0..1), samples as usize)?;

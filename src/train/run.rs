@@ -7,7 +7,7 @@ use super::labelled::Labelled;
 use super::recipe::Recipe;
 use crate::device::{Buffer, Device, Graph};
 use crate::error::{Error, Result};
-use crate::nn::network::Network;
+use crate::nn::network::{Batch, Network};
 use crate::nn::plan::Mode;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::optimizer::Sgd;
@@ -68,6 +68,7 @@ struct Tables {
     state: Buffer<u32>,
     count: Buffer<u32>,
     rate: Buffer<f32>,
+    corrections: Buffer<f32>,
     loss: Buffer<f32>,
     top1: Buffer<u32>,
     top5: Buffer<u32>,
@@ -88,6 +89,7 @@ impl<'a> Training<'a> {
             state: device.alloc(2)?,
             count: device.alloc(rows)?,
             rate: device.alloc(rows)?,
+            corrections: device.upload(&vec![1.0; 2 * rows])?,
             loss: device.alloc(rows)?,
             top1: device.alloc(rows)?,
             top5: device.alloc(rows)?,
@@ -206,9 +208,10 @@ impl<'a> Training<'a> {
     /// Settings and batch of the next step.
     fn begin(&mut self, network: &mut Network) -> Result<()> {
         let (device, tables) = (&self.device, &self.tables);
-        let batch = network.batch();
-        let current = StepCurrent { count: batch.count, rate: batch.rate };
-        let rows = StepTables { count: tables.count.view(), rate: tables.rate.view() };
+        let Batch { count, rate, corrections, step, .. } = network.batch();
+        let current = StepCurrent { count, rate, corrections, step };
+        let (count, rate, corrections) = (tables.count.view(), tables.rate.view(), tables.corrections.view());
+        let rows = StepTables { count, rate, corrections };
         step_begin(device, tables.state.view(), rows, current)?;
         self.feed.load(&tables.state, network)
     }
