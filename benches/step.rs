@@ -14,12 +14,11 @@ use criterion::{Criterion, Throughput};
 use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
+use dilt::nn::init;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
-use dilt::nn::init;
 use dilt::report::progress::{Progress, Verbosity};
-use dilt::train::recipe::Augmentation;
-use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Training};
+use dilt::train::{Augmentation, Chunk, Images, Labelled, Observer, Recipe, Training};
 
 /// A model, its batch and the data that it steps over.
 struct Case {
@@ -38,7 +37,8 @@ fn random_images(batch: usize, size: usize, classes: usize) -> DataSet {
         (state >> 24) as u8
     };
     let images = (0..batch * shape.iter().product::<usize>()).map(|_| byte()).collect();
-    let train = Examples { images: Pixels::Bytes(images), labels: (0..batch as u32).map(|i| i % classes as u32).collect() };
+    let train =
+        Examples { images: Pixels::Bytes(images), labels: (0..batch as u32).map(|i| i % classes as u32).collect() };
     let (name, mean, std) = ("random".to_owned(), vec![0.5; 3], vec![0.25; 3]);
     let (test, val) = (train.clone(), Examples::default());
     DataSet { name, shape, stored: shape, classes, scale: 255.0, mean, std, train, val, test }
@@ -49,7 +49,12 @@ fn cases() -> [Case; 3] {
         dilt::data::load("digits", &Reading::default(), &Progress::new(Verbosity::Quiet)).expect("part of the program");
     [
         Case { name: "resnet20_batch128", model: "resnet20", batch: 128, data: random_images(128, 32, 10) },
-        Case { name: "deit_tiny_batch16", model: "deit_tiny_patch16_224", batch: 16, data: random_images(16, 224, 1000) },
+        Case {
+            name: "deit_tiny_batch16",
+            model: "deit_tiny_patch16_224",
+            batch: 16,
+            data: random_images(16, 224, 1000),
+        },
         Case { name: "resnet8_digits_batch64", model: "resnet8", batch: 64, data: digits },
     ]
 }

@@ -9,8 +9,8 @@ use dilt::mask::set::MaskSet;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::{Weights, save_logits};
-use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
 use dilt::ticket::heads::{HeadDensities, head_densities};
+use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
 use serde::Serialize;
 
 use super::{Common, ModelAndData};

@@ -337,9 +337,10 @@ impl RecipeOptions {
             recipe.optimizer = optimizer;
         }
         if let Some(betas) = &self.betas {
-            recipe.betas = betas.as_slice().try_into().map_err(|_| {
-                dilt::Error::Usage(format!("--betas: expected two numbers, got {betas:?}"))
-            })?;
+            recipe.betas = betas
+                .as_slice()
+                .try_into()
+                .map_err(|_| dilt::Error::Usage(format!("--betas: expected two numbers, got {betas:?}")))?;
         }
         set(&mut recipe.epsilon, &self.epsilon);
         set(&mut recipe.epochs, &self.epochs);

@@ -6,7 +6,6 @@
 
 use super::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::ops::{Columns, SAMPLE_ALIGNMENT};
 use crate::ops::attention::AttentionShape;
 use crate::ops::conv::ConvShape;
 use crate::ops::dropout::ResidualShape;
@@ -15,6 +14,7 @@ use crate::ops::norm::NormShape;
 use crate::ops::pointwise::ShortcutShape;
 use crate::ops::pool::{MeanPoolShape, PoolShape};
 use crate::ops::tokens::{EmbedShape, PatchShape, TokenPool, TokenPoolShape};
+use crate::ops::{Columns, SAMPLE_ALIGNMENT};
 
 /// Index of a value in [`Model::values`].
 pub type ValueId = usize;
@@ -463,9 +463,7 @@ impl Model {
         let shape = &self.parameters[weight].shape;
         let value = &self.values[input];
         let (image, filter, n) = match value.shape {
-            Shape::Image(image) => {
-                (image, [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)], n)
-            }
+            Shape::Image(image) => (image, [shape.get(2).copied().unwrap_or(1), shape.get(3).copied().unwrap_or(1)], n),
             Shape::Tokens { features, .. } => ([features, 1, 1], [1, 1], value.columns(n)?.len()),
         };
         ConvShape::new(image, shape[0], filter, stride, pad, n).map_err(|error| self.name_it(error))

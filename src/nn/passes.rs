@@ -46,16 +46,33 @@ impl Network {
 
     fn layer_forward(&mut self, index: usize, mode: Mode, y: SliceMut<f32>) -> Result<()> {
         let Network {
-            device, model, plan, n, parameters, values, statistics, saved, scratch, kept, pool_indices, count, step, seed,
-            heads: flags, ..
+            device,
+            model,
+            plan,
+            n,
+            parameters,
+            values,
+            statistics,
+            saved,
+            scratch,
+            kept,
+            pool_indices,
+            count,
+            step,
+            seed,
+            heads: flags,
+            ..
         } = self;
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
         let parameter = |id: ParameterId| parameters.slice(plan.range(model, id));
         let count = count.view();
         // Nothing is left out in evaluation.
-        let draw = |rate: f32| {
-            Draw { rate: if train { rate } else { 0.0 }, seed: *seed, stream: index as u32, step: step.view() }
+        let draw = |rate: f32| Draw {
+            rate: if train { rate } else { 0.0 },
+            seed: *seed,
+            stream: index as u32,
+            step: step.view(),
         };
         match *layer {
             Layer::Conv { weight, bias, input, output, .. } => {
@@ -140,8 +157,23 @@ impl Network {
 
     fn layer_backward(&mut self, index: usize, dy: Slice<f32>) -> Result<()> {
         let Network {
-            device, model, plan, n, parameters, gradients, values, value_gradients, saved, scratch, kept, pool_indices,
-            count, step, seed, heads: flags, ..
+            device,
+            model,
+            plan,
+            n,
+            parameters,
+            gradients,
+            values,
+            value_gradients,
+            saved,
+            scratch,
+            kept,
+            pool_indices,
+            count,
+            step,
+            seed,
+            heads: flags,
+            ..
         } = self;
         let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
@@ -159,7 +191,14 @@ impl Network {
                     conv_bias_gradient(device, &shape, dy, gradients.slice_mut(range(bias)))?;
                 }
                 if slot(input).is_some() {
-                    conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, at(value_gradients, slot(input)))?;
+                    conv_input_gradient(
+                        device,
+                        &shape,
+                        dy,
+                        parameter(weight),
+                        accumulate,
+                        at(value_gradients, slot(input)),
+                    )?;
                 }
                 Ok(())
             }
@@ -180,7 +219,9 @@ impl Network {
                 };
                 norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dresidual, dx)
             }
-            Layer::Shortcut { input, .. } => shortcut_backward(device, &model.shortcut_shape(layer, n)?, dy, at(value_gradients, slot(input))),
+            Layer::Shortcut { input, .. } => {
+                shortcut_backward(device, &model.shortcut_shape(layer, n)?, dy, at(value_gradients, slot(input)))
+            }
             Layer::MaxPool { input, .. } => {
                 let picked = pool_indices[plan.kept_slots[index]].view();
                 max_pool_backward(device, &model.pool_shape(layer, n)?, dy, picked, at(value_gradients, slot(input)))
@@ -204,7 +245,15 @@ impl Network {
                 let (x, gamma) = (value(input), parameter(scale));
                 let norm = LayerNormBackward { x, dy, gamma, mean, invstd, count, accumulate };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
-                layer_norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, at(value_gradients, slot(input)))
+                layer_norm_backward(
+                    device,
+                    &shape,
+                    norm,
+                    scratch.view_mut(),
+                    dgamma,
+                    dbeta,
+                    at(value_gradients, slot(input)),
+                )
             }
             Layer::Attention { heads, input, output, .. } => {
                 let shape = model.attention_shape(layer, n)?;
@@ -220,9 +269,20 @@ impl Network {
                 let (shape, drop) = (model.residual_shape(branch, n)?, (drop > 0.0).then(|| draw(drop)));
                 let dgamma = scale.map(|scale| gradients.slice_mut(range(scale)));
                 let gamma = scale.map(parameter);
-                residual_backward(device, &shape, value(branch), dy, gamma, drop, dgamma, at(value_gradients, slot(branch)))
+                residual_backward(
+                    device,
+                    &shape,
+                    value(branch),
+                    dy,
+                    gamma,
+                    drop,
+                    dgamma,
+                    at(value_gradients, slot(branch)),
+                )
             }
-            Layer::Dropout { rate, input, .. } => dropout_backward(device, dy, draw(rate), at(value_gradients, slot(input))),
+            Layer::Dropout { rate, input, .. } => {
+                dropout_backward(device, dy, draw(rate), at(value_gradients, slot(input)))
+            }
             Layer::TokenPool { input, .. } => {
                 token_pool_backward(device, &model.token_pool_shape(layer, n)?, dy, at(value_gradients, slot(input)))
             }

@@ -59,7 +59,8 @@ impl Model {
         let VitConfig { patch, dim, .. } = *config;
         let [channels, height, width] = self.image;
         let tokens = prefix + (height / patch) * (width / patch);
-        let token = config.class_token.then(|| self.parameter("cls_token".into(), vec![1, 1, dim], ParameterKind::ClassToken));
+        let token =
+            config.class_token.then(|| self.parameter("cls_token".into(), vec![1, 1, dim], ParameterKind::ClassToken));
         let positions = self.parameter("pos_embed".into(), vec![1, tokens, dim], ParameterKind::Positions);
         let shape = vec![dim, channels, patch, patch];
         let weight = self.parameter("patch_embed.proj.weight".into(), shape, ParameterKind::PatchEmbedding);
@@ -143,9 +144,8 @@ impl Model {
     }
 
     fn residual(&mut self, config: &VitConfig, name: &str, x: ValueId, branch: ValueId, drop: f32) -> ValueId {
-        let gamma = |model: &mut Self| {
-            model.parameter(format!("{name}.gamma"), vec![config.dim], ParameterKind::LayerScale)
-        };
+        let gamma =
+            |model: &mut Self| model.parameter(format!("{name}.gamma"), vec![config.dim], ParameterKind::LayerScale);
         let scale = config.layer_scale.is_some().then(|| gamma(self));
         let output = self.value(name, self.values[x].shape);
         self.layers.push(Layer::Residual { scale, drop, input: x, branch, output });

@@ -5,7 +5,6 @@ use rand::Rng;
 use super::{PADDED, SAMPLES, Trial};
 use crate::device::Buffer;
 use crate::error::{Error, Result};
-use crate::ops::Columns;
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
@@ -16,7 +15,6 @@ use crate::ops::dropout::{
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics};
 use crate::ops::layer_norm::{layer_norm_backward, layer_norm_forward};
-use crate::ops::layouts;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward};

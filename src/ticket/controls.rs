@@ -7,8 +7,8 @@ use crate::data::permutation;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
-use crate::nn::weights::Weights;
 use crate::nn::init;
+use crate::nn::weights::Weights;
 use crate::ops::prune::MaskOp;
 
 /// First stream of random masks: apart from the orders of examples, which are drawn with small streams.

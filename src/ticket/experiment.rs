@@ -15,11 +15,11 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
+use crate::nn::init;
 use crate::nn::model::Model;
 use crate::nn::network::Network;
 use crate::nn::plan::Use;
 use crate::nn::weights::Weights;
-use crate::nn::init;
 use crate::report::progress::Progress;
 use crate::train::{
     Checkpoint, Chunk, Images, Labelled, MetricsFile, Observer, Recipe, Training, evaluate, refresh_statistics,

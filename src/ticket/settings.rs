@@ -135,7 +135,8 @@ impl Search {
     /// # Errors
     /// [`Error::Usage`] if a pattern matches nothing, or nothing is left to prune.
     pub fn candidates(&self, partition: Option<&Partition>, model: &Model) -> Result<MaskSet> {
-        let options = self.exclude.iter().map(|p| ("--exclude", p)).chain(self.include.iter().map(|p| ("--include", p)));
+        let options =
+            self.exclude.iter().map(|p| ("--exclude", p)).chain(self.include.iter().map(|p| ("--include", p)));
         for (option, pattern) in options {
             // Norms and biases are never pruned: that would change what a kept weight means.
             let known = model.parameters.iter().filter(|p| option == "--exclude" || p.shape.len() > 1);

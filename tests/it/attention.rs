@@ -193,8 +193,7 @@ fn tensors_of_the_wrong_size_and_heads_that_are_too_wide_are_refused() {
         let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
         let forward = attention_forward(&device, &shape, input, Some(lse.view_mut()), y.view_mut());
         let saved = AttentionSaved { y: y.view(), lse: lse.view() };
-        let backward =
-            attention_backward(&device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut());
+        let backward = attention_backward(&device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut());
         [forward, backward].map(|result| result.err().map(|error| error.to_string()))
     };
     assert_eq!(run(right), [None, None]);
@@ -206,9 +205,15 @@ fn tensors_of_the_wrong_size_and_heads_that_are_too_wide_are_refused() {
         assert!(backward.as_ref().is_some_and(|error| error.contains(&expected)), "{name}: {backward:?}");
         assert_eq!(forward.is_some_and(|error| error.contains(&expected)), i < 5, "{name}");
     }
-    for (heads, head_dim, tokens, n) in
-        [(0, 4, 5, 3), (2, 0, 5, 3), (2, 129, 5, 3), (2, 4, 0, 3), (2, 4, 5, 0), (70_000, 4, 5, 3), (2, 4, usize::MAX, 3)]
-    {
+    for (heads, head_dim, tokens, n) in [
+        (0, 4, 5, 3),
+        (2, 0, 5, 3),
+        (2, 129, 5, 3),
+        (2, 4, 0, 3),
+        (2, 4, 5, 0),
+        (70_000, 4, 5, 3),
+        (2, 4, usize::MAX, 3),
+    ] {
         let error = AttentionShape::new(heads, head_dim, tokens, n).unwrap_err().to_string();
         assert!(error.contains("attention"), "{error}");
     }

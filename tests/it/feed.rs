@@ -6,11 +6,11 @@ use std::path::Path;
 use dilt::data::{DataSet, Examples, Files, Pixels};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
+use dilt::nn::init;
 use dilt::nn::model::Model;
 use dilt::nn::network::Network;
 use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
-use dilt::nn::init;
 use dilt::train::{Augmentation, Checkpoint, Chunk, Images, Labelled, Observer, Recipe, Training, evaluate};
 
 use crate::command::{dilt, failed};

@@ -2,8 +2,8 @@
 
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
-use dilt::nn::weights::Weights;
 use dilt::nn::init;
+use dilt::nn::weights::Weights;
 use ndarray::ArrayD;
 
 use crate::command::{dilt, fails, json};

@@ -3,11 +3,11 @@
 use dilt::data::{DataSet, Examples, Pixels};
 use dilt::device::{Device, HostOptions};
 use dilt::nn::config::ModelConfig;
+use dilt::nn::init;
 use dilt::nn::model::Model;
 use dilt::nn::network::{Mode, Network};
 use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
-use dilt::nn::init;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Schedule, Training, evaluate};
 

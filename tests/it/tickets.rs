@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use dilt::nn::config::ModelConfig;
-use dilt::nn::weights::Weights;
 use dilt::nn::init;
+use dilt::nn::weights::Weights;
 use serde_json::Value;
 
 use crate::command::{SMALL, fails, json};

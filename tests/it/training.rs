@@ -6,7 +6,7 @@ use dilt::device::Device;
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
-use dilt::nn::network::{Mode, Network};
+use dilt::nn::network::{Mode, Network, Optimizer};
 use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
@@ -90,7 +90,7 @@ impl Descent<'_> {
             losses.extend(device.read(loss.view()).unwrap());
             network.backward().unwrap();
             seen(step, &network);
-            network.update(&self.sgd, None).unwrap();
+            network.update(&Optimizer::Sgd(self.sgd), None).unwrap();
         }
         (losses, network)
     }
@@ -134,7 +134,7 @@ fn follows_pytorch(case: &str, masked: bool) {
                 want.check(&[norm], TOLERANCE, &format!("{label}: norm of {name} after ten steps"));
             }
             if let Some(mask) = weights.masks.get(name) {
-                let velocity = &network.velocity().unwrap().tensors[name];
+                let velocity = &network.moments().unwrap()[0].tensors[name];
                 let pruned = tensor.iter().zip(velocity).zip(mask.iter()).filter(|(_, keep)| !keep);
                 let zeros = pruned.map(|(pair, _)| pair).all(|(w, v)| w.to_bits() == 0 && v.to_bits() == 0);
                 assert!(zeros, "{label}: a pruned weight of {name}, or its velocity, is not exactly zero");

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dilt::nn::config::ModelConfig;
-use dilt::nn::weights::Weights;
 use dilt::nn::init;
+use dilt::nn::weights::Weights;
 use serde_json::Value;
 
 use crate::command::{SMALL, assert_same_files, dilt, fails, json, keys, run_folder};
