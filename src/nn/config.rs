@@ -258,8 +258,8 @@ impl ModelConfig {
         let parameters = model.parameter_count();
         if parameters >= MOST_PARAMETERS {
             return Err(Error::Usage(format!(
-                "model {}: expected fewer than {MOST_PARAMETERS} parameters, got {parameters}; choose a narrower or \
-                 shallower network",
+                "model {}: expected fewer than {MOST_PARAMETERS} parameters, got {parameters}; choose smaller widths \
+                 or fewer blocks",
                 self.name
             )));
         }
@@ -357,7 +357,9 @@ impl VitConfig {
             ));
         }
         if dim % heads != 0 {
-            return Err(format!("expected heads that divide dim, got {heads} heads and dim {dim}"));
+            return Err(format!(
+                "expected heads that divide dim, got {heads} heads and dim {dim}; choose another --set heads=... or --set dim=..."
+            ));
         }
         if dim / heads > MOST_HEAD_FEATURES {
             return Err(format!(

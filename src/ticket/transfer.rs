@@ -52,7 +52,7 @@ impl Body {
     ///
     /// # Errors
     /// [`Error::Usage`] if its first convolution reads another number of channels, with the full list of what else does
-    /// not fit, or for a mask of something else; as [`Weights::named_as`].
+    /// not fit, or for a mask of a norm or a bias; as [`Weights::named_as`].
     pub fn new(file: &Weights, config: &ModelConfig) -> Result<Self> {
         let model = config.build()?;
         let (identity, tensors) = (file.identity(), model.file_tensors());
@@ -66,7 +66,8 @@ impl Body {
         };
         check_body(&weights, &model)?;
         let masks = file.masks.iter().filter(|(name, _)| keep(name)).map(|(n, m)| (n.clone(), m.clone())).collect();
-        let body = model.parameters.iter().map(|p| p.name.clone()).filter(keep);
+        // Vectors have no masks, whatever else a search included.
+        let body = model.parameters.iter().filter(|p| p.shape.len() > 1).map(|p| p.name.clone()).filter(keep);
         let names = body.filter(|name| file.masks.contains_key(name));
         let masks = MaskSet::from_file(&masks, &names.collect::<Vec<_>>())?;
         Ok(Body { weights, masks, identity })
