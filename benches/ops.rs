@@ -1,4 +1,4 @@
-//! Single operations on the shapes of ResNet-20 at batch 128, f32, augmentation at 224 too, and exact selection of 1M and
+//! Single operations on the shapes of ResNet-20 at batch 128, f32, attention of vision transformers, augmentation at 224 too, and exact selection of 1M and
 //! 25M weights.
 //!
 //! `cargo bench --bench ops [FILTER]`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set).
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use dilt::device::{Buffer, Device};
+use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
@@ -103,6 +104,26 @@ impl Bench<'_> {
             };
             let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
             norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, None, dx.view_mut())
+        });
+        Ok(())
+    }
+
+    /// Operations are those of the formula: two products forward, five backward.
+    fn attention(&mut self, heads: usize, head_dim: usize, tokens: usize, n: usize) -> dilt::Result<()> {
+        let shape = AttentionShape::new(heads, head_dim, tokens, n)?;
+        let (qkv, dy) = (self.tensor(shape.qkv_len()), self.tensor(shape.output_len()));
+        let (mut y, mut dqkv) = (self.tensor(shape.output_len()), self.tensor(shape.qkv_len()));
+        let (mut lse, mut delta) = (self.tensor(shape.statistic_len()), self.tensor(shape.statistic_len()));
+        let (live, count) = (self.device.upload(&vec![1u32; heads])?, self.device.upload(&[n as u32])?);
+        let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
+        let name = format!("{heads} heads of {head_dim}, {tokens} tokens, {n} samples");
+        let product = (2 * heads * head_dim * tokens * tokens * n) as u64;
+        self.time(&format!("attention forward {name}"), Throughput::Elements(2 * product), |device| {
+            attention_forward(device, &shape, input, Some(lse.view_mut()), y.view_mut())
+        });
+        self.time(&format!("attention backward {name}"), Throughput::Elements(5 * product), |device| {
+            let saved = AttentionSaved { y: y.view(), lse: lse.view() };
+            attention_backward(device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut())
         });
         Ok(())
     }
@@ -223,6 +244,8 @@ fn main() -> dilt::Result<()> {
     for (features, image) in [(16, 32), (32, 16), (64, 8)] {
         bench.norm(features, image)?;
     }
+    bench.attention(3, 64, 197, 8)?;
+    bench.attention(4, 32, 65, BATCH)?;
     bench.augment(32, 32)?;
     bench.augment(256, 224)?;
     bench.pools()?;

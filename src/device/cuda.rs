@@ -160,7 +160,12 @@ impl Cuda {
                     let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                     let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
                     let bytes = result::device::get_attribute(self.device, limit).map_err(failed("attribute"))?;
-                    result::function::set_function_attribute(handle, shared, bytes).map_err(failed("attribute"))?;
+                    // What a kernel declares itself (LOCAL) is part of the limit.
+                    let declared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+                    let declared = result::function::get_function_attribute(handle, declared)
+                        .map_err(failed("function attribute"))?;
+                    result::function::set_function_attribute(handle, shared, bytes - declared)
+                        .map_err(failed("attribute"))?;
                 }
                 // Both compilers lay the struct out alike, so the host's entry knows its size.
                 let shared_bytes = host_kernel(kernel).map_or(0, |sets| sets[0].shared_bytes);

@@ -5,6 +5,7 @@ use rand::Rng;
 use super::{PADDED, SAMPLES, Trial};
 use crate::device::Buffer;
 use crate::error::{Error, Result};
+use crate::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
@@ -36,6 +37,12 @@ use crate::ops::{Columns, layouts};
 /// The checks, each of as few kernels as its operation allows.
 pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
     argument_layouts,
+    |t| attention(t, 24),
+    |t| attention(t, 40),
+    |t| attention(t, 72),
+    |t| attention_gradient(t, 24),
+    |t| attention_gradient(t, 40),
+    |t| attention_gradient(t, 72),
     augment,
     |t| convolution(t, &few_channels()?),
     |t| convolution(t, &many_channels()?),
@@ -86,6 +93,41 @@ fn argument_layouts(t: &mut Trial) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// More tokens than a tile of any head has, and no whole number of vectors.
+const TOKENS: usize = 69;
+/// Few, since a head of a sample is work enough.
+const SEQUENCES: usize = 2;
+
+/// Two heads, the first left out; `head_dim` chooses the staged kernels.
+fn attention_input(t: &mut Trial, head_dim: usize) -> Result<(AttentionShape, [Buffer<f32>; 2], [Buffer<u32>; 2])> {
+    let shape = AttentionShape::new(2, head_dim, TOKENS, SEQUENCES)?;
+    let mut tokens = |len: usize| t.tokens(len, SEQUENCES, TOKENS);
+    let (qkv, dy) = (tokens(shape.qkv_len())?, tokens(shape.output_len())?);
+    Ok((shape, [qkv, dy], [t.device.upload(&[0, 1])?, t.device.upload(&[SEQUENCES as u32])?]))
+}
+
+fn attention(t: &mut Trial, head_dim: usize) -> Result<()> {
+    let (shape, [qkv, _], [live, count]) = attention_input(t, head_dim)?;
+    let mut y = t.unwritten(shape.output_len())?;
+    let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
+    attention_forward(t.device, &shape, input, None, y.view_mut())?;
+    t.close("y", &y)
+}
+
+/// With y and lse that no forward pass gave: large enough that P stays small.
+fn attention_gradient(t: &mut Trial, head_dim: usize) -> Result<()> {
+    let (shape, [qkv, dy], [live, count]) = attention_input(t, head_dim)?;
+    let (y, lse) = (
+        t.tokens(shape.output_len(), SEQUENCES, TOKENS)?,
+        t.draw(shape.statistic_len(), |r| r.random_range(4.0..6.0))?,
+    );
+    let (mut delta, mut dqkv) = (t.unwritten(shape.statistic_len())?, t.unwritten(shape.qkv_len())?);
+    let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
+    let saved = AttentionSaved { y: y.view(), lse: lse.view() };
+    attention_backward(t.device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut())?;
+    t.close("dqkv", &dqkv)
 }
 
 /// Crops without scaling, then boxes with other colours.

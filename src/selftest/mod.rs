@@ -152,6 +152,15 @@ impl<'a> Trial<'a> {
         self.device.upload(&values)
     }
 
+    /// Rows of `n` samples of `tokens`, both padded with zeros, `len` elements in all.
+    fn tokens(&mut self, len: usize, n: usize, tokens: usize) -> Result<Buffer<f32>> {
+        let [padded, row] = [n, tokens].map(|size| size.next_multiple_of(SAMPLE_ALIGNMENT));
+        let is_true = |i: usize| i / row % padded < n && i % row < tokens;
+        let mut value = |i: usize| if is_true(i) { self.random.random_range(-1.0..1.0) } else { 0.0 };
+        let values: Vec<f32> = (0..len).map(&mut value).collect();
+        self.device.upload(&values)
+    }
+
     /// The number of true samples.
     fn count(&self) -> Result<Buffer<u32>> {
         self.device.upload(&[SAMPLES as u32])
