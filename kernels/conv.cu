@@ -4,8 +4,9 @@
 //   dx[c,h,w,n] = sum over k,r,s of w[k,c,r,s] dy[k, (h+pad-r)/stride, (w+pad-s)/stride, n]   where that divides
 //   dw[k,c,r,s] = sum over p,q,n of dy[k,p,q,n] x[c, p*stride+r-pad, q*stride+s-pad, n]
 //
-// x: [C, H, W, N], w: [K, C, R, S], y: [K, P, Q, N]. A linear layer is the 1x1 case on a 1x1 image. N is a multiple
-// of 8. Rows of samples outside the image are zero. Sums are f32 in an order that depends on the shape alone.
+// x: [C, H, W, N], w: [K, C, R, S], y: [K, P, Q, N]. A linear layer is the 1x1 case on a 1x1 image, where N counts the
+// columns of a feature row: samples, or the tokens of all samples. N is a multiple of 8. What lies outside the image is
+// zero. Sums are f32 in an order that depends on the shape alone.
 //
 // Each pass has two tilings of the same sums. `staged`: a block copies tiles through shared memory, its threads
 // multiply from there: the GPU's way. `direct`: one thread keeps a register tile and reads rows where they lie: the
@@ -27,8 +28,9 @@ struct ConvArgs {
     const float* w;
     const float* bias;     // [K], or null
     float* to;
-    const uint32_t* count; // number of true samples; read only where there is a bias, since padded samples stay zero
+    const uint32_t* count; // number of true samples; read only where there is a bias, since padded columns stay zero
     ConvShape shape;
+    Columns columns;       // what the shape's N is made of; read only where there is a bias
     int32_t accumulate;    // add to what `to` holds
 };
 
@@ -122,7 +124,8 @@ constexpr int DIRECT_GROUP_SAMPLES = 64;
 constexpr int GRADIENT_GROUP_TAPS = 12;
 
 template <bool GRADIENT, int ROWS, int VECTORS, int L>
-DEVICE void direct_tile(const ConvArgs& a, const Axis& down, const Axis& across, int row, int pixel, int n) {
+DEVICE void direct_tile(const ConvArgs& a, const Axis& down, const Axis& across, int row, int pixel, int n,
+                        const uint32_t (&live)[VECTORS]) {
     using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
     const int64_t width = Pass::from_width(d), plane = Pass::from_height(d) * width * d.n;
@@ -148,21 +151,22 @@ DEVICE void direct_tile(const ConvArgs& a, const Axis& down, const Axis& across,
     UNROLL for (int i = 0; i < ROWS; ++i) {
         float* to = a.to + ((row + i) * pixels + pixel) * d.n + n;
         UNROLL for (int v = 0; v < VECTORS; ++v) {
+            if (a.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
             if (a.accumulate) sum[i][v] += load<L>(to + v * L);
             store<L>(to + v * L, sum[i][v]);
         }
-        if (a.bias)
-            for (int lane = 0; lane < VECTORS * L; ++lane)
-                if (n + lane >= int(*a.count)) to[lane] = 0.0f;
     }
 }
 
 template <bool GRADIENT, int VECTORS, int L>
 DEVICE void direct_rows(const ConvArgs& a, const Axis& down, const Axis& across, int row, int end, int pixel, int n) {
+    uint32_t live[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+        live[v] = a.bias ? live_columns<L>(a.columns, int(*a.count), n + v * L) : 0;
     for (; row + DIRECT_ROWS <= end; row += DIRECT_ROWS)
-        direct_tile<GRADIENT, DIRECT_ROWS, VECTORS, L>(a, down, across, row, pixel, n);
-    for (; row + 2 <= end; row += 2) direct_tile<GRADIENT, 2, VECTORS, L>(a, down, across, row, pixel, n);
-    for (; row < end; ++row) direct_tile<GRADIENT, 1, VECTORS, L>(a, down, across, row, pixel, n);
+        direct_tile<GRADIENT, DIRECT_ROWS, VECTORS, L>(a, down, across, row, pixel, n, live);
+    for (; row + 2 <= end; row += 2) direct_tile<GRADIENT, 2, VECTORS, L>(a, down, across, row, pixel, n, live);
+    for (; row < end; ++row) direct_tile<GRADIENT, 1, VECTORS, L>(a, down, across, row, pixel, n, live);
 }
 
 // Grid: output pixels, groups of samples, groups of rows.
@@ -328,13 +332,12 @@ DEVICE void staged(const ConvArgs& a, typename ProductTile<ROWS, COLUMNS>::Share
         __syncthreads();
     }
     if (!live) return;
+    const uint32_t kept_columns = a.bias ? live_columns<4>(a.columns, int(*a.count), n) : 0;
     UNROLL for (int i = 0; i < Tile::PER_THREAD; ++i) {
         const int row = row0 + first + i;
         if (row >= rows) break;
         float* to = a.to + int64_t(row) * columns + column;
-        if (a.bias)
-            UNROLL for (int lane = 0; lane < 4; ++lane)
-                sum[i][lane] = n + lane < int(*a.count) ? sum[i][lane] + a.bias[row] : 0.0f;
+        if (a.bias) sum[i] = kept<4>(sum[i] + splat<4>(a.bias[row]), kept_columns);
         if (a.accumulate) sum[i] += load<4>(to);
         store<4>(to, sum[i]);
     }

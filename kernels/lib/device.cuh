@@ -10,7 +10,8 @@
 // The body sees its argument struct as `a`, and threadIdx, blockIdx, blockDim, gridDim. Helper functions take the
 // indices they need as arguments: on the host these are locals of the kernel, not globals.
 // SHARED(Type, name) names the block's shared memory, whose type the KERNEL line gives (NoShared: none). UNROLL unrolls the loop that follows. EACH(i, n) shares the
-// indices 0..n among all threads of the grid's x dimension.
+// indices 0..n among all threads of the grid's x dimension. LOCAL(Type, name) is memory of a block of one thread: the
+// stack on the host; on a GPU shared memory, of at most 48 KiB.
 #pragma once
 #include <stdint.h>
 
@@ -27,6 +28,7 @@ struct NoShared {};
 
 extern __shared__ __align__(128) unsigned char dilt_shared[];
 #define SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(dilt_shared)
+#define LOCAL(Type, name) __shared__ Type name
 
 #define EACH(i, n)                                                                            \
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < (n);                 \
@@ -97,6 +99,16 @@ template <int L>
 DEVICE Samples<L> exponential(Samples<L> x) {
     UNROLL for (int i = 0; i < L; ++i) x.lane[i] = expf(x.lane[i]);
     return x;
+}
+
+// Turns an L x L square: lane j of row i to lane i of row j.
+template <int L>
+DEVICE void transpose(Samples<L> (&rows)[L]) {
+    UNROLL for (int i = 0; i < L; ++i)
+        UNROLL for (int j = 0; j < i; ++j) {
+            const float x = rows[i].lane[j];
+            rows[i].lane[j] = rows[j].lane[i], rows[j].lane[i] = x;
+        }
 }
 
 #else

@@ -51,6 +51,7 @@ struct HostKernel {
 #define KERNEL(name, Args, Shared, max_threads, ...) DILT_HOST_KERNEL(name, Args, Shared, max_threads, 0)
 #define BARRIER_FREE_KERNEL(name, Args, max_threads) DILT_HOST_KERNEL(name, Args, NoShared, max_threads, 1)
 #define SHARED(Type, name) Type& name = *static_cast<Type*>(dilt_shared)
+#define LOCAL(Type, name) Type name
 
 // Waiting. Each call names its place in the source: threads of a block that wait at different places are an error.
 #define DILT_TEXT2(x) #x
@@ -111,6 +112,7 @@ template <int L>
 struct SamplesOf {
     typedef float type __attribute__((vector_size(4 * L)));
     typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+    typedef int32_t words __attribute__((vector_size(4 * L)));
 };
 template <int L>
 using Samples = typename SamplesOf<L>::type;
@@ -144,6 +146,24 @@ DEVICE Samples<L> exponential(const Samples<L>& x) {
     const Samples<L> scale = (Samples<L>)((exponent + 127) << 23);
     const Samples<L> result = power * scale * 2.0f;
     return where_at_most<L>(x, high, where_at_most<L>(low, x, result, zero), x != x ? x : zero + __builtin_inff());
+}
+
+// Turns an L x L square: lane j of row i to lane i of row j. Exchanges halves, quarters, ... of pairs of rows.
+template <int L>
+DEVICE void transpose(Samples<L> (&rows)[L]) {
+    UNROLL for (int half = L / 2; half > 0; half /= 2) {
+        typename SamplesOf<L>::words upper, lower;
+        UNROLL for (int lane = 0; lane < L; ++lane) {
+            upper[lane] = lane & half ? L + lane - half : lane;
+            lower[lane] = lane & half ? L + lane : lane + half;
+        }
+        UNROLL for (int i = 0; i < L; ++i) {
+            if (i & half) continue;
+            const Samples<L> x = rows[i], y = rows[i + half];
+            rows[i] = __builtin_shuffle(x, y, upper);
+            rows[i + half] = __builtin_shuffle(x, y, lower);
+        }
+    }
 }
 
 // EACH on the host: every thread takes one contiguous range, which the compiler vectorises (grid strides would not be).

@@ -10,6 +10,7 @@ use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::{Weights, save_logits};
 use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
+use dilt::ticket::heads::{HeadDensities, head_densities};
 use serde::Serialize;
 
 use super::{Common, ModelAndData};
@@ -72,6 +73,9 @@ struct Evaluated {
     top5: f64,
     loss: f64,
     density: f64,
+    /// What masks keep of each attention head.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    heads: Vec<HeadDensities>,
     device: String,
     precision: &'static str,
 }
@@ -87,7 +91,9 @@ impl Eval {
         let (config, data) = self.target.load(named, &self.common.progress())?;
         let model = config.build()?;
         let device = self.common.open()?;
-        let weights = weights.for_model(&model.file_tensors()).with_context(|| self.weights.display().to_string())?;
+        let fitted = self.target.renamed(weights, &config, &model);
+        let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
+        let weights = fitted.with_context(|| self.weights.display().to_string())?;
         let mut network = Network::new(&device, &model, self.batch, Use::Evaluate)?;
         network.load(&weights)?;
         let split = self.split.of(&data);
@@ -108,6 +114,7 @@ impl Eval {
             top5: score.top5,
             loss: score.loss,
             density: masks.density(),
+            heads: head_densities(&model, &masks),
             device: device.description(),
             precision: self.common.precision(),
         };

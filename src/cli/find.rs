@@ -44,6 +44,10 @@ pub struct Find {
     /// Leave out weights whose names match (* and ?); may be given several times.
     #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
     exclude: Vec<String>,
+    /// Prune more than convolutions, linear layers and the classifier: weights whose names match (* and ?), such as a
+    /// vision transformer's patch_embed.proj.weight or pos_embed; may be given several times.
+    #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
+    include: Vec<String>,
     /// When masks of parts are intersected, of --method dilt; final if not given.
     #[arg(long, value_enum, help_heading = "Tickets")]
     algebra: Option<Algebra>,
@@ -112,6 +116,7 @@ impl Find {
             rewind,
             scope: self.scope,
             exclude: self.exclude.clone(),
+            include: self.include.clone(),
             algebra: self.algebra.unwrap_or(Algebra::Final),
         })
     }

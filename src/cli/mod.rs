@@ -18,7 +18,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dilt::data::{DataSet, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
+use dilt::nn::model::Model;
 use dilt::nn::plan::OptimizerKind;
+use dilt::nn::weights::Weights;
 use dilt::report::progress::{Progress, Verbosity};
 use dilt::train::{Augmentation, Recipe, Schedule};
 use serde::Serialize;
@@ -139,6 +141,10 @@ struct ModelAndData {
     /// Set a field of the model file, e.g. widths=[8,16,32]; may be given several times.
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Model and data")]
     set: Vec<String>,
+    /// Height and width of the model's images, or the size of a square; position embeddings that are loaded are
+    /// resampled for it, as timm does.
+    #[arg(long, value_name = "H,W", value_delimiter = ',', num_args = 1..=2, help_heading = "Model and data")]
+    image_size: Vec<usize>,
     /// A data set: digits, which is part of dilt, or one in a folder: idx=DIR (MNIST, Fashion-MNIST, plain or .gz),
     /// cifar10=DIR, cifar100=DIR or cifar100-coarse=DIR (binary version), folder=DIR (train/CLASS/ and test/CLASS/ or
     /// val/CLASS/, JPEG and PNG, brought to the model's input).
@@ -183,7 +189,16 @@ impl ModelAndData {
             }
             (None, named) => named.unwrap_or("resnet8"),
         };
-        let config = ModelConfig::load(model, &self.set)?;
+        let mut config = ModelConfig::load(model, &self.set)?;
+        config = match *self.image_size {
+            [] => config,
+            [size] => config.with_image_size(size, size)?,
+            [height, width] => config.with_image_size(height, width)?,
+            _ => {
+                let got = &self.image_size;
+                return Err(dilt::Error::Usage(format!("--image-size: expected one or two sizes, got {got:?}")));
+            }
+        };
         let reading = Reading {
             input: config.image,
             resize: self.resize,
@@ -196,6 +211,14 @@ impl ModelAndData {
         };
         let data = dilt::data::load(&self.data, &reading, progress)?;
         Ok((config, data))
+    }
+}
+
+impl ModelAndData {
+    /// The weights of a file under the model's names, with positions resampled if --image-size asks for it.
+    fn renamed(&self, weights: Weights, config: &ModelConfig, model: &Model) -> dilt::Result<Weights> {
+        let weights = weights.named_as(model.file_tensors().iter().map(|(name, _)| name.as_str()))?;
+        if self.image_size.is_empty() { Ok(weights) } else { weights.with_positions_for(config) }
     }
 }
 

@@ -6,6 +6,7 @@ use clap::Args;
 use dilt::device::Device;
 use dilt::mask::Mask;
 use dilt::mask::set::{LayerCount, MaskSet};
+use dilt::nn::names::is_embedding;
 use dilt::nn::weights::Weights;
 use dilt::report::table::table;
 use dilt::ticket::select::{Amount, Scope, remove_smallest};
@@ -16,8 +17,8 @@ use super::Common;
 
 /// Prune a weights file by magnitude, in one shot: exactly the asked share, ties by lowest index.
 ///
-/// Weights with two or more dimensions are pruned, in the order of their names; of a ticket, the share is of what is
-/// left. The result has PyTorch's pruning names: <param>_orig and <param>_mask.
+/// Weights with two or more dimensions are pruned, in the order of their names, but a vision transformer's patch embedding,
+/// class token and positions; of a ticket, the share is of what is left. The result has PyTorch's pruning names: <param>_orig and <param>_mask.
 #[derive(Args)]
 pub struct Prune {
     /// Weights or a ticket.
@@ -32,6 +33,9 @@ pub struct Prune {
     /// Leave out weights whose names match (* and ?); may be given several times.
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<String>,
+    /// Prune a vision transformer's patch embedding, class token or positions too, where their names match.
+    #[arg(long, value_name = "PATTERN")]
+    include: Vec<String>,
     /// The ticket to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -70,15 +74,19 @@ impl Prune {
 
     fn prune(&self, device: &Device) -> dilt::Result<Pruned> {
         let mut weights = Weights::load(&self.weights)?;
-        if let Some(stray) = self.exclude.iter().find(|p| !weights.tensors.keys().any(|name| glob(p, name))) {
-            let known: Vec<_> = weights.tensors.keys().map(String::as_str).collect();
-            let known = known.join(", ");
-            return Err(dilt::Error::Usage(format!("--exclude '{stray}': no such weights; the file has {known}")));
+        for (option, patterns) in [("--exclude", &self.exclude), ("--include", &self.include)] {
+            if let Some(stray) = patterns.iter().find(|p| !weights.tensors.keys().any(|name| glob(p, name))) {
+                let known: Vec<_> = weights.tensors.keys().map(String::as_str).collect();
+                let known = known.join(", ");
+                return Err(dilt::Error::Usage(format!("{option} '{stray}': no such weights; the file has {known}")));
+            }
         }
+        let any = |patterns: &[String], name: &str| patterns.iter().any(|pattern| glob(pattern, name));
         let candidates: Vec<(String, Mask)> = weights
             .tensors
             .iter()
-            .filter(|(name, tensor)| tensor.ndim() >= 2 && !self.exclude.iter().any(|pattern| glob(pattern, name)))
+            .filter(|(name, tensor)| tensor.ndim() >= 2 && !any(&self.exclude, name))
+            .filter(|(name, _)| !is_embedding(name) || any(&self.include, name))
             .map(|(name, tensor)| {
                 let mask = weights.masks.get(name).cloned().unwrap_or_else(|| Mask::ones(tensor.shape()));
                 (name.clone(), mask)

@@ -10,6 +10,7 @@ use dilt::nn::model::Model;
 use dilt::nn::network::Network;
 use dilt::nn::plan::{Group, Plan, Use};
 use dilt::nn::weights::Weights;
+use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
 use dilt::report::table::table;
 use dilt::ticket::experiment::{Saver, resume};
@@ -67,7 +68,7 @@ impl Train {
         let (config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
         let model = config.build()?;
-        let given = given.map(|weights| self.fit(weights, &model)).transpose()?;
+        let given = given.map(|weights| self.fit(weights, &config, &model)).transpose()?;
         let device = self.common.open()?;
         if self.dry_run {
             return self.show_plan(&device, &model, &recipe);
@@ -129,12 +130,14 @@ impl Train {
     }
 
     /// The given weights under the model's names, with --partial on top of drawn ones.
-    fn fit(&self, given: Weights, model: &Model) -> anyhow::Result<Weights> {
-        let fitted = if self.partial {
-            given.partly_for(init::draw(model, self.common.seed))
-        } else {
-            given.for_model(&model.file_tensors()).map(|weights| (weights, Vec::new()))
-        };
+    fn fit(&self, given: Weights, config: &ModelConfig, model: &Model) -> anyhow::Result<Weights> {
+        let fitted = self.target.renamed(given, config, model).and_then(|given| {
+            if self.partial {
+                given.partly_for(init::draw(model, self.common.seed))
+            } else {
+                given.for_model(&model.file_tensors()).map(|weights| (weights, Vec::new()))
+            }
+        });
         let in_file = || self.weights.as_ref().map_or(String::new(), |path| path.display().to_string());
         let (weights, left) = fitted.with_context(in_file)?;
         left.iter().for_each(|line| self.common.progress().say(line));

@@ -18,8 +18,8 @@ use super::experiment::ExperimentOptions;
 /// RUN/seed_0/tickets/core/ticket.safetensors. The weights that it retrained start from what they were trained to: --ticket
 /// RUN/seed_0/tickets/core/weights.safetensors.
 ///
-/// Classes and image size may differ, channels may not. The classifier is drawn anew by each seed and has no mask: densities
-/// count the convolutions.
+/// Classes and image size may differ, channels may not; a vision transformer's positions are resampled. The classifier is
+/// drawn anew by each seed and has no mask: densities count the other layers.
 ///
 /// Rows: dense (all weights), ticket, lth, random (as many of each layer), redrawn (the ticket's masks on newly drawn
 /// weights). dense and random start from --dense; without it from what the ticket's file holds beneath its masks; where

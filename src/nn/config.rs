@@ -264,6 +264,16 @@ impl ModelConfig {
         Ok(model)
     }
 
+    /// The model for images of another height and width.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if one of them is 0 or too large.
+    pub fn with_image_size(mut self, height: usize, width: usize) -> Result<Self> {
+        self.image = [self.image[0], height, width];
+        self.check().map_err(|problem| Error::Usage(format!("--image-size: {problem}")))?;
+        Ok(self)
+    }
+
     /// Whether a model file of this name is part of the program.
     pub fn is_embedded(name: &str) -> bool {
         EMBEDDED.iter().any(|(known, _)| *known == name)

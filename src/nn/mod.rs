@@ -2,7 +2,8 @@
 //!
 //! [`config`] reads a model file, `resnet` and `vit` turn it into a [`model::Model`] (a list of layers), [`plan`] finds its
 //! tensors a place in one arena, [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
-//! and writes them, [`names`] matches the names of a file to those of a model.
+//! and writes them, [`names`] matches the names of a file to those of a model, [`positions`] fits position embeddings to
+//! images of another size.
 
 pub(crate) mod atomic;
 pub mod config;
@@ -13,6 +14,7 @@ pub mod names;
 pub mod network;
 mod passes;
 pub mod plan;
+pub mod positions;
 mod resnet;
 mod shards;
 mod vit;

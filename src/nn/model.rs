@@ -261,6 +261,8 @@ pub enum Layer {
     Attention {
         /// Heads.
         heads: usize,
+        /// Weights that write queries, keys and values.
+        qkv: ParameterId,
         /// Weights that read the outputs: a head none of whose columns is kept is left out.
         projection: ParameterId,
         /// Queries, keys and values.

@@ -21,6 +21,10 @@ const PARALLEL: &str = "module.";
 const ALIASES: [(&str, &str); 4] =
     [("fc.", "linear."), ("linear.", "fc."), (".shortcut.0.", ".downsample.0."), (".shortcut.1.", ".downsample.1.")];
 
+/// Names of a vision transformer's tokens.
+const CLASS_TOKEN: &str = "cls_token";
+const POSITIONS: &str = "pos_embed";
+
 impl Weights {
     /// The content of a file for a model whose files hold `expected`, names and shapes: all of that, and no more.
     ///
@@ -134,14 +138,45 @@ impl Weights {
         if problems.is_empty() {
             return Ok(());
         }
+        problems.extend(self.transformer_hint(&expected));
         Err(Error::Usage(format!(
             "the weights do not fit the model, which has {} tensors, in {} places; choose the --model they were made \
              with, rename them, or train with --partial, which draws the rest:\n  {}",
             expected.len(),
-            problems.len(),
+            problems.iter().filter(|problem| !problem.starts_with("hint")).count(),
             problems.join("\n  ")
         )))
     }
+}
+
+impl Weights {
+    /// What to do where the class token or the positions of a vision transformer do not fit.
+    fn transformer_hint(&self, expected: &BTreeMap<&str, &[usize]>) -> Option<String> {
+        let tokens = [self.tensors.contains_key(CLASS_TOKEN), expected.contains_key(CLASS_TOKEN)];
+        let hint = match tokens {
+            [true, false] => "the weights have a class token, the model has none: --set class_token=true",
+            [false, true] if expected.contains_key(POSITIONS) => {
+                "the model has a class token, the weights have none: --set class_token=false"
+            }
+            _ => {
+                let own = self.tensors.get(POSITIONS).map(|tensor| tensor.shape());
+                let differs = own.zip(expected.get(POSITIONS)).is_some_and(|(own, expected)| own != *expected);
+                if !differs {
+                    return None;
+                }
+                "the positions are of images of another size: --image-size, with the size that the model shall have, \
+                 resamples them"
+            }
+        };
+        Some(format!("hint: {hint}"))
+    }
+}
+
+/// Whether a tensor of a file is the patch embedding, the class token or the positions of a vision transformer, which are
+/// not pruned unless asked for.
+pub fn is_embedding(name: &str) -> bool {
+    let name = name.strip_prefix(PARALLEL).unwrap_or(name);
+    name == CLASS_TOKEN || name == POSITIONS || name.starts_with("patch_embed.")
 }
 
 /// The candidate that `name` most resembles: itself behind a prefix, else at an edit distance of at most a quarter.

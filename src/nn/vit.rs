@@ -80,11 +80,12 @@ impl Model {
     fn attention_branch(&mut self, config: &VitConfig, block: &str, x: ValueId, drop: f32) -> ValueId {
         let VitConfig { dim, heads, .. } = *config;
         let y = self.layer_norm(&format!("{block}.norm1"), x, config.norm_eps);
-        let qkv = self.linear(&format!("{block}.attn.qkv"), y, 3 * dim, config.qkv_bias);
-        let output = self.value(&format!("{block}.attn"), self.tokens_like(qkv, dim));
-        // The projection's weights are the next parameter.
+        // A linear layer's weights are the next parameter.
+        let qkv = self.parameters.len();
+        let input = self.linear(&format!("{block}.attn.qkv"), y, 3 * dim, config.qkv_bias);
+        let output = self.value(&format!("{block}.attn"), self.tokens_like(input, dim));
         let projection = self.parameters.len();
-        self.layers.push(Layer::Attention { heads, projection, input: qkv, output });
+        self.layers.push(Layer::Attention { heads, qkv, projection, input, output });
         let y = self.linear(&format!("{block}.attn.proj"), output, dim, true);
         let y = self.dropout(&format!("{block}.attn.proj_drop"), y, config.dropout);
         self.residual(config, &format!("{block}.ls1"), x, y, drop)

@@ -1,6 +1,7 @@
-//! Convolution, `Y = W X` (`kernels/conv.cu`). A linear layer is the 1x1 case on a 1x1 image.
+//! Convolution, `Y = W X` (`kernels/conv.cu`). A linear layer is the 1x1 case on a 1x1 image: of tokens with `n`
+//! the number of their columns, [`Columns::len`].
 
-use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
+use super::{Columns, SAMPLE_ALIGNMENT, check_len, layouts_of};
 use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
 use crate::error::{Error, Result};
 
@@ -10,7 +11,8 @@ kernel_args! {
         c: i32, h: i32, w: i32, k: i32, r: i32, s: i32, p: i32, q: i32, stride: i32, pad: i32, n: i32,
     }
     struct ConvArgs {
-        from: Ptr<f32>, w: Ptr<f32>, bias: Ptr<f32>, to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, accumulate: i32,
+        from: Ptr<f32>, w: Ptr<f32>, bias: Ptr<f32>, to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
+        accumulate: i32,
     }
     struct ConvWeightGradientArgs {
         x: Ptr<f32>, dy: Ptr<f32>, partial: Ptr<f32>, shape: ConvShape, splits: i32,
@@ -166,11 +168,13 @@ fn product(device: &Device, kernels: &Product, rows: i32, pixels: i32, args: &Co
     unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), args) }
 }
 
-/// A bias `[k]` and the number of true samples `[1]`: the padded samples of y are set to zero.
+/// A bias `[k]` and which columns get it: padded columns of y are set to zero.
 #[derive(Clone, Copy)]
 pub struct Bias<'a> {
     /// One value per output channel.
     pub bias: Slice<'a, f32>,
+    /// What the shape's `n` is made of: [`Columns::samples`] in a layer of images, [`Columns::tokens`] in one of tokens.
+    pub columns: Columns,
     /// Number of true samples, on the device.
     pub count: Slice<'a, u32>,
 }
@@ -193,6 +197,7 @@ pub fn conv_forward(
     check_len(op, "y", y.len(), shape.output_len())?;
     if let Some(b) = bias {
         check_len(op, "bias", b.bias.len(), shape.k as usize)?;
+        check_len(op, "columns", b.columns.len(), shape.n as usize)?;
         check_len(op, "count", b.count.len(), 1)?;
     }
     let args = ConvArgs {
@@ -202,6 +207,7 @@ pub fn conv_forward(
         to: y.ptr(),
         count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
         shape: *shape,
+        columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         accumulate: 0,
     };
     product(device, &FORWARD, shape.k, shape.p * shape.q, &args)
@@ -225,7 +231,8 @@ pub fn conv_input_gradient(
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let (bias, count) = (Ptr::null(), Ptr::null());
     let accumulate = i32::from(accumulate);
-    let args = ConvArgs { from: dy.ptr(), w: w.ptr(), bias, to: dx.ptr(), count, shape: *shape, accumulate };
+    let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
+    let args = ConvArgs { from, w: w.ptr(), bias, to, count, shape: *shape, columns, accumulate };
     product(device, &INPUT_GRADIENT, shape.c, shape.h * shape.w, &args)
 }
 

@@ -1,6 +1,7 @@
 //! Operations: each checks its arguments, fills a kernel's argument struct and launches it. One file per kernel file,
 //! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
 
+pub mod attention;
 pub mod augment;
 pub mod conv;
 #[cfg(dilt_sanitize)]
@@ -14,6 +15,7 @@ pub mod pointwise;
 pub mod pool;
 pub mod prune;
 pub mod step;
+pub mod tokens;
 
 use crate::device::{Device, Launch, Layout, kernel_args};
 use crate::error::{Error, Result};
@@ -54,6 +56,7 @@ impl Columns {
     }
 
     /// All columns, padding included.
+    #[expect(clippy::len_without_is_empty, reason = "there is a column")]
     pub fn len(&self) -> usize {
         self.n as usize * self.row as usize
     }
@@ -62,6 +65,7 @@ impl Columns {
 /// The Rust side of every argument struct, nested ones included.
 pub fn layouts() -> Vec<Layout> {
     let files = [
+        attention::layouts(),
         augment::layouts(),
         conv::layouts(),
         #[cfg(dilt_sanitize)]
@@ -73,6 +77,7 @@ pub fn layouts() -> Vec<Layout> {
         pool::layouts(),
         prune::layouts(),
         step::layouts(),
+        tokens::layouts(),
     ];
     files.concat()
 }

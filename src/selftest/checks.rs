@@ -8,7 +8,6 @@ use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
-use crate::ops::layouts;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward};
@@ -19,6 +18,11 @@ use crate::ops::pool::{mean_pool_backward, mean_pool_forward};
 use crate::ops::prune::{MaskOp, Selection, apply_mask, mask_combine, mask_consensus, mask_counts};
 use crate::ops::prune::{prune_report, prune_scratch_len, prune_smallest};
 use crate::ops::step::{StepCurrent, StepTables, step_begin, step_end};
+use crate::ops::tokens::{
+    EmbedGradients, EmbedParameters, EmbedShape, PatchShape, TokenPool, TokenPoolShape, embed_backward, embed_forward,
+    patches_forward, token_pool_backward, token_pool_forward,
+};
+use crate::ops::{Columns, layouts};
 
 /// The checks, each of as few kernels as its operation allows.
 pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
@@ -50,6 +54,11 @@ pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
     mask_sizes,
     step_beginning,
     step_ending,
+    patches,
+    embedding,
+    embedding_gradient,
+    token_pool,
+    token_pool_gradient,
 ];
 
 /// The generated `layout_*` kernels.
@@ -115,7 +124,7 @@ fn convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
     let (bias, count) = (t.floats(shape.filters())?, t.count()?);
     let mut y = t.unwritten(shape.output_len())?;
-    let bias = Bias { bias: bias.view(), count: count.view() };
+    let bias = Bias { bias: bias.view(), columns: Columns::samples(SAMPLES)?, count: count.view() };
     conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
     t.close("y", &y)
 }
@@ -349,4 +358,57 @@ fn step_ending(t: &mut Trial) -> Result<()> {
     let mut state = t.below(2, 1 << 20)?;
     step_end(t.device, state.view_mut())?;
     t.exact("state", &state)
+}
+
+/// 15 patches and the token before them, which fill a row of 16.
+fn patches(t: &mut Trial) -> Result<()> {
+    let shape = PatchShape::new([3, 12, 20], 4, 1, SAMPLES)?;
+    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    patches_forward(t.device, &shape, x.view(), y.view_mut())?;
+    t.exact("y", &y)
+}
+
+/// Tokens of a sample: a row of 40, more than the gradient's kernel takes at a time.
+const TOKENS: usize = 37;
+
+fn embedding(t: &mut Trial) -> Result<()> {
+    let shape = EmbedShape::new(FEATURES, TOKENS, 1, SAMPLES)?;
+    let (x, token, bias) = (t.floats(shape.len())?, t.floats(FEATURES)?, t.floats(FEATURES)?);
+    let (positions, count, mut y) = (t.floats(shape.positions_len())?, t.count()?, t.unwritten(shape.len())?);
+    let (token, bias) = (Some(token.view()), Some(bias.view()));
+    let parameters = EmbedParameters { token, bias, positions: positions.view() };
+    embed_forward(t.device, &shape, x.view(), parameters, count.view(), y.view_mut())?;
+    t.close("y", &y)
+}
+
+fn embedding_gradient(t: &mut Trial) -> Result<()> {
+    let shape = EmbedShape::new(FEATURES, TOKENS, 1, SAMPLES)?;
+    let (dy, mut dpositions) = (t.floats(shape.len())?, t.unwritten(shape.positions_len())?);
+    let (mut dtoken, mut dbias) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
+    let (token, bias) = (Some(dtoken.view_mut()), Some(dbias.view_mut()));
+    let gradients = EmbedGradients { token, bias, positions: dpositions.view_mut() };
+    embed_backward(t.device, &shape, dy.view(), gradients)?;
+    t.close("dtoken", &dtoken)?;
+    t.close("dbias", &dbias)?;
+    t.close("dpositions", &dpositions)
+}
+
+fn token_pool(t: &mut Trial) -> Result<()> {
+    for pool in [TokenPool::First, TokenPool::Mean] {
+        let shape = TokenPoolShape::new(FEATURES, TOKENS, 1, SAMPLES, pool)?;
+        let (x, mut y) = (t.floats(shape.input_len())?, t.unwritten(shape.output_len())?);
+        token_pool_forward(t.device, &shape, x.view(), y.view_mut())?;
+        t.close("y", &y)?;
+    }
+    Ok(())
+}
+
+fn token_pool_gradient(t: &mut Trial) -> Result<()> {
+    for pool in [TokenPool::First, TokenPool::Mean] {
+        let shape = TokenPoolShape::new(FEATURES, TOKENS, 1, SAMPLES, pool)?;
+        let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+        token_pool_backward(t.device, &shape, dy.view(), dx.view_mut())?;
+        t.close("dx", &dx)?;
+    }
+    Ok(())
 }

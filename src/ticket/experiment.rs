@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::heads::{HeadDensities, head_densities};
 use super::run::{RunFolder, StageFolder};
 use super::settings::{Repetitions, Search};
 use crate::data::partition::Part;
@@ -174,6 +175,9 @@ pub struct TicketScore {
     pub restricted: Vec<f64>,
     /// Layers that the mask leaves nothing of.
     pub empty_layers: Vec<String>,
+    /// What the mask keeps of each attention head.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heads: Vec<HeadDensities>,
 }
 
 impl<'a> Repetition<'a> {
@@ -411,6 +415,7 @@ impl<'a> Repetition<'a> {
                 .map(|part| accuracy(part, &|class| part.classes.contains(&class)))
                 .collect(),
             empty_layers: masks.empty_layers(),
+            heads: head_densities(network.model(), masks),
         })
     }
 }

@@ -2,12 +2,14 @@
 //!
 //! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder; [`lth`],
 //! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`], [`assemble`] and [`transfer`] put them together into
-//! [`rows`], which become a [`result`]. [`select`] is the exact choice by magnitude that all share.
+//! [`rows`], which become a [`result`]. [`select`] is the exact choice by magnitude that all share;
+//! [`heads`] counts what masks keep of attention heads.
 
 pub mod assemble;
 pub mod controls;
 pub mod experiment;
 pub mod find;
+pub mod heads;
 pub mod lth;
 pub mod parts;
 pub mod result;

@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 use super::experiment::TicketScore;
 use crate::report::table::table;
 
+/// The tickets whose heads are shown.
+const OWN_TICKETS: [&str; 5] = ["core", "union", "colt", "lth", "ticket"];
+
 /// The result of `dilt find` and its like.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Outcome {
@@ -187,6 +190,32 @@ impl Outcome {
             let rows = layers.map(|l| vec![l.name.clone(), format!("{:.3}", l.jaccard), format!("{:.3}", l.chance)]);
             text += &table(&["layer", "Jaccard", "chance"], rows);
         }
+        if let Some(heads) = self.heads_table() {
+            text += &format!("\n\nDensity of each attention head, mean over the repetitions:\n\n{heads}");
+        }
         text
+    }
+
+    /// What the tickets keep of each attention head: of those of the method itself, not of its controls.
+    fn heads_table(&self) -> Option<String> {
+        let shown = self.tickets.iter().filter(|ticket| OWN_TICKETS.contains(&ticket.name.as_str()));
+        let shown: Vec<_> = shown.filter(|ticket| ticket.matched.is_none()).collect();
+        let layers = &shown.first()?.seeds[0].score.heads;
+        let mut rows = Vec::new();
+        for (i, layer) in layers.iter().enumerate() {
+            for ticket in &shown {
+                let of_head = |head: usize| {
+                    let seeds = ticket.seeds.iter().map(|seed| seed.score.heads[i].density[head]);
+                    format!("{:.4}", mean(&seeds.collect::<Vec<_>>()))
+                };
+                let mut cells = vec![layer.layer.clone(), ticket.name.clone()];
+                cells.extend((0..layer.density.len()).map(of_head));
+                rows.push(cells);
+            }
+        }
+        let heads = layers.iter().map(|layer| layer.density.len()).max()?;
+        let mut columns = vec!["layer".to_owned(), "ticket".into()];
+        columns.extend((0..heads).map(|head| format!("head {head}")));
+        Some(table(&columns.iter().map(String::as_str).collect::<Vec<_>>(), rows.into_iter()))
     }
 }

@@ -11,7 +11,7 @@ use crate::data::partition::Partition;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
-use crate::nn::model::{Model, ParameterKind};
+use crate::nn::model::{Model, Parameter, ParameterKind};
 
 /// Most levels of a search.
 const MOST_LEVELS: usize = 1000;
@@ -95,6 +95,9 @@ pub struct Search {
     pub scope: Scope,
     /// Patterns (`*`, `?`) of weights that are not pruned.
     pub exclude: Vec<String>,
+    /// Patterns of weights that are pruned beside those of convolutions, linear layers and the classifier.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub include: Vec<String>,
     /// When masks of parts are intersected.
     pub algebra: Algebra,
     /// The core is what at least this many parts keep.
@@ -126,24 +129,28 @@ impl Search {
         self.method != Method::Lth && matches!(partition, Some(Partition::Classes { .. } | Partition::File { .. }))
     }
 
-    /// The weights that are pruned, all kept: convolutions and linear layers, and the classifier where all parts share it.
+    /// The weights that are pruned, all kept: convolutions and linear layers, the classifier where all parts share it, and
+    /// what else is asked for.
     ///
     /// # Errors
     /// [`Error::Usage`] if a pattern matches nothing, or nothing is left to prune.
     pub fn candidates(&self, partition: Option<&Partition>, model: &Model) -> Result<MaskSet> {
-        for pattern in &self.exclude {
-            if !model.parameters.iter().any(|parameter| glob(pattern, &parameter.name)) {
-                let known: Vec<_> = model.parameters.iter().map(|parameter| parameter.name.as_str()).collect();
+        let options = self.exclude.iter().map(|p| ("--exclude", p)).chain(self.include.iter().map(|p| ("--include", p)));
+        for (option, pattern) in options {
+            // Norms and biases are never pruned: that would change what a kept weight means.
+            let known = model.parameters.iter().filter(|p| option == "--exclude" || p.shape.len() > 1);
+            let known: Vec<_> = known.map(|parameter| parameter.name.as_str()).collect();
+            if !known.iter().any(|name| glob(pattern, name)) {
                 let known = known.join(", ");
-                return Err(Error::Usage(format!("--exclude '{pattern}': no such weights; the model has {known}")));
+                return Err(Error::Usage(format!("{option} '{pattern}': no such weights; the model has {known}")));
             }
         }
+        let any = |patterns: &[String], parameter: &Parameter| patterns.iter().any(|p| glob(p, &parameter.name));
         let pruned = model.parameters.iter().filter(|parameter| match parameter.kind {
-            ParameterKind::Convolution | ParameterKind::Linear => true,
             ParameterKind::Classifier => !self.own_heads(partition),
-            _ => false,
+            kind => kind.is_prunable() || (parameter.shape.len() > 1 && any(&self.include, parameter)),
         });
-        let pruned = pruned.filter(|parameter| !self.exclude.iter().any(|pattern| glob(pattern, &parameter.name)));
+        let pruned = pruned.filter(|parameter| !any(&self.exclude, parameter));
         let layers: Vec<_> = pruned.map(|p| (p.name.clone(), Mask::ones(&p.shape))).collect();
         if layers.is_empty() {
             return Err(Error::Usage("--exclude leaves no weights to prune".into()));

@@ -52,11 +52,12 @@ impl Body {
     ///
     /// # Errors
     /// [`Error::Usage`] if its first convolution reads another number of channels, with the full list of what else does
-    /// not fit, or for a mask of something that is not pruned; as [`Weights::named_as`].
+    /// not fit, or for a mask of something else; as [`Weights::named_as`].
     pub fn new(file: &Weights, config: &ModelConfig) -> Result<Self> {
         let model = config.build()?;
         let (identity, tensors) = (file.identity(), model.file_tensors());
-        let file = &file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()))?;
+        let file = file.clone().named_as(tensors.iter().map(|(name, _)| name.as_str()))?;
+        let file = &file.with_positions_for(config)?;
         check_channels(file, &model)?;
         let keep = |name: &String| !model.is_head(name);
         let weights = Weights {
@@ -65,8 +66,8 @@ impl Body {
         };
         check_body(&weights, &model)?;
         let masks = file.masks.iter().filter(|(name, _)| keep(name)).map(|(n, m)| (n.clone(), m.clone())).collect();
-        let body = model.prunable().filter(|p| p.kind != ParameterKind::Classifier);
-        let names = body.map(|p| p.name.clone()).filter(|name| file.masks.contains_key(name));
+        let body = model.parameters.iter().map(|p| p.name.clone()).filter(keep);
+        let names = body.filter(|name| file.masks.contains_key(name));
         let masks = MaskSet::from_file(&masks, &names.collect::<Vec<_>>())?;
         Ok(Body { weights, masks, identity })
     }

@@ -79,7 +79,7 @@ fn logits_agree(name: &str) {
         network.load(&weights).unwrap();
         let batch = network.batch();
         device.write(&x, batch.x).unwrap();
-        device.write(&[samples as u32], batch.count).unwrap();
+        device.write(&[samples as u32], batch.current.count).unwrap();
         network.forward(Mode::Evaluate).unwrap();
         let logits = device.read(network.head().logits).unwrap();
         let (want, label) = (golden.get(name, "logits"), format!("{}: {name}", case.label));

@@ -1,5 +1,6 @@
 //! Convolution against float64 goldens, finite differences of the formula being PyTorch's business.
 
+use dilt::ops::Columns;
 use dilt::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 
 use crate::support::{Golden, on_devices, read, unwritten};
@@ -29,7 +30,8 @@ fn convolution_and_its_gradients_agree_with_pytorch() {
             let count = device.upload(&[n as u32]).unwrap();
 
             let mut y = unwritten(device, shape.output_len());
-            let with = bias.as_ref().map(|bias| Bias { bias: bias.view(), count: count.view() });
+            let columns = Columns::samples(n).unwrap();
+            let with = bias.as_ref().map(|bias| Bias { bias: bias.view(), columns, count: count.view() });
             conv_forward(device, &shape, x.view(), w.view(), with, y.view_mut()).unwrap();
             let y = read(device, y.view());
             tensor("y").check_samples_last(&y, TOLERANCE, &format!("{label}: y"));

@@ -1,6 +1,7 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
 mod agreement;
+mod attention;
 mod augment;
 mod bad_input;
 mod cifar;
@@ -31,6 +32,7 @@ mod resume;
 mod step;
 mod support;
 mod tickets;
+mod tokens;
 mod training;
 mod transfer;
 mod weights;

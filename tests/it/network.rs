@@ -39,8 +39,8 @@ fn forward(device: &Device, network: &mut Network, weights: &Weights) -> Vec<f32
     let into = network.batch();
     device.write(&x, into.x).unwrap();
     device.write(&labels, into.labels).unwrap();
-    device.write(&[SAMPLES as u32], into.count).unwrap();
-    device.write(&[0.0f32], into.rate).unwrap();
+    device.write(&[SAMPLES as u32], into.current.count).unwrap();
+    device.write(&[0.0f32], into.current.rate).unwrap();
     network.forward(Mode::Train).unwrap();
     device.read(network.head().logits).unwrap()
 }

@@ -74,8 +74,8 @@ impl Descent<'_> {
             let into = network.batch();
             device.write(&x, into.x).unwrap();
             device.write(&labels, into.labels).unwrap();
-            device.write(&[self.samples as u32], into.count).unwrap();
-            device.write(&[self.rate], into.rate).unwrap();
+            device.write(&[self.samples as u32], into.current.count).unwrap();
+            device.write(&[self.rate], into.current.rate).unwrap();
             network.forward(Mode::Train).unwrap();
             let head = network.head();
             let input = LossInput {

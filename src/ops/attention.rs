@@ -1,0 +1,220 @@
+//! Scaled dot product attention of many heads, fused (`kernels/attention.cu`).
+
+use super::{Columns, check_len, layouts_of};
+use crate::device::{Device, Kernel, KernelArgs, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use crate::error::{Error, Result};
+
+kernel_args! {
+    /// Shape of attention: `heads` heads of `head_dim` features each, in all D; qkv `[3 D, N, Tp]`, y `[D, N, Tp]`.
+    pub struct AttentionShape { heads: i32, head_dim: i32, columns: Columns }
+    struct AttentionForwardArgs {
+        qkv: Ptr<f32>, live: Ptr<u32>, count: Ptr<u32>, lse: Ptr<f32>, y: Ptr<f32>, shape: AttentionShape, scale: f32,
+    }
+    struct AttentionBackwardArgs {
+        qkv: Ptr<f32>, live: Ptr<u32>, count: Ptr<u32>, y: Ptr<f32>, lse: Ptr<f32>, dy: Ptr<f32>, delta: Ptr<f32>,
+        dqkv: Ptr<f32>, shape: AttentionShape, scale: f32,
+    }
+}
+layouts_of!(AttentionShape, AttentionForwardArgs, AttentionBackwardArgs);
+
+static FORWARD_DIRECT: Kernel<AttentionForwardArgs> = Kernel::new("attention_forward_direct_f32");
+static BACKWARD_DIRECT: Kernel<AttentionBackwardArgs> = Kernel::new("attention_backward_direct_f32");
+
+/// The kernels that cut tokens into tiles, for heads of up to so many features.
+struct Staged {
+    head_dim: usize,
+    /// Tokens of a block's tile.
+    tokens: usize,
+    forward: Kernel<AttentionForwardArgs>,
+    backward_queries: Kernel<AttentionBackwardArgs>,
+    backward_keys: Kernel<AttentionBackwardArgs>,
+}
+
+static STAGED: [Staged; 3] = [
+    Staged {
+        head_dim: 32,
+        tokens: 64,
+        forward: Kernel::new("attention_forward_32_f32"),
+        backward_queries: Kernel::new("attention_backward_queries_32_f32"),
+        backward_keys: Kernel::new("attention_backward_keys_32_f32"),
+    },
+    Staged {
+        head_dim: 64,
+        tokens: 64,
+        forward: Kernel::new("attention_forward_64_f32"),
+        backward_queries: Kernel::new("attention_backward_queries_64_f32"),
+        backward_keys: Kernel::new("attention_backward_keys_64_f32"),
+    },
+    Staged {
+        head_dim: MOST_HEAD_DIM,
+        tokens: 32,
+        forward: Kernel::new("attention_forward_128_f32"),
+        backward_queries: Kernel::new("attention_backward_queries_128_f32"),
+        backward_keys: Kernel::new("attention_backward_keys_128_f32"),
+    },
+];
+
+const THREADS: u32 = 256;
+/// Most features of a head.
+const MOST_HEAD_DIM: usize = 128;
+
+impl AttentionShape {
+    /// The shape of attention of `heads` heads of `head_dim` features over the `tokens` of each of `n` samples (rounded
+    /// up to a multiple of 8, as the tokens are in memory).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a size is 0 or too large, or a head has more than 128 features.
+    pub fn new(heads: usize, head_dim: usize, tokens: usize, n: usize) -> Result<Self> {
+        let refuse = |what: &str, expected: &str| {
+            let got = format!("{heads} heads of {head_dim} features, {n} samples of {tokens} tokens");
+            Err(Error::Shape { op: "attention", what: what.into(), expected: expected.into(), got })
+        };
+        if !(1..=MOST_HEAD_DIM).contains(&head_dim) {
+            return refuse("features of a head", "1 to 128");
+        }
+        if !(1..=65_535).contains(&heads) {
+            return refuse("heads", "1 to 65535");
+        }
+        let most = 1 << 30;
+        if [tokens, n].iter().any(|size| !(1..most).contains(size)) {
+            return refuse("samples and tokens", "at least 1 and fewer than 2^30 each");
+        }
+        let columns = Columns::tokens(n, tokens)?;
+        Ok(AttentionShape { heads: heads as i32, head_dim: head_dim as i32, columns })
+    }
+
+    /// Elements of qkv and dqkv, `[3 D, N, Tp]`.
+    pub fn qkv_len(&self) -> usize {
+        3 * self.output_len()
+    }
+
+    /// Elements of y and dy, `[D, N, Tp]`.
+    pub fn output_len(&self) -> usize {
+        self.head_dim as usize * self.statistic_len()
+    }
+
+    /// Elements of lse and delta, `[heads, N, Tp]`.
+    pub fn statistic_len(&self) -> usize {
+        self.heads as usize * self.columns.len()
+    }
+
+    /// 1 / sqrt(head_dim).
+    fn scale(&self) -> f32 {
+        (1.0 / f64::from(self.head_dim).sqrt()) as f32
+    }
+
+    /// The kernels of the staged policy for this shape.
+    fn staged(&self) -> &'static Staged {
+        let kernels = STAGED.iter().find(|kernels| self.head_dim as usize <= kernels.head_dim);
+        kernels.expect("the last one holds the largest head")
+    }
+
+    fn launch<A: KernelArgs>(&self, device: &Device, direct: &Kernel<A>, staged: &Kernel<A>, args: &A) -> Result<()> {
+        let (kernel, blocks, threads) = match device.policy() {
+            Policy::Direct => (direct, self.columns.n, 1),
+            Policy::Staged => {
+                let tiles = (self.columns.row as usize).div_ceil(self.staged().tokens);
+                (staged, self.columns.n * tiles as i32, THREADS)
+            }
+        };
+        // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape.
+        unsafe { device.launch(kernel, Launch::new([blocks as u32, self.heads as u32, 1], threads), args) }
+    }
+
+    fn check(&self, op: &'static str, input: &AttentionInput) -> Result<()> {
+        check_len(op, "qkv", input.qkv.len(), self.qkv_len())?;
+        check_len(op, "live", input.live.len(), self.heads as usize)?;
+        check_len(op, "count", input.count.len(), 1)
+    }
+}
+
+/// What attention reads. Padded tokens and samples are zero.
+#[derive(Clone, Copy)]
+pub struct AttentionInput<'a> {
+    /// Rows of queries, then of keys, then of values, each of all heads: `[3 D, N, Tp]`.
+    pub qkv: Slice<'a, f32>,
+    /// `[heads]`: a head with 0 is left out; its rows of y and dqkv are zeros.
+    pub live: Slice<'a, u32>,
+    /// Number of true samples, `[1]`.
+    pub count: Slice<'a, u32>,
+}
+
+/// Forward: y `[D, N, Tp]` of `softmax(Q K / sqrt(head_dim)) V` for each head and sample, overwritten, padded tokens and
+/// samples with zeros. `lse`, the logarithm of each query's sum of exponentials, `[heads, N, Tp]`, is what the backward
+/// pass needs.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn attention_forward(
+    device: &Device,
+    shape: &AttentionShape,
+    input: AttentionInput,
+    lse: Option<SliceMut<f32>>,
+    y: SliceMut<f32>,
+) -> Result<()> {
+    let op = "attention_forward";
+    shape.check(op, &input)?;
+    check_len(op, "lse", lse.as_ref().map_or(shape.statistic_len(), SliceMut::len), shape.statistic_len())?;
+    check_len(op, "y", y.len(), shape.output_len())?;
+    let args = AttentionForwardArgs {
+        qkv: input.qkv.ptr(),
+        live: input.live.ptr(),
+        count: input.count.ptr(),
+        lse: lse.as_ref().map_or(Ptr::null(), SliceMut::ptr),
+        y: y.ptr(),
+        shape: *shape,
+        scale: shape.scale(),
+    };
+    shape.launch(device, &FORWARD_DIRECT, &shape.staged().forward, &args)
+}
+
+/// What [`attention_forward`] wrote.
+#[derive(Clone, Copy)]
+pub struct AttentionSaved<'a> {
+    /// `[D, N, Tp]`.
+    pub y: Slice<'a, f32>,
+    /// `[heads, N, Tp]`.
+    pub lse: Slice<'a, f32>,
+}
+
+/// Backward: dy `[D, N, Tp]`, padded tokens and samples zero, to dqkv `[3 D, N, Tp]`, overwritten, padded tokens and
+/// samples with zeros. `delta` is scratch of [`AttentionShape::statistic_len`] elements or more.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn attention_backward(
+    device: &Device,
+    shape: &AttentionShape,
+    input: AttentionInput,
+    saved: AttentionSaved,
+    dy: Slice<f32>,
+    delta: SliceMut<f32>,
+    dqkv: SliceMut<f32>,
+) -> Result<()> {
+    let op = "attention_backward";
+    shape.check(op, &input)?;
+    check_len(op, "y", saved.y.len(), shape.output_len())?;
+    check_len(op, "lse", saved.lse.len(), shape.statistic_len())?;
+    check_len(op, "dy", dy.len(), shape.output_len())?;
+    if delta.len() < shape.statistic_len() {
+        check_len(op, "delta", delta.len(), shape.statistic_len())?;
+    }
+    check_len(op, "dqkv", dqkv.len(), shape.qkv_len())?;
+    let args = AttentionBackwardArgs {
+        qkv: input.qkv.ptr(),
+        live: input.live.ptr(),
+        count: input.count.ptr(),
+        y: saved.y.ptr(),
+        lse: saved.lse.ptr(),
+        dy: dy.ptr(),
+        delta: delta.ptr(),
+        dqkv: dqkv.ptr(),
+        shape: *shape,
+        scale: shape.scale(),
+    };
+    shape.launch(device, &BACKWARD_DIRECT, &shape.staged().backward_queries, &args)?;
+    match device.policy() {
+        Policy::Direct => Ok(()), // one kernel makes all gradients
+        Policy::Staged => shape.launch(device, &BACKWARD_DIRECT, &shape.staged().backward_keys, &args),
+    }
+}

@@ -1,0 +1,281 @@
+//! Token columns against float64 goldens of PyTorch's: linear layers, patches, embedding and pooling.
+
+use dilt::device::Device;
+use dilt::ops::Columns;
+use dilt::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+
+use dilt::ops::tokens::{
+    EmbedGradients, EmbedParameters, EmbedShape, PatchShape, TokenPool, TokenPoolShape, embed_backward, embed_forward,
+    patches_forward, token_pool_backward, token_pool_forward,
+};
+
+use crate::support::{Golden, Tensor, on_devices, read, unwritten};
+
+/// f32 sums of up to a few hundred products, against float64.
+const TOLERANCE: f64 = 2e-6;
+
+/// `[N, T, D]` to `[D, N, T]`, N and T padded to multiples of 8 with zeros.
+fn tokens_last(tensor: &Tensor) -> Vec<f32> {
+    let [n, tokens, features] = tensor.shape[..] else { panic!("{:?}", tensor.shape) };
+    let (padded, row) = (n.next_multiple_of(8), tokens.next_multiple_of(8));
+    let mut out = vec![0.0; features * padded * row];
+    for (i, &value) in tensor.data.iter().enumerate() {
+        let (sample, token, feature) = (i / features / tokens, i / features % tokens, i % features);
+        out[(feature * padded + sample) * row + token] = value as f32;
+    }
+    out
+}
+
+/// Compares values in dilt's layout with a tensor `[N, T, D]`; padded tokens and samples must be exactly zero.
+fn check_tokens_last(want: &Tensor, got: &[f32], tolerance: f64, label: &str) {
+    let [n, tokens, features] = want.shape[..] else { panic!("{:?}", want.shape) };
+    let (padded, row) = (n.next_multiple_of(8), tokens.next_multiple_of(8));
+    assert_eq!(got.len(), features * padded * row, "{label}: number of elements");
+    let mut back = vec![0.0; want.data.len()];
+    for (i, &value) in got.iter().enumerate() {
+        let (feature, sample, token) = (i / row / padded, i / row % padded, i % row);
+        if sample < n && token < tokens {
+            back[(sample * tokens + token) * features + feature] = value;
+        } else {
+            assert!(value == 0.0, "{label}: {value} in a padded column");
+        }
+    }
+    want.check(&back, tolerance, label);
+}
+
+#[test]
+fn linear_layers_over_token_columns_agree_with_pytorch() {
+    let golden = Golden::open("linear");
+    on_devices(|device, label| {
+        let mut results = Vec::new();
+        for case in golden.cases() {
+            let label = format!("{label}: {case}");
+            let tensor = |name: &str| golden.get(&case, name);
+            let [n, tokens, c] = tensor("x").shape[..] else { panic!() };
+            let columns = Columns::tokens(n, tokens).unwrap();
+            let shape = ConvShape::new([c, 1, 1], tensor("w").shape[0], [1, 1], 1, 0, columns.len()).unwrap();
+            let (x, dy) = (tokens_last(&tensor("x")), tokens_last(&tensor("dy")));
+            let (x, dy) = (device.upload(&x).unwrap(), device.upload(&dy).unwrap());
+            let w = device.upload(&tensor("w").f32()).unwrap();
+            let bias = golden.find(&case, "bias").map(|bias| device.upload(&bias.f32()).unwrap());
+            let count = device.upload(&[n as u32]).unwrap();
+
+            let mut y = unwritten(device, shape.output_len());
+            let with = bias.as_ref().map(|bias| Bias { bias: bias.view(), columns, count: count.view() });
+            conv_forward(device, &shape, x.view(), w.view(), with, y.view_mut()).unwrap();
+            let y = read(device, y.view());
+            check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
+
+            let mut dx = unwritten(device, shape.input_len());
+            conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut()).unwrap();
+            let once = read(device, dx.view());
+            check_tokens_last(&tensor("dx"), &once, TOLERANCE, &format!("{label}: dx"));
+            conv_input_gradient(device, &shape, dy.view(), w.view(), true, dx.view_mut()).unwrap();
+            let twice: Vec<f32> = read(device, dx.view()).iter().map(|value| value / 2.0).collect();
+            check_tokens_last(&tensor("dx"), &twice, TOLERANCE, &format!("{label}: dx, accumulated"));
+
+            let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
+            let mut dw = unwritten(device, shape.weight_len());
+            conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
+            let dw = read(device, dw.view());
+            tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));
+            results.extend([y, once, twice, dw]);
+
+            if let Some(want) = golden.find(&case, "dbias") {
+                let mut dbias = unwritten(device, want.data.len());
+                conv_bias_gradient(device, &shape, dy.view(), dbias.view_mut()).unwrap();
+                let dbias = read(device, dbias.view());
+                want.check(&dbias, TOLERANCE, &format!("{label}: dbias"));
+                results.push(dbias);
+            }
+        }
+        results
+    });
+}
+
+#[test]
+fn columns_that_are_not_those_of_the_layer_are_refused_by_name() {
+    let device = Device::open("host").unwrap();
+    let shape = ConvShape::new([3, 1, 1], 4, [1, 1], 1, 0, Columns::tokens(5, 17).unwrap().len()).unwrap();
+    let (x, w) = (device.alloc(shape.input_len()).unwrap(), device.alloc(shape.weight_len()).unwrap());
+    let (bias, count) = (device.alloc(4).unwrap(), device.alloc(1).unwrap());
+    let mut y = device.alloc(shape.output_len()).unwrap();
+    let bias = Bias { bias: bias.view(), columns: Columns::samples(5).unwrap(), count: count.view() };
+    let error = conv_forward(&device, &shape, x.view(), w.view(), Some(bias), y.view_mut()).unwrap_err().to_string();
+    assert!(error.contains("elements of columns: expected 192, got 8"), "{error}");
+}
+
+#[test]
+fn images_become_patches_and_patches_tokens_as_in_pytorch() {
+    let golden = Golden::open("tokens");
+    on_devices(|device, label| {
+        let mut results = Vec::new();
+        for case in golden.cases() {
+            let label = format!("{label}: {case}");
+            let tensor = |name: &str| golden.get(&case, name);
+            let uploaded = |name: &str| golden.find(&case, name).map(|tensor| device.upload(&tensor.f32()).unwrap());
+            let number = |key: &str| golden.number(&case, key) as usize;
+            let [n, c, h, w] = tensor("x").shape[..] else { panic!() };
+            let [_, tokens, features] = tensor("y").shape[..] else { panic!() };
+            let shape = PatchShape::new([c, h, w], number("patch"), number("prefix"), n).unwrap();
+            assert_eq!([shape.tokens(), shape.features()], tensor("patches").shape[1..], "{label}");
+
+            let x = device.upload(&tensor("x").samples_last()).unwrap();
+            let mut patches = unwritten(device, shape.output_len());
+            patches_forward(device, &shape, x.view(), patches.view_mut()).unwrap();
+            let patches = read(device, patches.view());
+            check_tokens_last(&tensor("patches"), &patches, 0.0, &format!("{label}: patches"));
+
+            let shape = EmbedShape::new(features, tokens, number("prefix"), n).unwrap();
+            let mut embedded = tokens_last(&tensor("embedded"));
+            // What is not true is not read: it may hold anything.
+            let row = tokens.next_multiple_of(8);
+            let stray =
+                |i: &usize| i % row >= tokens || i % row < number("prefix") || i / row % n.next_multiple_of(8) >= n;
+            (0..embedded.len()).filter(stray).for_each(|i| embedded[i] = f32::NAN);
+            let (x, count) = (device.upload(&embedded).unwrap(), device.upload(&[n as u32]).unwrap());
+            let (token, bias, positions) = (uploaded("token"), uploaded("bias"), uploaded("positions").unwrap());
+            let (token, bias) = (token.as_ref().map(|token| token.view()), bias.as_ref().map(|bias| bias.view()));
+            let parameters = EmbedParameters { token, bias, positions: positions.view() };
+            let mut y = unwritten(device, shape.len());
+            embed_forward(device, &shape, x.view(), parameters, count.view(), y.view_mut()).unwrap();
+            let y = read(device, y.view());
+            check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
+
+            let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
+            let gradient = |there: bool| there.then(|| unwritten(device, features));
+            let (mut dtoken, mut dbias) = (gradient(token.is_some()), gradient(bias.is_some()));
+            let mut dpositions = unwritten(device, shape.positions_len());
+            let (token, bias) =
+                (dtoken.as_mut().map(|token| token.view_mut()), dbias.as_mut().map(|bias| bias.view_mut()));
+            let gradients = EmbedGradients { token, bias, positions: dpositions.view_mut() };
+            embed_backward(device, &shape, dy.view(), gradients).unwrap();
+            results.extend([patches, y]);
+            for (name, got) in [("dtoken", dtoken), ("dbias", dbias), ("dpositions", Some(dpositions))] {
+                assert_eq!(got.is_some(), golden.find(&case, name).is_some(), "{label}: {name}");
+                if let Some(got) = got {
+                    let got = read(device, got.view());
+                    tensor(name).check(&got, TOLERANCE, &format!("{label}: {name}"));
+                    results.push(got);
+                }
+            }
+        }
+        results
+    });
+}
+
+#[test]
+fn pools_of_tokens_and_their_gradients_agree_with_pytorch() {
+    let golden = Golden::open("tokens");
+    on_devices(|device, label| {
+        let mut results = Vec::new();
+        for case in golden.cases() {
+            let tensor = |name: &str| golden.get(&case, name);
+            let [n, tokens, features] = tensor("y").shape[..] else { panic!() };
+            let (x, dy) = (tokens_last(&tensor("y")), tensor("dpooled").samples_last());
+            let (x, dy) = (device.upload(&x).unwrap(), device.upload(&dy).unwrap());
+            for (name, pool) in [("first", TokenPool::First), ("mean", TokenPool::Mean)] {
+                let label = format!("{label}: {case}: {name}");
+                let prefix = golden.number(&case, "prefix") as usize;
+                let shape = TokenPoolShape::new(features, tokens, prefix, n, pool).unwrap();
+                let (mut y, mut dx) = (unwritten(device, shape.output_len()), unwritten(device, shape.input_len()));
+                token_pool_forward(device, &shape, x.view(), y.view_mut()).unwrap();
+                token_pool_backward(device, &shape, dy.view(), dx.view_mut()).unwrap();
+                let (y, dx) = (read(device, y.view()), read(device, dx.view()));
+                tensor(name).check_samples_last(&y, TOLERANCE, &format!("{label}: y"));
+                check_tokens_last(&tensor(&format!("d{name}")), &dx, TOLERANCE, &format!("{label}: dx"));
+                results.extend([y, dx]);
+            }
+        }
+        results
+    });
+}
+
+/// More tokens than a block's chunk of the gradient, more samples than its parts, every sum exact.
+#[test]
+fn gradients_of_an_embedding_sum_every_true_column_once() {
+    let (features, tokens, n) = (3, 197, 300);
+    let shape = EmbedShape::new(features, tokens, 1, n).unwrap();
+    let mut dy = Tensor { shape: vec![n, tokens, features], data: vec![0.0; n * tokens * features] };
+    dy.data.iter_mut().enumerate().for_each(|(i, value)| *value = (i * 2_654_435_761 % 15) as f64 - 7.0);
+    let sum = |keep: &dyn Fn(usize) -> bool, feature: usize| {
+        let own = (0..dy.data.len()).filter(|i| i % features == feature && keep(i / features % tokens));
+        own.map(|i| dy.data[i] as f32).sum::<f32>()
+    };
+    let positions: Vec<f32> = (0..tokens * features).map(|i| sum(&|t| t == i / features, i % features)).collect();
+    let bias: Vec<f32> = (0..features).map(|feature| sum(&|t| t > 0, feature)).collect();
+    on_devices(|device, label| {
+        let dy = device.upload(&tokens_last(&dy)).unwrap();
+        let mut dpositions = unwritten(device, shape.positions_len());
+        let (mut dtoken, mut dbias) = (unwritten(device, features), unwritten(device, features));
+        let (token, bias_gradient) = (Some(dtoken.view_mut()), Some(dbias.view_mut()));
+        let gradients = EmbedGradients { token, bias: bias_gradient, positions: dpositions.view_mut() };
+        embed_backward(device, &shape, dy.view(), gradients).unwrap();
+        let got = [dtoken.view(), dbias.view(), dpositions.view()].map(|slice| read(device, slice));
+        assert_eq!(got, [positions[..features].to_vec(), bias.clone(), positions.clone()], "{label}");
+        got.into()
+    });
+}
+
+#[test]
+fn shapes_of_tokens_that_make_no_sense_are_refused() {
+    for (image, patch, prefix) in [
+        ([3, 8, 8], 3, 0),
+        ([3, 8, 6], 4, 0),
+        ([0, 8, 8], 4, 0),
+        ([3, 8, 8], 0, 0),
+        ([3, 8, 8], 4, 2),
+        ([3, 1 << 20, 1 << 20], 1, 0),
+    ] {
+        assert!(PatchShape::new(image, patch, prefix, 8).is_err(), "{image:?}, patches of {patch}, {prefix}");
+    }
+    assert!(PatchShape::new([3, 8, 8], 4, 1, usize::MAX / 2).is_err());
+    let error = PatchShape::new([3, 32, 30], 4, 1, 5).unwrap_err().to_string();
+    assert!(error.contains("patch: expected a divisor of both sides of the image, got images [3, 32, 30]"), "{error}");
+    for (features, tokens, prefix, n) in
+        [(0, 9, 1, 8), (70_000, 9, 1, 8), (4, 1, 1, 8), (4, 9, 2, 8), (4, 1 << 29, 0, 8)]
+    {
+        assert!(EmbedShape::new(features, tokens, prefix, n).is_err(), "{features} {tokens} {prefix} {n}");
+        let shape = TokenPoolShape::new(features, tokens, prefix, n, TokenPool::Mean);
+        assert!(shape.is_err(), "{features} {tokens} {prefix} {n}");
+    }
+}
+
+#[test]
+fn tensors_of_the_wrong_size_are_refused_by_name() {
+    let device = Device::open("host").unwrap();
+    let (x, mut y) = (device.alloc::<f32>(640).unwrap(), device.alloc::<f32>(640).unwrap());
+    let count = device.alloc::<u32>(1).unwrap();
+    let refused = |result: dilt::Result<()>, message: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    };
+    let shape = PatchShape::new([1, 4, 4], 2, 0, 5).unwrap();
+    let result = patches_forward(&device, &shape, x.view(), y.view_mut());
+    refused(result, "patches_forward: number of elements of x: expected 128, got 640");
+    let result = patches_forward(&device, &shape, x.slice(0..128), y.view_mut());
+    refused(result, "elements of y: expected 256, got 640");
+
+    // 3 features of 8 samples of 24 columns.
+    let shape = EmbedShape::new(3, 17, 1, 5).unwrap();
+    let (token, bias, positions) = (x.slice(0..3), x.slice(0..3), x.slice(0..51));
+    let good = EmbedParameters { token: Some(token), bias: Some(bias), positions };
+    let (from, to) = (x.slice(0..576), 0..576);
+    for (parameters, message) in [
+        (EmbedParameters { token: None, ..good }, "elements of token: expected 3, got 0"),
+        (EmbedParameters { bias: Some(x.slice(0..4)), ..good }, "elements of bias: expected 3, got 4"),
+        (EmbedParameters { positions: x.slice(0..50), ..good }, "elements of positions: expected 51, got 50"),
+    ] {
+        refused(embed_forward(&device, &shape, from, parameters, count.view(), y.slice_mut(to.clone())), message);
+    }
+    let mut gradients = device.alloc::<f32>(51).unwrap();
+    let positions = EmbedGradients { token: None, bias: None, positions: gradients.view_mut() };
+    refused(embed_backward(&device, &shape, from, positions), "elements of token: expected 3, got 0");
+
+    let shape = TokenPoolShape::new(3, 17, 1, 5, TokenPool::First).unwrap();
+    refused(token_pool_forward(&device, &shape, from, y.view_mut()), "elements of y: expected 24, got 640");
+    refused(
+        token_pool_backward(&device, &shape, x.slice(0..24), y.view_mut()),
+        "elements of dx: expected 576, got 640",
+    );
+}
