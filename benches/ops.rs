@@ -16,7 +16,7 @@ use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::norm::{
     NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
 };
-use dilt::ops::optimizer::{Sgd, SgdInput, sgd_step};
+use dilt::ops::optimizer::{OptimizerInput, Sgd, sgd_step};
 use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
 
@@ -183,7 +183,7 @@ impl Bench<'_> {
         let sgd = Sgd { momentum: 0.9, nesterov: false, weight_decay: 1e-4 };
         self.time(&format!("sgd of {elements}"), Throughput::Bytes(20 * elements as u64), |device| {
             let (rate, gradients, mask) = (rate.view(), gradients.view(), mask.view());
-            let input = SgdInput { rate, gradients, mask, decay: None, clip: None };
+            let input = OptimizerInput { rate, gradients, mask, decay: None, clip: None };
             sgd_step(device, &sgd, input, weights.view_mut(), velocity.view_mut())
         });
         Ok(())

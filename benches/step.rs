@@ -1,4 +1,5 @@
-//! Whole training steps: ResNet-20 at batch 128 on images of 3x32x32, and ResNet-8 at batch 64 on the digits; f32.
+//! Whole training steps: ResNet-20 at batch 128 on images of 3x32x32, DeiT-Ti at batch 16 on 3x224x224, and ResNet-8 at
+//! batch 64 on the digits; f32, each with its model file's optimizer.
 //!
 //! `cargo bench --bench step`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set). With
 //! `-- --json` it prints one line of JSON instead, for scripts/bench-host.sh: median and best wall time, CPU time, and
@@ -17,6 +18,7 @@ use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
 use dilt::nn::init;
 use dilt::report::progress::{Progress, Verbosity};
+use dilt::train::recipe::Augmentation;
 use dilt::train::{Chunk, Images, Labelled, Observer, Recipe, Training};
 
 /// A model, its batch and the data that it steps over.
@@ -27,26 +29,27 @@ struct Case {
     data: DataSet,
 }
 
-/// Random bytes as CIFAR images: the time of a step does not depend on what is in them.
-fn random_images(batch: usize) -> DataSet {
-    let shape = [3, 32, 32];
+/// Random bytes as square images: the time of a step does not depend on what is in them.
+fn random_images(batch: usize, size: usize, classes: usize) -> DataSet {
+    let shape = [3, size, size];
     let mut state = 1u32;
     let mut byte = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 24) as u8
     };
     let images = (0..batch * shape.iter().product::<usize>()).map(|_| byte()).collect();
-    let train = Examples { images: Pixels::Bytes(images), labels: (0..batch as u32).map(|i| i % 10).collect() };
+    let train = Examples { images: Pixels::Bytes(images), labels: (0..batch as u32).map(|i| i % classes as u32).collect() };
     let (name, mean, std) = ("random".to_owned(), vec![0.5; 3], vec![0.25; 3]);
     let (test, val) = (train.clone(), Examples::default());
-    DataSet { name, shape, stored: shape, classes: 10, scale: 255.0, mean, std, train, val, test }
+    DataSet { name, shape, stored: shape, classes, scale: 255.0, mean, std, train, val, test }
 }
 
-fn cases() -> [Case; 2] {
+fn cases() -> [Case; 3] {
     let digits =
         dilt::data::load("digits", &Reading::default(), &Progress::new(Verbosity::Quiet)).expect("part of the program");
     [
-        Case { name: "resnet20_batch128", model: "resnet20", batch: 128, data: random_images(128) },
+        Case { name: "resnet20_batch128", model: "resnet20", batch: 128, data: random_images(128, 32, 10) },
+        Case { name: "deit_tiny_batch16", model: "deit_tiny_patch16_224", batch: 16, data: random_images(16, 224, 1000) },
         Case { name: "resnet8_digits_batch64", model: "resnet8", batch: 64, data: digits },
     ]
 }
@@ -54,14 +57,16 @@ fn cases() -> [Case; 2] {
 impl Case {
     /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
     fn run(&self, device: &Device, work: impl FnOnce(&mut dyn FnMut(usize) -> Duration, usize)) -> dilt::Result<()> {
-        let model = ModelConfig::load(self.model, &[])?.build()?;
+        let config = ModelConfig::load(self.model, &[])?;
+        let model = config.build()?;
+        let (steps, lr, augment) = (Some(1 << 31), 1e-3, Augmentation::None);
+        let recipe = Recipe { batch: self.batch, steps, lr, augment, ..Recipe::from_table(&config.train)? };
         let mut network = Network::new(device, &model, self.batch, Use::Train(recipe.optimizer))?;
         network.load(&init::draw(&model, 0))?;
         let mut examples = self.data.train.clone();
         examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch
         let images = Images::new(device, &self.data, &examples)?;
         let labelled = Labelled::all(device, &images, &examples, self.data.classes)?;
-        let recipe = Recipe { batch: self.batch, steps: Some(1 << 31), lr: 1e-3, ..Recipe::default() };
         let bytes = network.plan().bytes;
         let mut training = Training::new(&mut network, &labelled, &recipe, 0)?;
         let mut from = 0;
@@ -116,7 +121,7 @@ fn json(device: &Device) -> dilt::Result<()> {
         let _ = std::fs::write("/proc/self/clear_refs", "5");
         let before = resident_mib("VmRSS:");
         case.run(device, |steps, planned| {
-            let repeats = if case.batch == 128 { 10 } else { 50 };
+            let repeats = if case.model == "resnet8" { 50 } else { 10 };
             let mut wall = Vec::new();
             let mut cpu = f64::INFINITY;
             for _ in 0..repeats {

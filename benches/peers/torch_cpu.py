@@ -1,10 +1,11 @@
 #!/usr/bin/python3
-"""PyTorch's side of benches/step.rs: one ResNet-20 training step and its 3x3 convolutions, on the CPU, f32, eager.
+"""PyTorch's side of benches/step.rs: one training step of ResNet-20 or DeiT-Ti, on the CPU, f32, eager.
 
-    /usr/bin/python3 benches/peers/torch_cpu.py --threads 2 --steps 10 [--layers]
+    /usr/bin/python3 benches/peers/torch_cpu.py [--model resnet20|deit_tiny] --threads 2 --steps 10 [--layers]
 
-The network is that of akamaster/pytorch_resnet_cifar10: 3x3 stem, shortcuts that subsample and pad channels, SGD with
-momentum 0.9 and weight decay 1e-4. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
+ResNet-20 is that of akamaster/pytorch_resnet_cifar10: 3x3 stem, shortcuts that subsample and pad channels, SGD with momentum
+0.9 and weight decay 1e-4; --layers also times its 3x3 convolutions. DeiT-Ti is torchvision's VisionTransformer of that size
+with AdamW. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
 """
 
 import argparse
@@ -62,17 +63,34 @@ def milliseconds(work):
     return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
-def training_step(batch, memory_format):
+def resnet20():
+    model = ResNet20()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+def deit_tiny():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+
+
+# Network and optimizer, batch, size of an image, classes.
+MODELS = {"resnet20": (resnet20, 128, 32, 10), "deit_tiny": (deit_tiny, 16, 224, 1000)}
+
+
+def training_step(name, batch, memory_format):
+    make, _, size, classes = MODELS[name]
     torch.manual_seed(0)
-    model = ResNet20().to(memory_format=memory_format)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=memory_format)
-    labels = torch.randint(0, 10, (batch,))
+    model, optimizer = make()
+    model = model.to(memory_format=memory_format)
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
+    labels = torch.randint(0, classes, (batch,))
 
     def step():
-        sgd.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), labels).backward()
-        sgd.step()
+        optimizer.step()
 
     return step
 
@@ -115,18 +133,20 @@ def fastest(make, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--model", choices=MODELS, default="resnet20")
+    parser.add_argument("--batch", type=int, help="128 of ResNet-20, 16 of DeiT-Ti, if not given")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each memory format")
     parser.add_argument("--layers", action="store_true", help="also time the 3x3 convolutions of the three stages")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    step = fastest(lambda memory_format: training_step(options.batch, memory_format), options.steps)
+    batch = options.batch or MODELS[options.model][1]
+    step = fastest(lambda memory_format: training_step(options.model, batch, memory_format), options.steps)
     result = {
-        "what": "ResNet-20 training step, f32, eager",
-        "batch": options.batch,
+        "what": f"{options.model}_batch{batch}",
+        "batch": batch,
         "threads": options.threads,
         **step,
-        "images_per_s": round(options.batch / step["median_ms"] * 1e3, 1),
+        "images_per_s": round(batch / step["median_ms"] * 1e3, 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -134,9 +154,9 @@ def main():
     if options.layers:
         result["layers"] = {}
         for channels, size in [(16, 32), (32, 16), (64, 8)]:
-            forward = fastest(lambda f, c=channels, s=size: layer(options.batch, c, s, f)[0], options.steps)
-            backward = fastest(lambda f, c=channels, s=size: layer(options.batch, c, s, f)[1], options.steps)
-            flop = 2 * options.batch * channels * channels * 9 * size * size
+            forward = fastest(lambda f, c=channels, s=size: layer(batch, c, s, f)[0], options.steps)
+            backward = fastest(lambda f, c=channels, s=size: layer(batch, c, s, f)[1], options.steps)
+            flop = 2 * batch * channels * channels * 9 * size * size
             result["layers"][f"{channels}x{size}x{size}"] = {
                 "forward": {**forward, "gflop_per_s": round(flop / forward["min_ms"] / 1e6, 1)},
                 "backward": {**backward, "gflop_per_s": round(2 * flop / backward["min_ms"] / 1e6, 1)},

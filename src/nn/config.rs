@@ -228,7 +228,9 @@ impl ModelConfig {
         }
         let message = |error: toml::de::Error| error.message().to_owned();
         let Common { name, image, classes, family, train } = table.clone().try_into().map_err(message)?;
-        ["name", "image", "classes", "train"].map(|key| table.remove(key));
+        for key in ["name", "image", "classes", "train"] {
+            table.remove(key);
+        }
         let architecture = match family.as_str() {
             "vit" => {
                 table.remove("family");

@@ -9,9 +9,10 @@ use crate::error::{Error, Result};
 use crate::ops::{Columns, SAMPLE_ALIGNMENT};
 use crate::ops::attention::AttentionShape;
 use crate::ops::conv::ConvShape;
+use crate::ops::dropout::ResidualShape;
 use crate::ops::layer_norm::LayerNormShape;
 use crate::ops::norm::NormShape;
-use crate::ops::pointwise::{ResidualShape, ShortcutShape};
+use crate::ops::pointwise::ShortcutShape;
 use crate::ops::pool::{MeanPoolShape, PoolShape};
 use crate::ops::tokens::{EmbedShape, PatchShape, TokenPool, TokenPoolShape};
 

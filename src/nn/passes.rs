@@ -7,16 +7,15 @@ use crate::device::{Buffer, Slice, SliceMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
+use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use crate::ops::norm::{
     NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_backward, norm_eval, norm_forward,
 };
-use crate::ops::pointwise::{
-    Draw, dropout_backward, dropout_forward, gelu_backward, gelu_forward, residual_backward, residual_forward,
-    shortcut_backward, shortcut_forward,
-};
+use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
 use crate::ops::tokens::{
     EmbedGradients, EmbedParameters, embed_backward, embed_forward, patches_forward, token_pool_backward,

@@ -11,7 +11,9 @@ use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_i
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward};
-use crate::ops::optimizer::{Clip, GRADIENT_NORM_PARTIALS, Sgd, SgdInput, gradient_norm, sgd_step};
+use crate::ops::optimizer::{
+    AdamW, Clip, GRADIENT_NORM_PARTIALS, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step,
+};
 use crate::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
 use crate::ops::pool::{MeanPoolShape, PoolShape, max_pool_backward, max_pool_forward};
 use crate::ops::pool::{mean_pool_backward, mean_pool_forward};
@@ -40,6 +42,7 @@ pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
     norm_in_evaluation,
     norm_gradient,
     sgd,
+    adamw,
     norm_of_gradients,
     shortcut,
     shortcut_gradient,
@@ -241,7 +244,7 @@ fn sgd(t: &mut Trial) -> Result<()> {
     let (mut weights, mut velocity, gradients) = (t.floats(WEIGHTS)?, t.floats(WEIGHTS)?, t.floats(WEIGHTS)?);
     let (mask, decay) = (t.bits(WORDS)?, t.bits(WORDS)?);
     let (partials, rate) = (t.positive(GRADIENT_NORM_PARTIALS)?, t.device.upload(&[0.1])?);
-    let input = SgdInput {
+    let input = OptimizerInput {
         rate: rate.view(),
         gradients: gradients.view(),
         mask: mask.view(),
@@ -252,6 +255,27 @@ fn sgd(t: &mut Trial) -> Result<()> {
     sgd_step(t.device, &settings, input, weights.view_mut(), velocity.view_mut())?;
     t.close("weights", &weights)?;
     t.close("velocity", &velocity)
+}
+
+fn adamw(t: &mut Trial) -> Result<()> {
+    let (mut weights, gradients) = (t.floats(WEIGHTS)?, t.floats(WEIGHTS)?);
+    let (mut first, mut second) = (t.floats(WEIGHTS)?, t.positive(WEIGHTS)?);
+    let (mask, decay) = (t.bits(WORDS)?, t.bits(WORDS)?);
+    let (partials, rate) = (t.positive(GRADIENT_NORM_PARTIALS)?, t.device.upload(&[0.1])?);
+    let corrections = t.device.upload(&[3.7, 31.6])?;
+    let input = OptimizerInput {
+        rate: rate.view(),
+        gradients: gradients.view(),
+        mask: mask.view(),
+        decay: Some(decay.view()),
+        clip: Some(Clip { partials: partials.view(), max_norm: 2.0 }),
+    };
+    let settings = AdamW { betas: [0.9, 0.999], epsilon: 1e-8, weight_decay: 0.01 };
+    let (w, m, v) = (weights.view_mut(), first.view_mut(), second.view_mut());
+    adamw_step(t.device, &settings, input, corrections.view(), w, m, v)?;
+    t.close("weights", &weights)?;
+    t.close("first", &first)?;
+    t.close("second", &second)
 }
 
 fn norm_of_gradients(t: &mut Trial) -> Result<()> {
@@ -346,12 +370,20 @@ fn mask_sizes(t: &mut Trial) -> Result<()> {
 
 fn step_beginning(t: &mut Trial) -> Result<()> {
     let (state, counts, rates) = (t.device.upload(&[2, 7])?, t.bits(4)?, t.floats(4)?);
-    let (mut count, mut rate) = (t.bits(1)?, t.unwritten(1)?);
-    let tables = StepTables { count: counts.view(), rate: rates.view() };
-    let current = StepCurrent { count: count.view_mut(), rate: rate.view_mut() };
+    let correction_rows = t.floats(8)?;
+    let (mut count, mut rate, mut corrections, mut step) = (t.bits(1)?, t.unwritten(1)?, t.unwritten(2)?, t.bits(1)?);
+    let tables = StepTables { count: counts.view(), rate: rates.view(), corrections: correction_rows.view() };
+    let current = StepCurrent {
+        count: count.view_mut(),
+        rate: rate.view_mut(),
+        corrections: corrections.view_mut(),
+        step: step.view_mut(),
+    };
     step_begin(t.device, state.view(), tables, current)?;
     t.exact("count", &count)?;
-    t.exact("rate", &rate)
+    t.exact("rate", &rate)?;
+    t.exact("corrections", &corrections)?;
+    t.exact("step", &step)
 }
 
 fn step_ending(t: &mut Trial) -> Result<()> {

@@ -126,6 +126,20 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let patches = read(device, patches.view());
             check_tokens_last(&tensor("patches"), &patches, 0.0, &format!("{label}: patches"));
 
+            // A patch convolution is a linear layer over patches.
+            let columns = Columns::tokens(n, tokens).unwrap().len();
+            let linear = ConvShape::new([shape.features(), 1, 1], features, [1, 1], 1, 0, columns).unwrap();
+            let (x, w) = (device.upload(&patches).unwrap(), uploaded("w").unwrap());
+            let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
+            let (mut y, mut dw) = (unwritten(device, linear.output_len()), unwritten(device, linear.weight_len()));
+            let mut scratch = unwritten(device, linear.gradient_scratch_len(device));
+            conv_forward(device, &linear, x.view(), w.view(), None, y.view_mut()).unwrap();
+            conv_weight_gradient(device, &linear, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
+            let (y, dw) = (read(device, y.view()), read(device, dw.view()));
+            check_tokens_last(&tensor("embedded"), &y, TOLERANCE, &format!("{label}: embedded"));
+            tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));
+            results.extend([y, dw]);
+
             let shape = EmbedShape::new(features, tokens, number("prefix"), n).unwrap();
             let mut embedded = tokens_last(&tensor("embedded"));
             // What is not true is not read: it may hold anything.
@@ -142,7 +156,6 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let y = read(device, y.view());
             check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
 
-            let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
             let gradient = |there: bool| there.then(|| unwritten(device, features));
             let (mut dtoken, mut dbias) = (gradient(token.is_some()), gradient(bias.is_some()));
             let mut dpositions = unwritten(device, shape.positions_len());
