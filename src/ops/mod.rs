@@ -4,10 +4,13 @@
 pub mod attention;
 pub mod augment;
 pub mod conv;
+pub mod dropout;
 #[cfg(dilt_sanitize)]
 #[doc(hidden)]
 #[path = "../../tests/faults/faults.rs"]
 pub mod faults;
+pub mod gelu;
+pub mod layer_norm;
 pub mod loss;
 pub mod norm;
 pub mod optimizer;
@@ -68,8 +71,11 @@ pub fn layouts() -> Vec<Layout> {
         attention::layouts(),
         augment::layouts(),
         conv::layouts(),
+        dropout::layouts(),
         #[cfg(dilt_sanitize)]
         faults::layouts(),
+        gelu::layouts(),
+        layer_norm::layouts(),
         loss::layouts(),
         norm::layouts(),
         optimizer::layouts(),
@@ -89,6 +95,21 @@ pub(crate) fn check_len(op: &'static str, tensor: &str, got: usize, expected: us
     }
     let what = format!("number of elements of {tensor}");
     Err(Error::Shape { op, what, expected: expected.to_string(), got: got.to_string() })
+}
+
+/// Refuses tensors of an elementwise operation that differ in length, or whose length padding does not divide.
+pub(crate) fn check_elementwise(op: &'static str, tensors: &[(&str, usize)]) -> Result<()> {
+    let (first, length) = tensors[0];
+    if !length.is_multiple_of(SAMPLE_ALIGNMENT) {
+        let expected = format!("a multiple of {SAMPLE_ALIGNMENT}");
+        return Err(Error::Shape {
+            op,
+            what: format!("number of elements of {first}"),
+            expected,
+            got: length.to_string(),
+        });
+    }
+    tensors.iter().try_for_each(|&(name, len)| check_len(op, name, len, length))
 }
 
 /// The launch of an elementwise kernel over `row` elements of each channel: blocks for them in x, channels in y.

@@ -3,11 +3,20 @@
 use rand::Rng;
 
 use super::{PADDED, SAMPLES, Trial};
+use crate::device::Buffer;
 use crate::error::{Error, Result};
+use crate::ops::Columns;
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::dropout::{
+    Draw, ResidualShape, dropout_backward, dropout_forward, residual_backward, residual_forward,
+};
+use crate::ops::gelu::{gelu_backward, gelu_forward};
+use crate::ops::layer_norm::{LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics};
+use crate::ops::layer_norm::{layer_norm_backward, layer_norm_forward};
+use crate::ops::layouts;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward};
@@ -41,6 +50,11 @@ pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
     norm_in_training,
     norm_in_evaluation,
     norm_gradient,
+    layer_norm,
+    layer_norm_gradient,
+    gelu,
+    dropout,
+    residual,
     sgd,
     adamw,
     norm_of_gradients,
@@ -234,6 +248,96 @@ fn norm_gradient(t: &mut Trial) -> Result<()> {
     t.close("dbeta", &dbeta)?;
     t.exact("dresidual", &dresidual)?;
     t.close("dx", &dx)
+}
+
+/// Chunks and single rows of several tiles; columns of `PADDED` samples, of which a token is padding.
+fn token_rows(t: &mut Trial) -> Result<(usize, Columns, Buffer<u32>)> {
+    Ok((19, Columns::tokens(SAMPLES, PADDED - 1)?, t.count()?))
+}
+
+/// Rows of token columns, the padded ones zero.
+fn tokens(t: &mut Trial, len: usize) -> Result<Buffer<f32>> {
+    let mut values = vec![0.0; len];
+    for (i, value) in values.iter_mut().enumerate() {
+        if i / PADDED % PADDED < SAMPLES && i % PADDED < PADDED - 1 {
+            *value = t.random.random_range(-1.0..1.0);
+        }
+    }
+    t.device.upload(&values)
+}
+
+fn layer_norm(t: &mut Trial) -> Result<()> {
+    let (features, columns, count) = token_rows(t)?;
+    let shape = LayerNormShape::new(features, columns)?;
+    let (x, gamma, beta) = (tokens(t, shape.len())?, t.floats(features)?, t.floats(features)?);
+    let (mut mean, mut invstd) = (t.unwritten(shape.columns())?, t.unwritten(shape.columns())?);
+    let mut y = t.unwritten(shape.len())?;
+    let affine = LayerNormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
+    let saved = LayerNormStatistics { mean: mean.view_mut(), invstd: invstd.view_mut() };
+    layer_norm_forward(t.device, &shape, x.view(), affine, count.view(), Some(saved), y.view_mut())?;
+    t.close("mean", &mean)?;
+    t.close("invstd", &invstd)?;
+    t.close("y", &y)
+}
+
+fn layer_norm_gradient(t: &mut Trial) -> Result<()> {
+    let (features, columns, count) = token_rows(t)?;
+    let shape = LayerNormShape::new(features, columns)?;
+    let (x, dy, mut dx) = (tokens(t, shape.len())?, tokens(t, shape.len())?, tokens(t, shape.len())?);
+    let (gamma, mean, invstd) = (t.floats(features)?, t.floats(shape.columns())?, t.positive(shape.columns())?);
+    let mut scratch = t.unwritten(shape.scratch_len())?;
+    let (mut dgamma, mut dbeta) = (t.unwritten(features)?, t.unwritten(features)?);
+    let input = LayerNormBackward {
+        x: x.view(),
+        dy: dy.view(),
+        gamma: gamma.view(),
+        mean: mean.view(),
+        invstd: invstd.view(),
+        count: count.view(),
+        accumulate: true,
+    };
+    let (dg, db) = (dgamma.view_mut(), dbeta.view_mut());
+    layer_norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dx.view_mut())?;
+    t.close("dgamma", &dgamma)?;
+    t.close("dbeta", &dbeta)?;
+    t.close("dx", &dx)
+}
+
+fn gelu(t: &mut Trial) -> Result<()> {
+    const LEN: usize = 1000;
+    let x = t.draw(LEN, |random| random.random_range(-6.0..6.0f32))?;
+    let (dy, mut y, mut dx) = (t.floats(LEN)?, t.unwritten(LEN)?, t.unwritten(LEN)?);
+    gelu_forward(t.device, x.view(), y.view_mut())?;
+    gelu_backward(t.device, x.view(), dy.view(), dx.view_mut())?;
+    t.close("y", &y)?;
+    t.close("dx", &dx)
+}
+
+fn dropout(t: &mut Trial) -> Result<()> {
+    const LEN: usize = 1000;
+    let (x, step) = (t.floats(LEN)?, t.device.upload(&[9])?);
+    let draw = Draw { rate: 0.3, seed: 3, stream: 5, step: step.view() };
+    let (mut y, mut dx) = (t.unwritten(LEN)?, t.unwritten(LEN)?);
+    dropout_forward(t.device, x.view(), draw, y.view_mut())?;
+    dropout_backward(t.device, x.view(), draw, dx.view_mut())?;
+    t.exact("y", &y)?;
+    t.exact("dx", &dx)
+}
+
+fn residual(t: &mut Trial) -> Result<()> {
+    let (features, columns, _) = token_rows(t)?;
+    let shape = ResidualShape::new(features, columns)?;
+    let (x, branch, dy) = (tokens(t, shape.len())?, tokens(t, shape.len())?, tokens(t, shape.len())?);
+    let (gamma, step) = (t.floats(features)?, t.device.upload(&[9])?);
+    let drop = Some(Draw { rate: 0.3, seed: 3, stream: 5, step: step.view() });
+    let (mut y, mut dbranch) = (t.unwritten(shape.len())?, t.unwritten(shape.len())?);
+    let mut dgamma = t.unwritten(features)?;
+    residual_forward(t.device, &shape, x.view(), branch.view(), Some(gamma.view()), drop, y.view_mut())?;
+    let (scale, of_gamma) = (Some(gamma.view()), Some(dgamma.view_mut()));
+    residual_backward(t.device, &shape, branch.view(), dy.view(), scale, drop, of_gamma, dbranch.view_mut())?;
+    t.close("y", &y)?;
+    t.close("dgamma", &dgamma)?;
+    t.close("dbranch", &dbranch)
 }
 
 /// Weights of the optimizer and of pruning: more than a block of either, and no whole number of mask words.

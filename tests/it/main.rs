@@ -11,13 +11,16 @@ mod conv;
 mod data;
 mod device;
 mod doctor;
+mod dropout;
 mod export;
 #[cfg(dilt_sanitize)]
 mod faults;
 mod feed;
 mod folder;
+mod gelu;
 mod idx;
 mod image;
+mod layer_norm;
 mod loss;
 mod mask;
 mod names;

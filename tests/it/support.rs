@@ -178,6 +178,32 @@ impl Tensor {
         error
     }
 
+    /// Padded samples and tokens of a tensor `[N, T, rest]`, and where its elements lie in dilt's layout.
+    fn token_places(&self) -> (usize, impl Iterator<Item = usize>) {
+        let [n, tokens, rest] = self.shape[..] else { panic!("expected [N, T, D], got {:?}", self.shape) };
+        let (padded, row) = (n.next_multiple_of(8), tokens.next_multiple_of(8));
+        let place = move |i: usize| (i % rest * padded + i / rest / tokens) * row + i / rest % tokens;
+        (rest * padded * row, (0..n * tokens * rest).map(place))
+    }
+
+    /// [N, T, rest] to [rest, N, T], N and T padded to multiples of 8 with zeros.
+    pub fn tokens_last(&self) -> Vec<f32> {
+        let (len, places) = self.token_places();
+        let mut out = vec![0.0; len];
+        places.zip(&self.data).for_each(|(place, &value)| out[place] = value as f32);
+        out
+    }
+
+    /// Compares values in dilt's layout, [rest, padded N, padded T], with this tensor; padding must be exactly zero.
+    pub fn check_tokens_last(&self, got: &[f32], tolerance: f64, label: &str) {
+        let (len, places) = self.token_places();
+        assert_eq!(got.len(), len, "{label}: number of elements");
+        let mut padding = got.to_vec();
+        let back: Vec<f32> = places.map(|place| std::mem::take(&mut padding[place])).collect();
+        self.check(&back, tolerance, label);
+        assert_eq!(padding.iter().find(|&&value| value != 0.0), None, "{label}: a padded column is not zero");
+    }
+
     /// Compares values in PyTorch's layout; returns the largest difference over the largest value.
     pub fn check(&self, got: &[f32], tolerance: f64, label: &str) -> f64 {
         assert_eq!(got.len(), self.data.len(), "{label}: number of elements");
