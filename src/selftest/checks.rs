@@ -95,7 +95,7 @@ fn argument_layouts(t: &mut Trial) -> Result<()> {
     Ok(())
 }
 
-/// More tokens than a tile of any head has, and no whole number of vectors.
+/// Tokens of a sample: more than a tile of any head has, and no whole number of vectors.
 const TOKENS: usize = 69;
 /// Few, since a head of a sample is work enough.
 const SEQUENCES: usize = 2;
@@ -543,9 +543,6 @@ fn patches(t: &mut Trial) -> Result<()> {
     patches_forward(t.device, &shape, x.view(), y.view_mut())?;
     t.exact("y", &y)
 }
-
-/// Tokens of a sample: a row of 40, more than the gradient's kernel takes at a time.
-const TOKENS: usize = 37;
 
 fn embedding(t: &mut Trial) -> Result<()> {
     let shape = EmbedShape::new(FEATURES, TOKENS, 1, SAMPLES)?;

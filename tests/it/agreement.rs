@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
-use dilt::nn::network::{Mode, Network};
+use dilt::nn::network::{Mode, Network, Optimizer};
 use dilt::nn::plan::Use;
 use dilt::nn::weights::Weights;
 use dilt::ops::optimizer::Sgd;
@@ -19,7 +19,7 @@ use crate::training::Descent;
 // ------------------------------------------------------------------ the formula of tests/golden/agreement.py
 
 /// 24 bits for each element of a tensor: the top of SplitMix64 (Steele et al. 2014), begun at FNV-1a of the name.
-fn bits(name: &str) -> impl Iterator<Item = u64> {
+pub fn bits(name: &str) -> impl Iterator<Item = u64> {
     let fnv = |key: u64, byte: u8| (key ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     let key = name.bytes().fold(0xcbf2_9ce4_8422_2325, fnv);
     (1u64..).map(move |i| {
@@ -31,7 +31,7 @@ fn bits(name: &str) -> impl Iterator<Item = u64> {
 }
 
 /// Numbers from -1 to below 1.
-fn unit(name: &str) -> impl Iterator<Item = f64> {
+pub fn unit(name: &str) -> impl Iterator<Item = f64> {
     bits(name).map(|bits| bits as f64 / f64::from(1 << 23) - 1.0)
 }
 
@@ -39,6 +39,19 @@ fn unit(name: &str) -> impl Iterator<Item = f64> {
 fn images(name: &str, shape: &[usize]) -> Tensor {
     let data = unit(name).take(shape.iter().product()).map(|u| f64::from((1.75 * u) as f32)).collect();
     Tensor { shape: shape.to_vec(), data }
+}
+
+/// Images, samples last, and labels of each of some steps.
+pub fn batches(name: &str, steps: usize, samples: usize, model: &Model) -> impl Fn(usize) -> (Vec<f32>, Vec<u32>) {
+    let [channels, height, width] = model.image;
+    let all = images(&format!("{name} x"), &[steps * samples, channels, height, width]).data;
+    let label = |bits| (bits % model.classes as u64) as u32;
+    let labels: Vec<u32> = bits(&format!("{name} labels")).take(steps * samples).map(label).collect();
+    move |step| {
+        let data = all.chunks(all.len() / steps).nth(step).unwrap().to_vec();
+        let x = Tensor { shape: vec![samples, channels, height, width], data };
+        (x.samples_last(), labels[step * samples..][..samples].to_vec())
+    }
 }
 
 fn weights(model: &Model) -> Weights {
@@ -68,38 +81,40 @@ fn model(name: &str) -> Model {
 const LOGITS: f64 = 1e-5;
 const LOSSES: f64 = 3e-4;
 
-fn logits_agree(name: &str) {
-    let (golden, model, samples) = (Golden::open("agreement"), model(name), 2);
+/// Evaluates two images by a model of which the golden file has a case.
+pub fn logits_agree(golden: &Golden, model: &Model, weights: &Weights) {
+    let (name, samples) = (&model.name, 2);
     let [channels, height, width] = model.image;
     let x = images(&format!("{name} x"), &[samples, channels, height, width]).samples_last();
-    let weights = weights(&model);
     for case in default_devices() {
         let device = &case.device;
-        let mut network = Network::new(device, &model, samples, Use::Evaluate).unwrap();
-        network.load(&weights).unwrap();
+        let mut network = Network::new(device, model, samples, Use::Evaluate).unwrap();
+        network.load(weights).unwrap();
         let batch = network.batch();
         device.write(&x, batch.x).unwrap();
         device.write(&[samples as u32], batch.current.count).unwrap();
         network.forward(Mode::Evaluate).unwrap();
         let logits = device.read(network.head().logits).unwrap();
         let (want, label) = (golden.get(name, "logits"), format!("{}: {name}", case.label));
-        want.check_samples_last(&logits, LOGITS, &label);
-        let pairs = || want.samples_last().into_iter().zip(&logits);
-        let largest = pairs().map(|(want, _)| want.abs()).fold(0.0, f32::max);
-        let error = pairs().map(|(want, got)| (want - got).abs()).fold(0.0, f32::max) / largest;
+        let error = want.check_samples_last(&logits, LOGITS, &label);
         eprintln!("{label}: logits differ by at most {error:.1e} of the largest");
     }
 }
 
+fn resnet_agrees(name: &str) {
+    let model = model(name);
+    logits_agree(&Golden::open("agreement"), &model, &weights(&model));
+}
+
 #[test]
 fn resnet18_agrees_with_torchvision() {
-    logits_agree("resnet18");
+    resnet_agrees("resnet18");
 }
 
 #[test]
 #[cfg_attr(dilt_sanitize, ignore = "minutes, and the same kernels as in ResNet-18")]
 fn resnet50_agrees_with_torchvision() {
-    logits_agree("resnet50");
+    resnet_agrees("resnet50");
 }
 
 fn ten_steps_agree(case: &str, masked: bool) {
@@ -111,24 +126,20 @@ fn ten_steps_agree(case: &str, masked: bool) {
         weights.masks.insert(parameter.name.clone(), mask);
     }
     let setting = |key| golden.number(case, key) as f32;
-    let sgd = Sgd { momentum: setting("momentum"), nesterov: false, weight_decay: setting("weight_decay") };
+    let (momentum, weight_decay) = (setting("momentum"), setting("weight_decay"));
+    let optimizer = Optimizer::Sgd(Sgd { momentum, nesterov: false, weight_decay });
     let samples = golden.number(case, "batch") as usize;
-    let descent = Descent { model: &model, weights: &weights, samples, rate: setting("lr"), sgd };
     let steps = golden.get(case, "losses").data.len();
-    let all = images("resnet20 x", &[steps * samples, 3, 32, 32]).data;
-    let labels: Vec<u32> = bits("resnet20 labels").take(steps * samples).map(|bits| (bits % 10) as u32).collect();
-    let batch = |step: usize| {
-        let data = all.chunks(samples * 3 * 32 * 32).nth(step).unwrap().to_vec();
-        (Tensor { shape: vec![samples, 3, 32, 32], data }.samples_last(), labels[step * samples..][..samples].to_vec())
-    };
+    let descent = Descent { model: &model, weights: &weights, samples, steps, rate: setting("lr"), optimizer };
+    let batch = batches("resnet20", steps, samples, &model);
     for device in default_devices() {
-        let (losses, _) = descent.run(&device.device, batch, |_, _| {});
+        let (losses, _) = descent.run(&device.device, &batch, |_, _| {});
         each_agrees(&golden.get(case, "losses"), &losses, LOSSES, &format!("{}: {case}", device.label));
     }
 }
 
 /// Compares each loss with PyTorch's, relative to it.
-fn each_agrees(want: &Tensor, got: &[f32], tolerance: f64, label: &str) {
+pub fn each_agrees(want: &Tensor, got: &[f32], tolerance: f64, label: &str) {
     assert_eq!(got.len(), want.data.len(), "{label}: steps");
     let errors = got.iter().zip(&want.data).map(|(&got, &want)| (f64::from(got) - want).abs() / want);
     let (step, error) = errors.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();

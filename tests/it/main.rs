@@ -38,4 +38,5 @@ mod tickets;
 mod tokens;
 mod training;
 mod transfer;
+mod transformer;
 mod weights;

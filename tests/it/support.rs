@@ -166,15 +166,16 @@ impl Tensor {
     }
 
     /// Compares values in dilt's layout, [rest, padded N], with this tensor; padded samples must be exactly zero.
-    pub fn check_samples_last(&self, got: &[f32], tolerance: f64, label: &str) {
+    pub fn check_samples_last(&self, got: &[f32], tolerance: f64, label: &str) -> f64 {
         let (n, rest) = (self.shape[0], self.shape[1..].iter().product::<usize>());
         let padded = n.next_multiple_of(8);
         assert_eq!(got.len(), rest * padded, "{label}: number of elements");
         let at = |sample: usize, i: usize| got[i * padded + sample];
         let back: Vec<f32> = (0..n).flat_map(|sample| (0..rest).map(move |i| at(sample, i))).collect();
-        self.check(&back, tolerance, label);
+        let error = self.check(&back, tolerance, label);
         let stray = (n..padded).flat_map(|sample| (0..rest).map(move |i| at(sample, i))).find(|&value| value != 0.0);
         assert_eq!(stray, None, "{label}: a padded sample is not zero");
+        error
     }
 
     /// Padded samples and tokens of a tensor `[N, T, rest]`, and where its elements lie in dilt's layout.
@@ -203,14 +204,17 @@ impl Tensor {
         assert_eq!(padding.iter().find(|&&value| value != 0.0), None, "{label}: a padded column is not zero");
     }
 
-    /// Compares values in PyTorch's layout: largest difference over largest value.
-    pub fn check(&self, got: &[f32], tolerance: f64, label: &str) {
+    /// Compares values in PyTorch's layout; returns the largest difference over the largest value.
+    pub fn check(&self, got: &[f32], tolerance: f64, label: &str) -> f64 {
         assert_eq!(got.len(), self.data.len(), "{label}: number of elements");
         let scale = self.data.iter().fold(0.0f64, |most, value| most.max(value.abs())).max(1e-30);
+        let mut largest = 0.0f64;
         for (i, (&got, &want)) in got.iter().zip(&self.data).enumerate() {
             let error = (f64::from(got) - want).abs() / scale;
             assert!(error <= tolerance, "{label}: element {i}: expected {want}, got {got}: error {error:.1e} of scale");
+            largest = largest.max(error);
         }
+        largest
     }
 }
 

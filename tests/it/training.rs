@@ -11,12 +11,13 @@ use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::optimizer::Sgd;
+use dilt::train::Recipe;
 use ndarray::ArrayD;
 
 use crate::support::{Golden, Tensor, on_devices};
 
 const SAMPLES: usize = 20;
-pub const STEPS: usize = 10;
+const STEPS: usize = 10;
 /// PyTorch's own f32 run stays within 8e-7 of each tensor's largest value and 1.5e-7 of the losses (generate.py).
 const TOLERANCE: f64 = 5e-6;
 
@@ -47,20 +48,25 @@ pub struct Descent<'a> {
     pub model: &'a Model,
     pub weights: &'a Weights,
     pub samples: usize,
+    pub steps: usize,
     pub rate: f32,
-    pub sgd: Sgd,
+    pub optimizer: Optimizer,
 }
 
 impl Descent<'_> {
-    /// Ten steps: their losses, and the network after the last. Each reads its `batch`, images with samples last and
-    /// labels; `seen` is shown the network between its backward pass and its update.
+    /// The steps' losses, and the network after the last. Each reads its `batch`, images with samples last and labels;
+    /// all parameters decay; `seen` is shown the network between its backward pass and its update.
     pub fn run(
         &self,
         device: &Device,
         batch: impl Fn(usize) -> (Vec<f32>, Vec<u32>),
-        mut seen: impl FnMut(usize, &Network),
+        mut seen: impl FnMut(usize, &mut Network),
     ) -> (Vec<f32>, Network) {
-        let mut network = Network::new(device, self.model, self.samples, Use::Train(OptimizerKind::Sgd)).unwrap();
+        let kind = match self.optimizer {
+            Optimizer::Sgd(_) => OptimizerKind::Sgd,
+            Optimizer::AdamW(_) => OptimizerKind::Adamw,
+        };
+        let mut network = Network::new(device, self.model, self.samples, Use::Train(kind)).unwrap();
         network.load(self.weights).unwrap();
         network.set_decay(true).unwrap();
         let shape = LossShape::new(self.model.classes, self.samples).unwrap();
@@ -68,7 +74,7 @@ impl Descent<'_> {
         let (mut loss, mut top1, mut top5) =
             (device.alloc::<f32>(1).unwrap(), device.alloc(1).unwrap(), device.alloc(1).unwrap());
         let mut losses = Vec::new();
-        for step in 0..STEPS {
+        for step in 0..self.steps {
             let (x, mut labels) = batch(step);
             labels.resize(self.samples.next_multiple_of(8), 0);
             let into = network.batch();
@@ -76,6 +82,7 @@ impl Descent<'_> {
             device.write(&labels, into.labels).unwrap();
             device.write(&[self.samples as u32], into.current.count).unwrap();
             device.write(&[self.rate], into.current.rate).unwrap();
+            device.write(&Recipe::default().corrections(step), into.current.corrections).unwrap();
             network.forward(Mode::Train).unwrap();
             let head = network.head();
             let input = LossInput {
@@ -89,8 +96,8 @@ impl Descent<'_> {
             cross_entropy(device, &shape, input, tables, head.gradient).unwrap();
             losses.extend(device.read(loss.view()).unwrap());
             network.backward().unwrap();
-            seen(step, &network);
-            network.update(&Optimizer::Sgd(self.sgd), None).unwrap();
+            seen(step, &mut network);
+            network.update(&self.optimizer, None).unwrap();
         }
         (losses, network)
     }
@@ -100,10 +107,10 @@ impl Descent<'_> {
 fn train(device: &Device, golden: &Golden, masked: bool) -> (Vec<f32>, BTreeMap<String, Vec<f32>>, Network) {
     let model = ModelConfig::load("resnet8", &[]).unwrap().build().unwrap();
     let weights = initial(golden, masked);
-    let sgd = Sgd { momentum: 0.9, nesterov: false, weight_decay: 5e-4 };
-    let descent = Descent { model: &model, weights: &weights, samples: SAMPLES, rate: 0.05, sgd };
+    let optimizer = Optimizer::Sgd(Sgd { momentum: 0.9, nesterov: false, weight_decay: 5e-4 });
+    let descent = Descent { model: &model, weights: &weights, samples: SAMPLES, steps: STEPS, rate: 0.05, optimizer };
     let mut gradients = BTreeMap::new();
-    let keep_first = |step: usize, network: &Network| {
+    let keep_first = |step: usize, network: &mut Network| {
         for parameter in model.parameters.iter().filter(|_| step == 0) {
             let gradient = network.parameter_gradient(&parameter.name).unwrap().unwrap();
             gradients.insert(parameter.name.clone(), gradient);
