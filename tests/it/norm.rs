@@ -79,7 +79,7 @@ fn batch_norm_and_its_gradients_agree_with_pytorch() {
                 match samples_last {
                     true => tensor(name).check_samples_last(&got, TOLERANCE, &label),
                     false => tensor(name).check(&got, TOLERANCE, &label),
-                }
+                };
                 results.push(got);
             };
             for (name, buffer) in [

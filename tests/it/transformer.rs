@@ -24,7 +24,7 @@ const GRADIENTS: f64 = 1e-5;
 /// PyTorch's own f32 run stays within 1.8e-7 of each loss; MEASURED
 const LOSSES: f64 = 1e-5;
 /// timm resamples in f32, values of at most 1 by weights whose sizes sum to at most 1.6: a few roundings of 6e-8.
-const POSITIONS: f64 = 1e-6;
+const POSITIONS: f64 = 3e-6;
 
 fn model(name: &str, set: &[&str]) -> Model {
     let set: Vec<String> = set.iter().map(|text| (*text).into()).collect();
@@ -323,10 +323,10 @@ fn weights_of_other_tokens_say_what_to_do() {
     fails(folder.path(), &with_token, 2, &says);
 
     drawn(&["image=[1,16,16]"], &path);
-    let says = ["\"pos_embed\", expected [1, 16, 48], got [1, 64, 48]", "another size", "--image-size"];
+    let says = ["\"pos_embed\", expected [1, 4, 48], got [1, 16, 48]", "another size", "--image-size"];
     fails(folder.path(), &eval, 2, &says);
     json(folder.path(), &[&eval[..], &["--image-size", "8"]].concat());
-    drawn(&["image=[1,4,10]"], &path);
+    drawn(&["image=[1,8,20]"], &path);
     let says = ["pos_embed", "of a square", "got [1, 10, 48]", "class_token"];
     fails(folder.path(), &[&eval[..], &["--image-size", "8"]].concat(), 2, &says);
 }
