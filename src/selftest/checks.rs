@@ -101,32 +101,41 @@ const TOKENS: usize = 69;
 const SEQUENCES: usize = 2;
 
 /// Two heads, the first left out; `head_dim` chooses the staged kernels.
-fn attention_input(t: &mut Trial, head_dim: usize) -> Result<(AttentionShape, [Buffer<f32>; 2], [Buffer<u32>; 2])> {
-    let shape = AttentionShape::new(2, head_dim, TOKENS, SEQUENCES)?;
-    let mut tokens = |len: usize| t.tokens(len, SEQUENCES, TOKENS);
-    let (qkv, dy) = (tokens(shape.qkv_len())?, tokens(shape.output_len())?);
-    Ok((shape, [qkv, dy], [t.device.upload(&[0, 1])?, t.device.upload(&[SEQUENCES as u32])?]))
+struct Heads {
+    shape: AttentionShape,
+    qkv: Buffer<f32>,
+    live: Buffer<u32>,
+    count: Buffer<u32>,
+}
+
+impl Heads {
+    fn new(t: &mut Trial, head_dim: usize) -> Result<Self> {
+        let shape = AttentionShape::new(2, head_dim, TOKENS, SEQUENCES)?;
+        let qkv = t.tokens(shape.qkv_len(), SEQUENCES, TOKENS)?;
+        Ok(Heads { shape, qkv, live: t.device.upload(&[0, 1])?, count: t.device.upload(&[SEQUENCES as u32])? })
+    }
+
+    fn input(&self) -> AttentionInput<'_> {
+        AttentionInput { qkv: self.qkv.view(), live: self.live.view(), count: self.count.view() }
+    }
 }
 
 fn attention(t: &mut Trial, head_dim: usize) -> Result<()> {
-    let (shape, [qkv, _], [live, count]) = attention_input(t, head_dim)?;
-    let mut y = t.unwritten(shape.output_len())?;
-    let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
-    attention_forward(t.device, &shape, input, None, y.view_mut())?;
+    let heads = Heads::new(t, head_dim)?;
+    let mut y = t.unwritten(heads.shape.output_len())?;
+    attention_forward(t.device, &heads.shape, heads.input(), None, y.view_mut())?;
     t.close("y", &y)
 }
 
 /// With y and lse that no forward pass gave: large enough that P stays small.
 fn attention_gradient(t: &mut Trial, head_dim: usize) -> Result<()> {
-    let (shape, [qkv, dy], [live, count]) = attention_input(t, head_dim)?;
-    let (y, lse) = (
-        t.tokens(shape.output_len(), SEQUENCES, TOKENS)?,
-        t.draw(shape.statistic_len(), |r| r.random_range(4.0..6.0))?,
-    );
+    let heads = Heads::new(t, head_dim)?;
+    let shape = &heads.shape;
+    let (y, dy) = (t.tokens(shape.output_len(), SEQUENCES, TOKENS)?, t.tokens(shape.output_len(), SEQUENCES, TOKENS)?);
+    let lse = t.draw(shape.statistic_len(), |r| r.random_range(4.0..6.0))?;
     let (mut delta, mut dqkv) = (t.unwritten(shape.statistic_len())?, t.unwritten(shape.qkv_len())?);
-    let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
     let saved = AttentionSaved { y: y.view(), lse: lse.view() };
-    attention_backward(t.device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut())?;
+    attention_backward(t.device, shape, heads.input(), saved, dy.view(), delta.view_mut(), dqkv.view_mut())?;
     t.close("dqkv", &dqkv)
 }
 

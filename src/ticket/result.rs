@@ -216,6 +216,6 @@ impl Outcome {
         let heads = layers.iter().map(|layer| layer.density.len()).max()?;
         let mut columns = vec!["layer".to_owned(), "ticket".into()];
         columns.extend((0..heads).map(|head| format!("head {head}")));
-        Some(table(&columns.iter().map(String::as_str).collect::<Vec<_>>(), rows.into_iter()))
+        Some(table(&columns.iter().map(String::as_str).collect::<Vec<_>>(), rows))
     }
 }

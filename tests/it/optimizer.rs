@@ -173,7 +173,7 @@ fn adamw_decays_where_the_bits_say_and_nothing_that_is_pruned_survives() {
             // m = 0.5 * 2 + 0.5 * 4, v = 0.75 * 16 + 0.25 * 16, step = 0.5 * 2 * 3 / (4 * 0.5 + 1): exact in f32.
             let w = if set(&decay, i) { -2.0 + 0.5 * 0.125 * 2.0 } else { -2.0 } - 1.0;
             let want = if set(&mask, i) { [w, 3.0, 16.0] } else { [0.0; 3] };
-            let got = [0, 1, 2].map(|which: usize| state[which][i]);
+            let got = state.each_ref().map(|values| values[i]);
             assert_eq!(got.map(f32::to_bits), want.map(f32::to_bits), "{label}: element {i}: {got:?}");
         }
         state.into()
