@@ -1,6 +1,7 @@
 //! Vision transformers against timm: logits, gradients, steps of AdamW, positions, names; heads that are left out.
 
 use std::path::Path;
+use std::time::Duration;
 
 use dilt::device::{Device, HostOptions};
 use dilt::mask::Mask;
@@ -12,10 +13,11 @@ use dilt::nn::plan::{Group, OptimizerKind, Plan, Use};
 use dilt::nn::positions::resample;
 use dilt::nn::weights::Weights;
 use dilt::train::Recipe;
-use ndarray::ArrayD;
+use ndarray::{ArrayD, Axis};
 
 use crate::agreement::{batches, bits, each_agrees, logits_agree, unit};
-use crate::command::{fails, json};
+use crate::command::{assert_same_files, fails, json, output};
+use crate::resume::kill_after;
 use crate::support::{Golden, default_devices, on_devices};
 use crate::training::Descent;
 
@@ -329,4 +331,103 @@ fn weights_of_other_tokens_say_what_to_do() {
     drawn(&["image=[1,8,20]"], &path);
     let says = ["pos_embed", "of a square", "got [1, 10, 48]", "class_token"];
     fails(folder.path(), &[&eval[..], &["--image-size", "8"]].concat(), 2, &says);
+}
+
+/// A network whose training takes a fraction of a second, and in which everything random is at work.
+const QUICK: &[&str] = &[
+    "--model",
+    "vit_digits",
+    "--set",
+    "dim=24",
+    "--set",
+    "class_token=true",
+    "--set",
+    "dropout=0.1",
+    "--set",
+    "stochastic_depth=0.2",
+    "--set",
+    "layer_scale=0.1",
+    "--limit",
+    "160",
+    "--epochs",
+    "2",
+    "--batch",
+    "32",
+    "-q",
+];
+
+/// Kept / all weights of each head of a block, counted in PyTorch's terms.
+fn densities(ticket: &Weights, block: &str, heads: usize) -> Vec<f64> {
+    let mask = |name: &str| {
+        let mask = &ticket.masks[&format!("{block}.{name}.weight")];
+        ArrayD::from_shape_vec(mask.shape(), mask.iter().map(f64::from).collect()).unwrap()
+    };
+    let (qkv, projection) = (mask("qkv"), mask("proj"));
+    let dim = projection.shape()[0];
+    let head = dim / heads;
+    let of_head = |h: usize| {
+        let rows = (0..3 * dim).filter(|row| row % dim / head == h);
+        let of_rows: f64 = rows.map(|row| qkv.index_axis(Axis(0), row).sum()).sum();
+        let of_columns: f64 = (h * head..(h + 1) * head).map(|c| projection.index_axis(Axis(1), c).sum()).sum();
+        (of_rows + of_columns) / (4 * head * dim) as f64
+    };
+    (0..heads).map(of_head).collect()
+}
+
+#[test]
+fn tickets_of_transformers_are_found_and_say_what_is_kept_of_each_head() {
+    let folder = tempfile::tempdir().unwrap();
+    let find = [&["find", "--levels", "2", "--seeds", "1"], QUICK].concat();
+    let found = json(folder.path(), &find);
+    let core = found["tickets"].as_array().unwrap().iter().find(|ticket| ticket["name"] == "core").unwrap();
+    let ticket = Weights::load(
+        &folder.path().join(found["run"].as_str().unwrap()).join(core["files"][0]["ticket"].as_str().unwrap()),
+    )
+    .unwrap();
+    let heads = core["seeds"][0]["heads"].as_array().unwrap();
+    assert_eq!(heads.len(), 2);
+    for layer in heads {
+        let of_heads: Vec<f64> = layer["density"].as_array().unwrap().iter().map(|d| d.as_f64().unwrap()).collect();
+        assert_eq!(of_heads, densities(&ticket, layer["layer"].as_str().unwrap(), 3));
+    }
+    let pruned: Vec<&str> = ticket.masks.keys().map(String::as_str).collect();
+    let of_block = |i: usize| ["attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2"].map(|l| format!("blocks.{i}.{l}.weight"));
+    assert_eq!(pruned, [of_block(0), of_block(1)].concat());
+    assert!(output(folder.path(), &find).contains("head 2"));
+
+    let more = [&find[..], &["--include", "pos_embed", "--exclude", "blocks.0.*"]].concat();
+    let found = json(folder.path(), &more);
+    let core = found["tickets"].as_array().unwrap().iter().find(|ticket| ticket["name"] == "core").unwrap();
+    let path = folder.path().join(found["run"].as_str().unwrap()).join(core["files"][0]["ticket"].as_str().unwrap());
+    let pruned: Vec<String> = Weights::load(&path).unwrap().masks.into_keys().collect();
+    assert_eq!(pruned, [&of_block(1)[..], &["pos_embed".into()]].concat());
+    fails(folder.path(), &[&find[..], &["--include", "norm.weight"]].concat(), 2, &["--include 'norm.weight'"]);
+}
+
+#[test]
+fn a_killed_training_with_adamw_and_dropout_ends_with_the_same_bits() {
+    let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let train = [&["train", "--out", "out"], QUICK, &["--steps", "400"]].concat();
+    let train: Vec<&str> = train.into_iter().filter(|&word| word != "--epochs" && word != "2").collect();
+    output(whole.path(), &train);
+    for moment in [150, 250] {
+        kill_after(broken.path(), &train, Duration::from_millis(moment));
+    }
+    output(broken.path(), &train);
+    assert_same_files(&broken.path().join("out"), &whole.path().join("out"));
+}
+
+#[test]
+fn pruning_a_file_leaves_tokens_positions_and_patches_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    drawn(&["class_token=true"], &folder.path().join("weights.safetensors"));
+    let prune = ["prune", "--weights", "weights.safetensors", "--sparsity", "0.5", "--out", "ticket.safetensors"];
+    let names = |args: &[&str]| -> Vec<String> {
+        let layers = json(folder.path(), args)["layers"].as_array().unwrap().clone();
+        layers.iter().map(|layer| layer["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let pruned = names(&prune);
+    assert!(pruned.len() == 9 && pruned.iter().all(|name| name.starts_with("blocks.") || name == "head.weight"));
+    let included = names(&[&prune[..], &["--include", "patch_embed.*"]].concat());
+    assert!(included.len() == 10 && included.contains(&"patch_embed.proj.weight".to_owned()), "{included:?}");
 }
