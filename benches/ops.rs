@@ -1,5 +1,5 @@
-//! Single operations on the shapes of ResNet-20 at batch 128, f32, attention of vision transformers, augmentation at 224 too, and exact selection of 1M and
-//! 25M weights.
+//! Single operations on the shapes of ResNet-20 at batch 128 and of vision transformers, f32, augmentation at 224 too, and
+//! exact selection of 1M and 25M weights.
 //!
 //! `cargo bench --bench ops [FILTER]`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set).
 //! Convolutions report floating point operations per second (elem/s), the others bytes read and written.
@@ -8,11 +8,15 @@ use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use dilt::device::{Buffer, Device};
+use dilt::ops::Columns;
 use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::layer_norm::{
+    LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
+};
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::norm::{
     NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
@@ -53,20 +57,29 @@ impl Bench<'_> {
 
     fn convolution(&mut self, channels: usize, image: usize, filters: usize, stride: usize) -> dilt::Result<()> {
         let shape = ConvShape::new([channels, image, image], filters, [3, 3], stride, 1, BATCH)?;
-        let name = format!("{channels}x{image}x{image} to {filters}, stride {stride}");
+        self.passes(&format!("conv {channels}x{image}x{image} to {filters}, stride {stride}"), shape)
+    }
+
+    /// A linear layer over the tokens of so many samples: 14 x 14 patches and one more.
+    fn linear(&mut self, channels: usize, filters: usize, samples: usize) -> dilt::Result<()> {
+        let shape = ConvShape::new([channels, 1, 1], filters, [1, 1], 1, 0, Columns::tokens(samples, 197)?.len())?;
+        self.passes(&format!("linear {channels} to {filters}, {samples} samples"), shape)
+    }
+
+    fn passes(&mut self, name: &str, shape: ConvShape) -> dilt::Result<()> {
         let flop = Throughput::Elements(2 * shape.multiply_adds() as u64);
         let (x, w, dy) =
             (self.tensor(shape.input_len()), self.tensor(shape.weight_len()), self.tensor(shape.output_len()));
         let (mut y, mut dx) = (self.tensor(shape.output_len()), self.tensor(shape.input_len()));
         let (mut dw, mut scratch) =
             (self.tensor(shape.weight_len()), self.tensor(shape.gradient_scratch_len(&self.device)));
-        self.time(&format!("conv forward {name}"), flop.clone(), |device| {
+        self.time(&format!("{name}: forward"), flop.clone(), |device| {
             conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut())
         });
-        self.time(&format!("conv input gradient {name}"), flop.clone(), |device| {
+        self.time(&format!("{name}: input gradient"), flop.clone(), |device| {
             conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())
         });
-        self.time(&format!("conv weight gradient {name}"), flop, |device| {
+        self.time(&format!("{name}: weight gradient"), flop, |device| {
             conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
         });
         Ok(())
@@ -104,6 +117,36 @@ impl Bench<'_> {
             };
             let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
             norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, None, dx.view_mut())
+        });
+        Ok(())
+    }
+
+    /// Over the columns of 197 tokens, the batch of ViT-Tiny's step bench.
+    fn layer_norm(&mut self, features: usize, samples: usize) -> dilt::Result<()> {
+        let shape = LayerNormShape::new(features, Columns::tokens(samples, 197)?)?;
+        let [x, dy, mut y, mut dx] = [(); 4].map(|()| self.tensor(shape.len()));
+        let [gamma, beta, mut dgamma, mut dbeta] = [(); 4].map(|()| self.tensor(features));
+        let [mut mean, mut invstd] = [(); 2].map(|()| self.tensor(shape.columns()));
+        let mut scratch = self.tensor(shape.scratch_len());
+        let count = self.device.upload(&[samples as u32])?;
+        let (name, bytes) = (format!("{features} features, {samples} samples"), 4 * shape.len() as u64);
+        self.time(&format!("layer norm forward {name}"), Throughput::Bytes(2 * bytes), |device| {
+            let affine = LayerNormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-6 };
+            let saved = LayerNormStatistics { mean: mean.view_mut(), invstd: invstd.view_mut() };
+            layer_norm_forward(device, &shape, x.view(), affine, count.view(), Some(saved), y.view_mut())
+        });
+        self.time(&format!("layer norm backward {name}"), Throughput::Bytes(3 * bytes), |device| {
+            let input = LayerNormBackward {
+                x: x.view(),
+                dy: dy.view(),
+                gamma: gamma.view(),
+                mean: mean.view(),
+                invstd: invstd.view(),
+                count: count.view(),
+                accumulate: false,
+            };
+            let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
+            layer_norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut())
         });
         Ok(())
     }
@@ -241,9 +284,15 @@ fn main() -> dilt::Result<()> {
     {
         bench.convolution(channels, image, filters, stride)?;
     }
+    for samples in [8, 64] {
+        for (channels, filters) in [(192, 192), (192, 576), (192, 768), (768, 192)] {
+            bench.linear(channels, filters, samples)?;
+        }
+    }
     for (features, image) in [(16, 32), (32, 16), (64, 8)] {
         bench.norm(features, image)?;
     }
+    bench.layer_norm(192, 16)?;
     bench.attention(3, 64, 197, 8)?;
     bench.attention(4, 32, 65, BATCH)?;
     bench.augment(32, 32)?;

@@ -11,7 +11,7 @@
 // Each pass has two tilings of the same sums. `staged`: a block copies tiles through shared memory, its threads
 // multiply from there: the GPU's way. `direct`: one thread keeps a register tile and reads rows where they lie: the
 // CPU's way, whose cache does the staging. Forward and input gradient are one template: they differ only in which
-// input row a filter tap reads (Taps).
+// input row a filter tap reads (Taps). Direct 1x1 filters of stride 1 are in linear.cu.
 #include "kernels/lib/device.cuh"
 
 struct ConvShape {

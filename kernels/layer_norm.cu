@@ -4,17 +4,17 @@
 //   dx = invstd (g - mean of g - xhat mean of (g xhat)),  g = gamma dy;   dgamma = sum of dy xhat;   dbeta = sum of dy
 //
 // x, y and their gradients: [D, columns]; gamma, beta: [D]; mean, invstd: [columns]. Means are over the D features of a
-// column, the sums of dgamma and dbeta over the columns of a feature. Padded columns are zero in x and dy, and are written
-// as zeros, in mean and invstd too.
+// column, the sums of dgamma and dbeta over the columns of a feature. Padded columns are zero in x and dy, and are
+// written as zeros, in mean and invstd too.
 //
-// A block owns a tile of 64 columns and walks down its rows by chunks of 8, which a thread holds at once. On a GPU the 8
-// warps of a block share the chunks, each lane has columns `lane` and `lane + 32`, and the warps' sums meet in shared
+// A block owns a tile of 64 columns and walks down its rows by chunks of 8, which a thread holds at once. On a GPU the
+// 8 warps of a block share the chunks, each lane has columns `lane` and `lane + 32`, and the warps' sums meet in shared
 // memory; on the host the block's one thread has vectors of columns, 256 bytes of a row at a time with AVX-512. The
 // variance is that of deviations from the mean of each chunk, joined by Chan's formula, all of it relative to the
 // column's first value: nothing is lost where the mean is large.
 //
-// dgamma and dbeta: each block sums the columns of its tile, a second kernel adds the tiles in their order. So sums have
-// a fixed order, which depends on the shape and the threads of a block.
+// dgamma and dbeta: each block sums the columns of its tile, a second kernel adds the tiles in their order. So sums
+// have a fixed order, which depends on the shape and the threads of a block.
 // Limit: bytes. Forward reads x twice, the second time from cache if a tile of 256 D bytes stays there, and writes y;
 // backward reads x and dy twice in the same way and writes dx, beside 2 / 64 of a tensor for the tiles' sums.
 #include "kernels/lib/device.cuh"
@@ -92,10 +92,17 @@ struct Share {
     DEVICE void write(float* row, int v, const Samples<L>& x) const {
         if (inside(v)) store<L>(row + column(v), x);
     }
-    DEVICE uint32_t live(const Columns& d, const uint32_t* count, int v) const {
-        return live_columns<L>(d, int(min64(*count, d.n)), column(v));
+    // 1 in true columns, 0 in the others. As floats, since g++ 12 makes scalar code of bits within a loop over rows.
+    DEVICE Samples<L> live(const Columns& d, const uint32_t* count, int v) const {
+        return kept<L>(splat<L>(1.0f), live_columns<L>(d, int(min64(*count, d.n)), column(v)));
     }
 };
+
+// The lanes where `live` is 1, exactly +0 in the others, whatever they hold.
+template <int L>
+DEVICE Samples<L> where_live(const Samples<L>& live, const Samples<L>& x) {
+    return where_at_most<L>(splat<L>(1.0f), live, x, splat<L>(0.0f));
+}
 
 // Calls f(Rows<R>, row) for the chunks of this warp, R = CHUNK, and for its single rows at the end, R = 1.
 template <int R>
@@ -178,13 +185,13 @@ DEVICE void forward(const LayerNormForwardArgs& a, WarpColumns* shared, const Sh
         }
     }
 
-    uint32_t live[V];
+    Samples<L> live[V];
     UNROLL for (int v = 0; v < V; ++v) {
         live[v] = own.live(a.shape.columns, a.count, v);
         const Samples<L> var = squares[v] * (1.0f / float(features)) + a.epsilon;
         UNROLL for (int i = 0; i < L; ++i) invstd[v][i] = 1.0f / sqrtf(var[i]);
-        mean[v] = kept<L>(pivot[v] + mean[v], live[v]);
-        invstd[v] = kept<L>(invstd[v], live[v]);
+        mean[v] = where_live<L>(live[v], pivot[v] + mean[v]);
+        invstd[v] = where_live<L>(live[v], invstd[v]);
         if (a.mean && own.warp == 0) {
             own.write(a.mean, v, mean[v]);
             own.write(a.invstd, v, invstd[v]);
@@ -196,14 +203,14 @@ DEVICE void forward(const LayerNormForwardArgs& a, WarpColumns* shared, const Sh
             const float gamma = a.gamma[row + i], beta = a.beta[row + i];
             UNROLL for (int v = 0; v < V; ++v) {
                 const Samples<L> y = (own.read(x + at, v) - mean[v]) * invstd[v] * gamma + beta;
-                own.write(a.y + at, v, kept<L>(y, live[v]));
+                own.write(a.y + at, v, where_live<L>(live[v], y));
             }
         }
     });
 }
 
-// Sums each of COUNT values over the warp; returned to a lane is the sum of value lane / (32 / COUNT). Lanes that differ
-// in a bit give each other half of what they hold, so that COUNT sums take as many exchanges and not five times more.
+// Sums each of COUNT values over the warp; returned to a lane is the sum of value lane / (32 / COUNT). Lanes that
+// differ in a bit give each other half of what they hold, so that COUNT sums take as many exchanges and not five times more.
 template <int COUNT>
 DEVICE float warp_sums(float (&value)[COUNT], int lane) {
     int held = COUNT;
@@ -277,7 +284,7 @@ DEVICE void backward(const LayerNormBackwardArgs& a, WarpColumns* shared, const 
             }
     }
 
-    uint32_t live[V];
+    Samples<L> live[V];
     const float share = 1.0f / float(features);
     UNROLL for (int v = 0; v < V; ++v) {
         live[v] = own.live(a.shape.columns, a.count, v);
@@ -292,7 +299,7 @@ DEVICE void backward(const LayerNormBackwardArgs& a, WarpColumns* shared, const 
                 const Samples<L> xhat = (own.read(a.x + at, v) - mean[v]) * invstd[v];
                 Samples<L> dx = (own.read(a.dy + at, v) * gamma - along[v] - xhat * dot[v]) * invstd[v];
                 if (a.accumulate) dx += own.read(a.dx + at, v);
-                own.write(a.dx + at, v, kept<L>(dx, live[v]));
+                own.write(a.dx + at, v, where_live<L>(live[v], dx));
             }
         }
     });

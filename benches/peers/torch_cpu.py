@@ -10,10 +10,18 @@ with AdamW. Both memory formats are measured, alternating; the faster one counts
 
 import argparse
 import json
+import os
+import pathlib
 import platform
 import resource
 import statistics
 import time
+
+# OpenBLAS takes the kernels of a Prescott where it does not know the CPU, such as a virtual machine's newer one: a third of
+# the speed. It reads this when torch loads it.
+if "avx512f" in pathlib.Path("/proc/cpuinfo").read_text():
+    os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+    os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx512")
 
 import torch
 from torch import nn
@@ -148,6 +156,7 @@ def main():
         **step,
         "images_per_s": round(batch / step["median_ms"] * 1e3, 1),
         "torch": torch.__version__,
+        "openblas": os.environ.get("OPENBLAS_CORETYPE"),
         "python": platform.python_version(),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }

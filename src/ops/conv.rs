@@ -1,6 +1,7 @@
-//! Convolution, `Y = W X` (`kernels/conv.cu`). A linear layer is the 1x1 case on a 1x1 image: of tokens with `n`
-//! the number of their columns, [`Columns::len`].
+//! Convolution, `Y = W X` (`kernels/conv.cu`; on the host, 1x1 ones of stride 1 `kernels/linear.cu`). A linear layer is
+//! the 1x1 case on a 1x1 image: of tokens with `n` the number of their columns, [`Columns::len`].
 
+use super::linear::{self, LinearShape};
 use super::{Columns, SAMPLE_ALIGNMENT, check_len, layouts_of};
 use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
 use crate::error::{Error, Result};
@@ -121,7 +122,19 @@ impl ConvShape {
         self.output_len() * (self.c * self.r * self.s) as usize
     }
 
-    /// Kernel, tap tiles, row tiles and splits of the weight gradient: a function of the shape and the policy alone.
+    /// The linear layer over all pixels that this is, where the host has kernels of their own for it.
+    fn linear(&self, policy: Policy) -> Option<LinearShape> {
+        let pointwise = [self.r, self.s, self.stride, self.pad] == [1, 1, 1, 0];
+        let [c, k, n] = [self.c, self.k, self.h * self.w * self.n].map(|x| x as usize);
+        (policy == Policy::Direct && pointwise).then_some(LinearShape { c, k, n })
+    }
+
+    /// Splits of the weight gradient: a function of the shape and the policy alone.
+    fn gradient_splits(&self, policy: Policy) -> usize {
+        self.linear(policy).map_or_else(|| self.gradient_plan(policy).1[2], |linear| linear.splits())
+    }
+
+    /// Kernel, tap tiles, row tiles and splits of the weight gradient.
     fn gradient_plan(&self, policy: Policy) -> (&'static Kernel<ConvWeightGradientArgs>, [usize; 3]) {
         let (kernel, [rows, taps]) = match policy {
             Policy::Direct => (&WEIGHT_GRADIENT_DIRECT, DIRECT_GRADIENT),
@@ -145,9 +158,9 @@ impl ConvShape {
 
     /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.
     pub fn gradient_scratch_len(&self, device: &Device) -> usize {
-        match self.gradient_plan(device.policy()) {
-            (_, [_, _, 1]) => 0,
-            (_, [_, _, splits]) => splits * self.weight_len(),
+        match self.gradient_splits(device.policy()) {
+            1 => 0,
+            splits => splits * self.weight_len(),
         }
     }
 }
@@ -200,6 +213,11 @@ pub fn conv_forward(
         check_len(op, "columns", b.columns.len(), shape.n as usize)?;
         check_len(op, "count", b.count.len(), 1)?;
     }
+    // The columns of a bias are those of one pixel.
+    let one_pixel = shape.h * shape.w == 1;
+    if let Some(linear) = shape.linear(device.policy()).filter(|_| bias.is_none() || one_pixel) {
+        return linear::forward(device, linear, x, w, bias, y);
+    }
     let args = ConvArgs {
         from: x.ptr(),
         w: w.ptr(),
@@ -229,6 +247,9 @@ pub fn conv_input_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "w", w.len(), shape.weight_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
+    if let Some(linear) = shape.linear(device.policy()) {
+        return linear::input_gradient(device, linear, dy, w, accumulate, dx);
+    }
     let (bias, count) = (Ptr::null(), Ptr::null());
     let accumulate = i32::from(accumulate);
     let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
@@ -257,13 +278,17 @@ pub fn conv_weight_gradient(
     if scratch.len() < needed {
         check_len(op, "scratch", scratch.len(), needed)?;
     }
-    let (kernel, grid) = shape.gradient_plan(device.policy());
-    let [_, _, splits] = grid;
+    let splits = shape.gradient_splits(device.policy());
     let partial = if splits == 1 { dw.ptr() } else { scratch.ptr() };
-    let args = ConvWeightGradientArgs { x: x.ptr(), dy: dy.ptr(), partial, shape: *shape, splits: splits as i32 };
-    let launch = Launch::new(grid.map(|x| x as u32), device.threads(THREADS));
-    // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(kernel, launch, &args)? };
+    if let Some(linear) = shape.linear(device.policy()) {
+        linear::weight_gradient(device, linear, x, dy, partial)?;
+    } else {
+        let (kernel, grid) = shape.gradient_plan(device.policy());
+        let args = ConvWeightGradientArgs { x: x.ptr(), dy: dy.ptr(), partial, shape: *shape, splits: splits as i32 };
+        let launch = Launch::new(grid.map(|x| x as u32), device.threads(THREADS));
+        // SAFETY: the lengths of everything that `args` points to were checked against its shape.
+        unsafe { device.launch(kernel, launch, &args)? };
+    }
     if splits > 1 {
         let args = ConvSumArgs { partial, sum: dw.ptr(), count: dw.len() as i64, splits: splits as i32 };
         // SAFETY: the first `splits * dw.len()` elements of scratch were just written.

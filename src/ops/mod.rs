@@ -11,6 +11,7 @@ pub mod dropout;
 pub mod faults;
 pub mod gelu;
 pub mod layer_norm;
+mod linear;
 pub mod loss;
 pub mod norm;
 pub mod optimizer;
@@ -76,6 +77,7 @@ pub fn layouts() -> Vec<Layout> {
         faults::layouts(),
         gelu::layouts(),
         layer_norm::layouts(),
+        linear::layouts(),
         loss::layouts(),
         norm::layouts(),
         optimizer::layouts(),

@@ -44,12 +44,15 @@ pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
     |t| attention_gradient(t, 40),
     |t| attention_gradient(t, 72),
     augment,
-    |t| convolution(t, &few_channels()?),
-    |t| convolution(t, &many_channels()?),
+    |t| convolution(t, &few_channels()?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &many_channels()?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &linear()?, linear_columns()?),
     |t| convolution_input_gradient(t, &few_channels()?),
     |t| convolution_input_gradient(t, &many_channels()?),
+    |t| convolution_input_gradient(t, &linear()?),
     |t| convolution_weight_gradient(t, &few_channels()?),
     |t| convolution_weight_gradient(t, &many_channels()?),
+    |t| convolution_weight_gradient(t, &linear()?),
     |t| convolution_bias_gradient(t, &few_channels()?),
     loss,
     norm_in_training,
@@ -186,11 +189,20 @@ fn many_channels() -> Result<ConvShape> {
     ConvShape::new([37, 5, 6], 70, [3, 3], 1, 1, SAMPLES)
 }
 
-fn convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+/// More steps than a block packs at a time, more rows than it owns, and two splits.
+fn linear() -> Result<ConvShape> {
+    ConvShape::new([200, 1, 1], 270, [1, 1], 1, 0, linear_columns()?.len())
+}
+
+fn linear_columns() -> Result<Columns> {
+    Columns::tokens(SAMPLES, 65)
+}
+
+fn convolution(t: &mut Trial, shape: &ConvShape, columns: Columns) -> Result<()> {
     let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
     let (bias, count) = (t.floats(shape.filters())?, t.count()?);
     let mut y = t.unwritten(shape.output_len())?;
-    let bias = Bias { bias: bias.view(), columns: Columns::samples(SAMPLES)?, count: count.view() };
+    let bias = Bias { bias: bias.view(), columns, count: count.view() };
     conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
     t.close("y", &y)
 }

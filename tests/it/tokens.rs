@@ -93,6 +93,39 @@ fn linear_layers_over_token_columns_agree_with_pytorch() {
     });
 }
 
+/// More input features, output features and columns than a block takes at a time; whole numbers, so that every sum is
+/// exact and every order of it gives the same.
+#[test]
+fn linear_layers_of_any_size_sum_every_product_once() {
+    for (c, k, n) in [(203, 11, 72), (9, 271, 16), (21, 11, 1096), (65, 33, 8)] {
+        let shape = ConvShape::new([c, 1, 1], k, [1, 1], 1, 0, n).unwrap();
+        let whole = |len: usize, seed: usize| -> Vec<f32> {
+            (0..len).map(|i| ((i + seed) * 2_654_435_761 % 1009 % 9) as f32 - 4.0).collect()
+        };
+        let (x, w, dy, old) = (whole(c * n, 1), whole(k * c, 2), whole(k * n, 3), whole(c * n, 4));
+        let (mut y_want, mut dx_want, mut dw_want) = (vec![0.0; k * n], old.clone(), vec![0.0; k * c]);
+        for (row, channel, column) in (0..k * c * n).map(|i| (i / n / c, i / n % c, i % n)) {
+            y_want[row * n + column] += w[row * c + channel] * x[channel * n + column];
+            dx_want[channel * n + column] += w[row * c + channel] * dy[row * n + column];
+            dw_want[row * c + channel] += dy[row * n + column] * x[channel * n + column];
+        }
+        on_devices(|device, label| {
+            let [x, w, dy] = [&x, &w, &dy].map(|values| device.upload(values).unwrap());
+            let (mut y, mut dw) = (unwritten(device, k * n), unwritten(device, k * c));
+            let mut dx = device.upload(&old).unwrap();
+            let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
+            conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut()).unwrap();
+            conv_input_gradient(device, &shape, dy.view(), w.view(), true, dx.view_mut()).unwrap();
+            conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
+            let got = [y, dx, dw].map(|buffer| read(device, buffer.view()));
+            for (name, got, want) in [("y", &got[0], &y_want), ("dx", &got[1], &dx_want), ("dw", &got[2], &dw_want)] {
+                assert_eq!(got, want, "{label}: {c} to {k}, {n} columns: {name}");
+            }
+            got.into()
+        });
+    }
+}
+
 #[test]
 fn columns_that_are_not_those_of_the_layer_are_refused_by_name() {
     let device = Device::open("host").unwrap();
