@@ -84,15 +84,21 @@ struct Cuda {
     fatbins: Vec<PathBuf>,
 }
 
-/// Finds the `KERNEL(name, ...)` lines and the structs named `...Args` or `...Shape`, one field declaration a line.
+/// A kernel file's `KERNEL(name, ...)` lines, and the structs named `...Args` or `...Shape`, one field declaration a
+/// line, of the file and of the headers beside it that it includes.
 fn scan(path: &Path) -> Source {
-    let text = fs::read_to_string(path).unwrap();
     let mut source = Source {
         stem: path.file_stem().unwrap().to_str().unwrap().to_owned(),
         path: path.to_owned(),
         kernels: Vec::new(),
         structs: Vec::new(),
     };
+    scan_into(&mut source, path);
+    source
+}
+
+fn scan_into(source: &mut Source, path: &Path) {
+    let text = fs::read_to_string(path).unwrap();
     let mut fields: Option<(String, Vec<String>)> = None;
     for line in text.lines() {
         let code = line.split("//").next().unwrap().trim_end();
@@ -107,9 +113,13 @@ fn scan(path: &Path) -> Source {
         } else if let (Some((_, names)), Some(declaration)) = (&mut fields, code.strip_suffix(';')) {
             let words = declaration.trim().split(',').map(|d| d.split([' ', '*']).next_back().unwrap());
             names.extend(words.map(|name| name.split('[').next().unwrap().to_owned()));
+        } else if let Some(header) = code.strip_prefix("#include \"kernels/").and_then(|r| r.strip_suffix('"')) {
+            // The dialect's own headers have no such structs.
+            if !header.starts_with("lib/") {
+                scan_into(source, &path.with_file_name(header));
+            }
         }
     }
-    source
 }
 
 /// The file that is compiled: the kernel file, and a kernel that writes the layout of its structs.

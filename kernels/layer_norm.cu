@@ -210,7 +210,8 @@ DEVICE void forward(const LayerNormForwardArgs& a, WarpColumns* shared, const Sh
 }
 
 // Sums each of COUNT values over the warp; returned to a lane is the sum of value lane / (32 / COUNT). Lanes that
-// differ in a bit give each other half of what they hold, so that COUNT sums take as many exchanges and not five times more.
+// differ in a bit give each other half of what they hold, so that COUNT sums take as many exchanges and not five times
+// more.
 template <int COUNT>
 DEVICE float warp_sums(float (&value)[COUNT], int lane) {
     int held = COUNT;

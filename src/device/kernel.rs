@@ -197,7 +197,7 @@ kernel_args! {
 }
 
 impl Device {
-    /// The C++ side of every argument struct, as this device's kernels see it.
+    /// The C++ side of every argument struct, as this device's kernels see it; once if all files that include it agree.
     ///
     /// # Errors
     /// As [`Device::alloc`] and [`Device::read`].
@@ -216,7 +216,10 @@ impl Device {
             for &(name, fields) in structs {
                 let size = next();
                 let fields = fields.iter().map(|&field| (field, next(), next())).collect();
-                layouts.push(Layout { name, size, fields });
+                let layout = Layout { name, size, fields };
+                if !layouts.contains(&layout) {
+                    layouts.push(layout);
+                }
             }
         }
         Ok(layouts)

@@ -1,4 +1,4 @@
-//! Scaled dot product attention of many heads, fused (`kernels/attention.cu`).
+//! Scaled dot product attention of many heads, fused (`kernels/attention.cuh`).
 
 use super::{Columns, check_len, layouts_of};
 use crate::device::{Device, Kernel, KernelArgs, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
