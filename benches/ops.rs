@@ -14,6 +14,9 @@ use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv_sparse::{
+    KeptWeights, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+};
 use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
@@ -24,6 +27,8 @@ use dilt::ops::norm::{
 use dilt::ops::optimizer::{OptimizerInput, Sgd, sgd_step};
 use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 const BATCH: usize = 128;
 
@@ -57,13 +62,42 @@ impl Bench<'_> {
 
     fn convolution(&mut self, channels: usize, image: usize, filters: usize, stride: usize) -> dilt::Result<()> {
         let shape = ConvShape::new([channels, image, image], filters, [3, 3], stride, 1, BATCH)?;
-        self.passes(&format!("conv {channels}x{image}x{image} to {filters}, stride {stride}"), shape)
+        let name = format!("conv {channels}x{image}x{image} to {filters}, stride {stride}");
+        self.passes(&name, shape)?;
+        self.sparse(&name, shape)
     }
 
     /// A linear layer over the tokens of so many samples: 14 x 14 patches and one more.
     fn linear(&mut self, channels: usize, filters: usize, samples: usize) -> dilt::Result<()> {
         let shape = ConvShape::new([channels, 1, 1], filters, [1, 1], 1, 0, Columns::tokens(samples, 197)?.len())?;
-        self.passes(&format!("linear {channels} to {filters}, {samples} samples"), shape)
+        let name = format!("linear {channels} to {filters}, {samples} samples");
+        self.passes(&name, shape)?;
+        self.sparse(&name, shape)
+    }
+
+    /// The same layer with random masks, kept weights alone: operations are those of kept weights.
+    fn sparse(&mut self, name: &str, shape: ConvShape) -> dilt::Result<()> {
+        let [x, dy, w] = [shape.input_len(), shape.output_len(), shape.weight_len()].map(|len| self.tensor(len));
+        let [mut y, mut dx, mut dw] =
+            [shape.output_len(), shape.input_len(), shape.weight_len()].map(|len| self.tensor(len));
+        for sparsity in [0.5, 0.75, 0.9, 0.95, 0.98] {
+            let mut rng = ChaCha8Rng::seed_from_u64(7);
+            let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|_| !rng.random_bool(sparsity)).collect();
+            let mut kept = KeptWeights::new(&self.device, &shape, &places, true)?;
+            let flop = Throughput::Elements(2 * (shape.multiply_adds() / shape.weight_len() * places.len()) as u64);
+            let name = format!("{name}, {}% pruned", sparsity * 100.0);
+            self.time(&format!("sparse {name}: forward"), flop.clone(), |device| {
+                kept.gather(device, w.view())?;
+                conv_sparse_forward(device, &kept, x.view(), None, y.view_mut())
+            });
+            self.time(&format!("sparse {name}: input gradient"), flop.clone(), |device| {
+                conv_sparse_input_gradient(device, &kept, dy.view(), false, dx.view_mut())
+            });
+            self.time(&format!("sparse {name}: weight gradient"), flop, |device| {
+                conv_sparse_weight_gradient(device, &mut kept, x.view(), dy.view(), dw.view_mut())
+            });
+        }
+        Ok(())
     }
 
     fn passes(&mut self, name: &str, shape: ConvShape) -> dilt::Result<()> {

@@ -126,11 +126,13 @@ pub unsafe trait KernelArgs: Copy + fmt::Debug + Send + Sync + 'static {
 
 /// Declares argument structs, with the names and the order of fields of their C++ side.
 macro_rules! kernel_args {
-    ($($(#[$meta:meta])* $vis:vis struct $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {$(
+    ($($(#[$meta:meta])* $vis:vis struct $name:ident {
+        $($field_vis:vis $field:ident: $type:ty),* $(,)?
+    })*) => {$(
         $(#[$meta])*
         #[repr(C)]
         #[derive(Clone, Copy, Debug)]
-        $vis struct $name { $($field: $type),* }
+        $vis struct $name { $($field_vis $field: $type),* }
 
         // SAFETY: repr(C) is set above; the layout test compares the fields with the C++ struct's.
         unsafe impl $crate::device::KernelArgs for $name {

@@ -13,6 +13,7 @@ pub mod model;
 pub mod names;
 pub mod network;
 mod passes;
+mod paths;
 pub mod plan;
 pub mod positions;
 mod resnet;

@@ -1,8 +1,9 @@
 //! A network with memory on a device: its weights, masks and settings. Its passes are in `passes.rs`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{Layer, Model, ParameterKind, STATISTICS};
+use super::paths::kept_weights;
 use super::plan::{Fixed, Plan, Use};
 use super::weights::Weights;
 use crate::device::{Buffer, Device, Slice, SliceMut};
@@ -10,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::ops::SAMPLE_ALIGNMENT;
+use crate::ops::conv_sparse::KeptWeights;
 use crate::ops::optimizer::{AdamW, Clip, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step};
 use crate::ops::prune::apply_mask;
 use crate::ops::step::StepCurrent;
@@ -70,6 +72,9 @@ pub struct Network {
     /// What layers keep for their backward pass beside values.
     pub(super) kept: Vec<Buffer<f32>>,
     pub(super) pool_indices: Vec<Buffer<u8>>,
+    /// Of each layer: its kept weights, where they alone are multiplied.
+    pub(super) paths: Vec<Option<KeptWeights>>,
+    memory_for: Use,
 }
 
 /// What a step reads of its batch, filled by the loader.
@@ -137,6 +142,8 @@ impl Network {
             value_gradients,
             kept,
             pool_indices,
+            paths: model.layers.iter().map(|_| None).collect(),
+            memory_for,
             plan,
         };
         let everything = network.bits(|_| true);
@@ -276,12 +283,30 @@ impl Network {
             }
         }
         self.device.write(&values, self.parameters.view_mut())?;
-        self.device.write(&words, self.mask.view_mut())?;
+        // A captured step holds the addresses of what belongs to the masks: the same ones stay where they are.
+        if self.device.read(self.mask.view())? != words {
+            self.device.write(&words, self.mask.view_mut())?;
+            self.set_paths(&weights.masks)?;
+        }
         apply_mask(&self.device, self.mask.view(), self.parameters.view_mut())?;
         self.moments.iter_mut().try_for_each(|moment| self.device.zero(moment.view_mut()))?;
         self.set_heads(|name| weights.masks.get(name))?;
         self.masked = weights.masks.keys().cloned().collect();
         self.set_statistics(|name| weights.tensors.get(name).map(|tensor| tensor.iter().copied().collect()))
+    }
+
+    /// Chooses how each layer multiplies under its mask. Gradients of pruned weights are zero from now on.
+    fn set_paths(&mut self, masks: &BTreeMap<String, Mask>) -> Result<()> {
+        self.device.zero(self.gradients.view_mut())?;
+        for (path, layer) in self.paths.iter_mut().zip(&self.model.layers) {
+            let Layer::Conv { weight, .. } = *layer else { continue };
+            let shape = self.model.conv_shape(layer, self.n)?;
+            *path = match masks.get(&self.model.parameters[weight].name) {
+                Some(mask) => kept_weights(&self.device, &shape, mask, self.memory_for != Use::Evaluate)?,
+                None => None,
+            };
+        }
+        Ok(())
     }
 
     /// Leaves out the heads of attention whose outputs no kept weight reads; keeps all where there is no mask.

@@ -7,6 +7,7 @@ use crate::device::{Buffer, Slice, SliceMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{
@@ -61,6 +62,7 @@ impl Network {
             step,
             seed,
             heads: flags,
+            paths,
             ..
         } = self;
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
@@ -78,6 +80,10 @@ impl Network {
             Layer::Conv { weight, bias, input, output, .. } => {
                 let columns = model.values[output].columns(n)?;
                 let bias = bias.map(|bias| Bias { bias: parameter(bias), columns, count });
+                if let Some(kept) = &mut paths[index] {
+                    kept.gather(device, parameter(weight))?;
+                    return conv_sparse_forward(device, kept, value(input), bias, y);
+                }
                 let shape = model.conv_shape(layer, n)?;
                 conv_forward(device, &shape, value(input), parameter(weight), bias, y)
             }
@@ -173,6 +179,7 @@ impl Network {
             step,
             seed,
             heads: flags,
+            paths,
             ..
         } = self;
         let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
@@ -184,23 +191,22 @@ impl Network {
         let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };
         match *layer {
             Layer::Conv { weight, bias, input, .. } => {
-                let shape = model.conv_shape(layer, n)?;
-                let dw = gradients.slice_mut(range(weight));
-                conv_weight_gradient(device, &shape, value(input), dy, scratch.view_mut(), dw)?;
+                let (shape, x, dw) = (model.conv_shape(layer, n)?, value(input), gradients.slice_mut(range(weight)));
+                match &mut paths[index] {
+                    Some(kept) => conv_sparse_weight_gradient(device, kept, x, dy, dw)?,
+                    None => conv_weight_gradient(device, &shape, x, dy, scratch.view_mut(), dw)?,
+                }
                 if let Some(bias) = bias {
                     conv_bias_gradient(device, &shape, dy, gradients.slice_mut(range(bias)))?;
                 }
-                if slot(input).is_some() {
-                    conv_input_gradient(
-                        device,
-                        &shape,
-                        dy,
-                        parameter(weight),
-                        accumulate,
-                        at(value_gradients, slot(input)),
-                    )?;
+                if slot(input).is_none() {
+                    return Ok(());
                 }
-                Ok(())
+                let dx = at(value_gradients, slot(input));
+                match &paths[index] {
+                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, accumulate, dx),
+                    None => conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, dx),
+                }
             }
             Layer::Norm { scale, shift, statistics, input, residual, relu, output } => {
                 let shape = model.norm_shape(input, n)?;

@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 kernel_args! {
     /// Shape of a convolution: x `[c, h, w, n]`, w `[k, c, r, s]`, y `[k, p, q, n]`.
     pub struct ConvShape {
-        c: i32, h: i32, w: i32, k: i32, r: i32, s: i32, p: i32, q: i32, stride: i32, pad: i32, n: i32,
+        pub(super) c: i32, pub(super) h: i32, pub(super) w: i32, pub(super) k: i32, pub(super) r: i32,
+        pub(super) s: i32, pub(super) p: i32, pub(super) q: i32, pub(super) stride: i32, pub(super) pad: i32,
+        pub(super) n: i32,
     }
     struct ConvArgs {
         from: Ptr<f32>, w: Ptr<f32>, bias: Ptr<f32>, to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
@@ -192,6 +194,14 @@ pub struct Bias<'a> {
     pub count: Slice<'a, u32>,
 }
 
+impl Bias<'_> {
+    pub(super) fn check(&self, op: &'static str, shape: &ConvShape) -> Result<()> {
+        check_len(op, "bias", self.bias.len(), shape.k as usize)?;
+        check_len(op, "columns", self.columns.len(), shape.n as usize)?;
+        check_len(op, "count", self.count.len(), 1)
+    }
+}
+
 /// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, w `[k, c, r, s]`, y `[k, p, q, n]`, overwritten.
 ///
 /// # Errors
@@ -209,9 +219,7 @@ pub fn conv_forward(
     check_len(op, "w", w.len(), shape.weight_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
     if let Some(b) = bias {
-        check_len(op, "bias", b.bias.len(), shape.k as usize)?;
-        check_len(op, "columns", b.columns.len(), shape.n as usize)?;
-        check_len(op, "count", b.count.len(), 1)?;
+        b.check(op, shape)?;
     }
     // The columns of a bias are those of one pixel.
     let one_pixel = shape.h * shape.w == 1;

@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod augment;
 pub mod conv;
+pub mod conv_sparse;
 pub mod dropout;
 #[cfg(dilt_sanitize)]
 #[doc(hidden)]
@@ -72,6 +73,7 @@ pub fn layouts() -> Vec<Layout> {
         attention::layouts(),
         augment::layouts(),
         conv::layouts(),
+        conv_sparse::layouts(),
         dropout::layouts(),
         #[cfg(dilt_sanitize)]
         faults::layouts(),

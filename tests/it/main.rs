@@ -8,6 +8,7 @@ mod cifar;
 mod cli;
 mod command;
 mod conv;
+mod conv_sparse;
 mod data;
 mod device;
 mod doctor;

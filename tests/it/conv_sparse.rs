@@ -1,0 +1,140 @@
+//! Convolution with kept weights alone, against the same convolution with zeros in their places, which has its goldens.
+
+use dilt::device::Device;
+use dilt::ops::Columns;
+use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv_sparse::{
+    KeptWeights, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::support::{on_devices, read, unwritten};
+
+/// Of the largest value, since the sums are the same in another order.
+const TOLERANCE: f32 = 2e-6;
+
+/// Strides with and without taps of every remainder, images smaller than the filter's reach, ragged samples, more
+/// columns than a group and more entries of a row than a chunk.
+fn shapes() -> Vec<ConvShape> {
+    [
+        ([16, 8, 8], 16, [3, 3], 1, 1, 128),
+        ([5, 7, 6], 9, [3, 3], 2, 1, 24),
+        ([3, 2, 1], 4, [3, 3], 1, 1, 8),
+        ([4, 9, 9], 3, [5, 3], 3, 2, 16),
+        ([6, 8, 8], 10, [1, 1], 2, 0, 40),
+        ([3, 11, 13], 5, [7, 7], 2, 3, 8),
+        ([90, 1, 1], 70, [1, 1], 1, 0, 328),
+        ([1, 1, 1], 1, [1, 1], 1, 0, 8),
+        ([2, 3, 3], 3, [2, 2], 1, 0, 136),
+    ]
+    .map(|(input, filters, filter, stride, pad, n)| ConvShape::new(input, filters, filter, stride, pad, n).unwrap())
+    .into()
+}
+
+/// Places that are kept: none, all, at random, and whole rows and columns of a few.
+fn masks(shape: &ConvShape, rng: &mut ChaCha8Rng) -> Vec<(&'static str, Vec<u32>)> {
+    let (len, taps) = (shape.weight_len() as u32, (shape.weight_len() / shape.filters()) as u32);
+    let mut random = |density: f64| (0..len).filter(|_| rng.random_bool(density)).collect::<Vec<_>>();
+    let (half, few) = (random(0.5), random(0.05));
+    let clustered = (0..len).filter(|place| (place / taps) % 3 == 1 && (place % taps) % 4 < 2).collect();
+    vec![("none", vec![]), ("all", (0..len).collect()), ("half", half), ("few", few), ("clustered", clustered)]
+}
+
+fn close(got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let largest = want.iter().fold(1e-3f32, |most, value| most.max(value.abs()));
+    let worst = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
+    // Not a comparison that a NaN would pass.
+    assert!(worst <= TOLERANCE * largest, "{what}: off by {worst} where the largest is {largest}");
+    assert!(got.iter().all(|value| value.is_finite()), "{what}: not finite");
+}
+
+#[test]
+fn kept_weights_give_what_masked_ones_give_in_every_pass() {
+    on_devices(|device, label| {
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let mut results = Vec::new();
+        for shape in shapes() {
+            for (name, kept) in masks(&shape, &mut rng) {
+                let what = format!("{label}: {shape:?}, {name}");
+                let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+                let [x, dy, bias] = [shape.input_len(), shape.output_len(), shape.filters()].map(&mut values);
+                let full = values(shape.weight_len());
+                let mut w = vec![0.0; full.len()];
+                kept.iter().for_each(|&place| w[place as usize] = full[place as usize]);
+                results.extend(compare(device, &shape, &kept, [&x, &dy, &bias, &w], &what));
+            }
+        }
+        results
+    });
+}
+
+fn compare(
+    device: &Device,
+    shape: &ConvShape,
+    kept: &[u32],
+    [x, dy, bias, w]: [&Vec<f32>; 4],
+    what: &str,
+) -> Vec<Vec<f32>> {
+    let [x, dy, bias, w] = [x, dy, bias, w].map(|values| device.upload(values).unwrap());
+    let mut weights = KeptWeights::new(device, shape, kept, true).unwrap();
+    weights.gather(device, w.view()).unwrap();
+    let mut results = Vec::new();
+
+    // One true sample less than columns, where there is a bias.
+    let n = shape.output_len() / shape.filters() / shape.output_image().iter().product::<usize>();
+    let count = device.upload(&[n as u32 - 1]).unwrap();
+    let columns = Columns::samples(n).unwrap();
+    for with in [None, Some(Bias { bias: bias.view(), columns, count: count.view() })] {
+        let (mut y, mut want) = (unwritten(device, shape.output_len()), unwritten(device, shape.output_len()));
+        conv_sparse_forward(device, &weights, x.view(), with, y.view_mut()).unwrap();
+        conv_forward(device, shape, x.view(), w.view(), with, want.view_mut()).unwrap();
+        let y = read(device, y.view());
+        close(&y, &read(device, want.view()), &format!("{what}: y, bias {}", with.is_some()));
+        results.push(y);
+    }
+
+    let (mut dx, mut want) = (unwritten(device, shape.input_len()), unwritten(device, shape.input_len()));
+    for accumulate in [false, true] {
+        conv_sparse_input_gradient(device, &weights, dy.view(), accumulate, dx.view_mut()).unwrap();
+        conv_input_gradient(device, shape, dy.view(), w.view(), accumulate, want.view_mut()).unwrap();
+        let dx = read(device, dx.view());
+        close(&dx, &read(device, want.view()), &format!("{what}: dx, accumulate {accumulate}"));
+        results.push(dx);
+    }
+
+    let mut dw = device.alloc(shape.weight_len()).unwrap();
+    conv_sparse_weight_gradient(device, &mut weights, x.view(), dy.view(), dw.view_mut()).unwrap();
+    let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
+    let mut dense = unwritten(device, shape.weight_len());
+    conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dense.view_mut()).unwrap();
+    let (dw, dense) = (read(device, dw.view()), read(device, dense.view()));
+    let mut want = vec![0.0; dense.len()];
+    kept.iter().for_each(|&place| want[place as usize] = dense[place as usize]);
+    close(&dw, &want, &format!("{what}: dw"));
+    results.push(dw);
+    results
+}
+
+#[test]
+fn lists_that_make_no_sense_are_refused_by_name() {
+    let device = Device::open("host").unwrap();
+    let shape = ConvShape::new([2, 3, 3], 3, [2, 2], 1, 0, 8).unwrap();
+    let refused = |kept: &[u32]| KeptWeights::new(&device, &shape, kept, true).err().unwrap().to_string();
+    assert!(refused(&[3, 3]).contains("ascending"), "{}", refused(&[3, 3]));
+    assert!(refused(&[5, 24]).contains("below 24"), "{}", refused(&[5, 24]));
+    let far = ConvShape::new([600, 128, 128], 3, [1, 1], 1, 0, 128).unwrap();
+    let error = KeptWeights::new(&device, &far, &[0], true).err().unwrap().to_string();
+    assert!(error.contains("2^30"), "{error}");
+
+    let mut weights = KeptWeights::new(&device, &shape, &[0, 5], false).unwrap();
+    let mut dx = device.alloc(shape.input_len()).unwrap();
+    let (short, dy) = (device.alloc::<f32>(3).unwrap(), device.alloc(shape.output_len()).unwrap());
+    let error = weights.gather(&device, short.view()).unwrap_err().to_string();
+    assert!(error.contains("w: expected 24, got 3"), "{error}");
+    let error = conv_sparse_input_gradient(&device, &weights, dy.view(), false, dx.view_mut()).unwrap_err().to_string();
+    assert!(error.contains("lists for training"), "{error}");
+    let error = conv_sparse_forward(&device, &weights, short.view(), None, dx.view_mut()).unwrap_err().to_string();
+    assert!(error.contains("x: expected"), "{error}");
+}
