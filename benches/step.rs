@@ -1,5 +1,6 @@
 //! Whole training steps: ResNet-20 at batch 128 on images of 3x32x32, DeiT-Ti at batch 16 on 3x224x224, and ResNet-8 at
-//! batch 64 on the digits; f32, each with its model file's optimizer.
+//! batch 64 on the digits; f32, each with its model file's optimizer. The first two also with random masks that keep a
+//! tenth and a twentieth of each prunable tensor.
 //!
 //! `cargo bench --bench step`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set). With
 //! `-- --json` it prints one line of JSON instead, for scripts/bench-host.sh: median and best wall time, CPU time, and
@@ -13,12 +14,17 @@ use cpu_time::cpu_time;
 use criterion::{Criterion, Throughput};
 use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
+use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
+use dilt::nn::model::Model;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
+use dilt::nn::weights::Weights;
 use dilt::report::progress::{Progress, Verbosity};
 use dilt::train::{Augmentation, Chunk, Images, Labelled, Observer, Recipe, Training};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// A model, its batch and the data that it steps over.
 struct Case {
@@ -26,6 +32,8 @@ struct Case {
     model: &'static str,
     batch: usize,
     data: DataSet,
+    /// Share of each prunable tensor that a random mask keeps.
+    density: f64,
 }
 
 /// Random bytes as square images: the time of a step does not depend on what is in them.
@@ -44,22 +52,34 @@ fn random_images(batch: usize, size: usize, classes: usize) -> DataSet {
     DataSet { name, shape, stored: shape, classes, scale: 255.0, mean, std, train, val, test }
 }
 
-fn cases() -> [Case; 3] {
+fn cases() -> Vec<Case> {
     let digits =
         dilt::data::load("digits", &Reading::default(), &Progress::new(Verbosity::Quiet)).expect("part of the program");
-    [
-        Case { name: "resnet20_batch128", model: "resnet20", batch: 128, data: random_images(128, 32, 10) },
-        Case {
-            name: "deit_tiny_batch16",
-            model: "deit_tiny_patch16_224",
-            batch: 16,
-            data: random_images(16, 224, 1000),
-        },
-        Case { name: "resnet8_digits_batch64", model: "resnet8", batch: 64, data: digits },
+    let case = |name, model, batch, data: &DataSet, density| Case { name, model, batch, data: data.clone(), density };
+    let (small, large) = (random_images(128, 32, 10), random_images(16, 224, 1000));
+    let deit = "deit_tiny_patch16_224";
+    vec![
+        case("resnet20_batch128", "resnet20", 128, &small, 1.0),
+        case("resnet20_batch128_tenth", "resnet20", 128, &small, 0.1),
+        case("resnet20_batch128_twentieth", "resnet20", 128, &small, 0.05),
+        case("deit_tiny_batch16", deit, 16, &large, 1.0),
+        case("deit_tiny_batch16_tenth", deit, 16, &large, 0.1),
+        case("deit_tiny_batch16_twentieth", deit, 16, &large, 0.05),
+        case("resnet8_digits_batch64", "resnet8", 64, &digits, 1.0),
     ]
 }
 
 impl Case {
+    fn weights(&self, model: &Model) -> Weights {
+        let mut weights = init::draw(model, 0);
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        for parameter in model.prunable().filter(|_| self.density < 1.0) {
+            let mask = Mask::from_fn(&parameter.shape, |_| rng.random_bool(self.density));
+            weights.masks.insert(parameter.name.clone(), mask);
+        }
+        weights
+    }
+
     /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
     fn run(&self, device: &Device, work: impl FnOnce(&mut dyn FnMut(usize) -> Duration, usize)) -> dilt::Result<()> {
         let config = ModelConfig::load(self.model, &[])?;
@@ -67,7 +87,7 @@ impl Case {
         let (steps, lr, augment) = (Some(1 << 31), 1e-3, Augmentation::None);
         let recipe = Recipe { batch: self.batch, steps, lr, augment, ..Recipe::from_table(&config.train)? };
         let mut network = Network::new(device, &model, self.batch, Use::Train(recipe.optimizer))?;
-        network.load(&init::draw(&model, 0))?;
+        network.load(&self.weights(&model))?;
         let mut examples = self.data.train.clone();
         examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch
         let images = Images::new(device, &self.data, &examples)?;

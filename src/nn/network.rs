@@ -168,6 +168,11 @@ impl Network {
         &self.plan
     }
 
+    /// Number of layers that multiply their kept weights alone, as [`Network::load`] has chosen.
+    pub fn layers_of_kept_weights(&self) -> usize {
+        self.paths.iter().flatten().count()
+    }
+
     /// Where the loader puts a batch.
     pub fn batch(&mut self) -> Batch<'_> {
         Batch {
@@ -424,7 +429,8 @@ impl Network {
         Ok("the loss".into())
     }
 
-    /// The gradient of a parameter, for tests and profiles.
+    /// The gradient of a parameter, for tests and profiles; 0 for pruned weights of a layer that multiplies its kept ones
+    /// alone.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if the device fails.

@@ -2,14 +2,13 @@
 
 use rand::Rng;
 
-use super::{PADDED, SAMPLES, Trial};
+use super::{Check, PADDED, SAMPLES, Trial};
 use crate::device::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
-use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::dropout::{
     Draw, ResidualShape, dropout_backward, dropout_forward, residual_backward, residual_forward,
 };
@@ -35,7 +34,7 @@ use crate::ops::tokens::{
 use crate::ops::{Columns, layouts};
 
 /// The checks, each of as few kernels as its operation allows.
-pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
+pub(super) const CHECKS: &[Check] = &[
     argument_layouts,
     |t| attention(t, 24),
     |t| attention(t, 40),
@@ -44,16 +43,6 @@ pub(super) const CHECKS: &[fn(&mut Trial) -> Result<()>] = &[
     |t| attention_gradient(t, 40),
     |t| attention_gradient(t, 72),
     augment,
-    |t| convolution(t, &few_channels()?, Columns::samples(SAMPLES)?),
-    |t| convolution(t, &many_channels()?, Columns::samples(SAMPLES)?),
-    |t| convolution(t, &linear()?, linear_columns()?),
-    |t| convolution_input_gradient(t, &few_channels()?),
-    |t| convolution_input_gradient(t, &many_channels()?),
-    |t| convolution_input_gradient(t, &linear()?),
-    |t| convolution_weight_gradient(t, &few_channels()?),
-    |t| convolution_weight_gradient(t, &many_channels()?),
-    |t| convolution_weight_gradient(t, &linear()?),
-    |t| convolution_bias_gradient(t, &few_channels()?),
     loss,
     norm_in_training,
     norm_in_evaluation,
@@ -177,54 +166,6 @@ fn augment(t: &mut Trial) -> Result<()> {
     resample(t.device, &shape, source, boxes.view(), Some(colours), into)?;
     t.close("x", &x)?;
     t.exact("labels", &to_labels)
-}
-
-/// Takes the narrow tiles, and two splits of the weight gradient.
-fn few_channels() -> Result<ConvShape> {
-    ConvShape::new([5, 13, 11], 7, [3, 3], 2, 1, SAMPLES)
-}
-
-/// Takes the wide tiles.
-fn many_channels() -> Result<ConvShape> {
-    ConvShape::new([37, 5, 6], 70, [3, 3], 1, 1, SAMPLES)
-}
-
-/// More steps than a block packs at a time, more rows than it owns, and two splits.
-fn linear() -> Result<ConvShape> {
-    ConvShape::new([200, 1, 1], 270, [1, 1], 1, 0, linear_columns()?.len())
-}
-
-fn linear_columns() -> Result<Columns> {
-    Columns::tokens(SAMPLES, 65)
-}
-
-fn convolution(t: &mut Trial, shape: &ConvShape, columns: Columns) -> Result<()> {
-    let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
-    let (bias, count) = (t.floats(shape.filters())?, t.count()?);
-    let mut y = t.unwritten(shape.output_len())?;
-    let bias = Bias { bias: bias.view(), columns, count: count.view() };
-    conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
-    t.close("y", &y)
-}
-
-fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
-    let (dy, w) = (t.samples(shape.output_len())?, t.floats(shape.weight_len())?);
-    let mut dx = t.samples(shape.input_len())?;
-    conv_input_gradient(t.device, shape, dy.view(), w.view(), true, dx.view_mut())?;
-    t.close("dx", &dx)
-}
-
-fn convolution_weight_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
-    let (x, dy) = (t.samples(shape.input_len())?, t.samples(shape.output_len())?);
-    let (mut scratch, mut dw) = (t.unwritten(shape.gradient_scratch_len(t.device))?, t.unwritten(shape.weight_len())?);
-    conv_weight_gradient(t.device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())?;
-    t.close("dw", &dw)
-}
-
-fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
-    let (dy, mut dbias) = (t.samples(shape.output_len())?, t.unwritten(shape.filters())?);
-    conv_bias_gradient(t.device, shape, dy.view(), dbias.view_mut())?;
-    t.close("dbias", &dbias)
 }
 
 fn loss(t: &mut Trial) -> Result<()> {

@@ -7,6 +7,7 @@
 //! launches fails.
 
 mod checks;
+mod convolution;
 
 use bytemuck::Pod;
 use rand::Rng;
@@ -16,11 +17,13 @@ use rand_chacha::rand_core::SeedableRng;
 use crate::device::{Buffer, Device, HostOptions, Policy, Traced, kernel_files};
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
-use checks::CHECKS;
 
 /// Largest difference of f32 results, as a share of the largest value of the tensor. Two orders of a sum of n terms
 /// differ by about sqrt(n) roundings of 2^-24; the longest sums here have 10,000 terms, which makes 6e-6.
 pub const TOLERANCE: f64 = 1e-5;
+
+/// Runs an operation, and hands its results over.
+type Check = fn(&mut Trial) -> Result<()>;
 
 /// True samples, which are padded to [`PADDED`].
 const SAMPLES: usize = 13;
@@ -48,7 +51,7 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
     for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
         let device = device.with_policy(policy)?;
         let reference = Device::host(HostOptions { policy: other, schedule: None, isa: Some("base") })?;
-        for check in CHECKS {
+        for check in checks::CHECKS.iter().chain(convolution::CHECKS) {
             let (mut got, mut want) = (Trial::new(&device, seed), Trial::new(&reference, seed));
             let (launches, done) = device.trace(|| check(&mut got));
             let compared = done.and_then(|()| check(&mut want)).map(|()| compare(&got.results, &want.results));

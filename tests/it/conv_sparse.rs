@@ -1,15 +1,20 @@
 //! Convolution with kept weights alone, against the same convolution with zeros in their places, which has its goldens.
 
-use dilt::device::Device;
+use dilt::device::{Device, HostOptions, Policy};
+use dilt::mask::Mask;
+use dilt::nn::config::ModelConfig;
+use dilt::nn::init;
 use dilt::ops::Columns;
 use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{
     KeptWeights, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
+use dilt::train::Recipe;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::support::{on_devices, read, unwritten};
+use crate::training::Descent;
 
 /// Of the largest value, since the sums are the same in another order.
 const TOLERANCE: f32 = 2e-6;
@@ -42,11 +47,15 @@ fn masks(shape: &ConvShape, rng: &mut ChaCha8Rng) -> Vec<(&'static str, Vec<u32>
 }
 
 fn close(got: &[f32], want: &[f32], what: &str) {
+    close_within(TOLERANCE, got, want, what);
+}
+
+fn close_within(tolerance: f32, got: &[f32], want: &[f32], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     let largest = want.iter().fold(1e-3f32, |most, value| most.max(value.abs()));
     let worst = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
     // Not a comparison that a NaN would pass.
-    assert!(worst <= TOLERANCE * largest, "{what}: off by {worst} where the largest is {largest}");
+    assert!(worst <= tolerance * largest, "{what}: off by {worst} where the largest is {largest}");
     assert!(got.iter().all(|value| value.is_finite()), "{what}: not finite");
 }
 
@@ -137,4 +146,52 @@ fn lists_that_make_no_sense_are_refused_by_name() {
     assert!(error.contains("lists for training"), "{error}");
     let error = conv_sparse_forward(&device, &weights, short.view(), None, dx.view_mut()).unwrap_err().to_string();
     assert!(error.contains("x: expected"), "{error}");
+}
+
+/// The host's way multiplies kept weights alone, a GPU's way on the host all of them.
+#[test]
+fn ten_steps_with_kept_weights_alone_are_those_with_zeros_in_their_place() {
+    let device = |policy| Device::host(HostOptions { policy, ..HostOptions::default() }).unwrap();
+    let vit = ["image=[3,16,16]", "patch=4", "dim=24", "depth=2", "heads=3", "classes=7"];
+    let bottlenecks = ["classes=3", "image=[2,16,16]", "widths=[8,16]", "stages=[2,1]"];
+    for (name, set) in [("resnet8", &[][..]), ("resnet18", &bottlenecks), ("resnet50", &bottlenecks), ("vit", &vit)] {
+        let set: Vec<String> = set.iter().map(|text| (*text).into()).collect();
+        let model = ModelConfig::load(name, &set).unwrap().build().unwrap();
+        let mut weights = init::draw(&model, 3);
+        let mut rng = ChaCha8Rng::seed_from_u64(11);
+        for parameter in model.prunable() {
+            let mask = Mask::from_fn(&parameter.shape, |_| rng.random_bool(0.1));
+            weights.masks.insert(parameter.name.clone(), mask);
+        }
+        let (samples, pixels) = (20, model.image.iter().product::<usize>());
+        let mut batch = || -> (Vec<f32>, Vec<u32>) {
+            // Samples last, padded with zeros.
+            let x =
+                (0..pixels * 24).map(|i| if i % 24 < samples { rng.random_range(-1.0..1.0) } else { 0.0 }).collect();
+            (x, (0..samples as u32).map(|i| i % model.classes as u32).collect())
+        };
+        let batches: Vec<_> = (0..10).map(|_| batch()).collect();
+        let optimizer = Recipe::default().optimizer();
+        let descent = Descent { model: &model, weights: &weights, samples, steps: 10, rate: 0.05, optimizer };
+        let [kept, masked] = [Policy::Direct, Policy::Staged].map(|policy| {
+            let (losses, network) = descent.run(&device(policy), |step| batches[step].clone(), |_, _| {});
+            (losses, network.layers_of_kept_weights(), network.weights().unwrap())
+        });
+        assert_eq!([kept.1, masked.1], [model.prunable().count(), 0], "{name}: layers of kept weights");
+        for (step, (got, want)) in kept.0.iter().zip(&masked.0).enumerate() {
+            assert!((got - want).abs() <= 1e-5 * want.abs(), "{name}: loss of step {step}: {got}, expected {want}");
+        }
+        for (tensor, want) in &masked.2.tensors {
+            let got = kept.2.tensors[tensor].as_slice().unwrap();
+            let want = want.as_slice().unwrap();
+            close_within(1e-4, got, want, &format!("{name}: {tensor}"));
+        }
+        for (tensor, mask) in &weights.masks {
+            let pruned = kept.2.tensors[tensor].iter().zip(mask.iter()).filter(|(_, kept)| !kept);
+            assert!(
+                pruned.map(|(w, _)| w).all(|w| w.to_bits() == 0),
+                "a pruned weight of {tensor} is not exactly zero"
+            );
+        }
+    }
 }

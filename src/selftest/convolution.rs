@@ -1,0 +1,91 @@
+//! The checks of convolutions and linear layers, of all weights and of kept ones alone.
+
+use super::{Check, SAMPLES, Trial};
+use crate::error::Result;
+use crate::ops::Columns;
+use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv_sparse::{
+    KeptWeights, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+};
+
+/// The checks, each of as few kernels as its operation allows.
+pub(super) const CHECKS: &[Check] = &[
+    |t| convolution(t, &few_channels()?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &many_channels()?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &linear()?, linear_columns()?),
+    |t| convolution_input_gradient(t, &few_channels()?),
+    |t| convolution_input_gradient(t, &many_channels()?),
+    |t| convolution_input_gradient(t, &linear()?),
+    |t| convolution_weight_gradient(t, &few_channels()?),
+    |t| convolution_weight_gradient(t, &many_channels()?),
+    |t| convolution_weight_gradient(t, &linear()?),
+    |t| convolution_bias_gradient(t, &few_channels()?),
+    |t| kept_weights(t, &few_channels()?),
+    |t| kept_weights(t, &many_channels()?),
+];
+
+/// Takes the narrow tiles, and two splits of the weight gradient.
+fn few_channels() -> Result<ConvShape> {
+    ConvShape::new([5, 13, 11], 7, [3, 3], 2, 1, SAMPLES)
+}
+
+/// Takes the wide tiles.
+fn many_channels() -> Result<ConvShape> {
+    ConvShape::new([37, 5, 6], 70, [3, 3], 1, 1, SAMPLES)
+}
+
+/// More steps than a block packs at a time, more rows than it owns, and two splits.
+fn linear() -> Result<ConvShape> {
+    ConvShape::new([200, 1, 1], 270, [1, 1], 1, 0, linear_columns()?.len())
+}
+
+fn linear_columns() -> Result<Columns> {
+    Columns::tokens(SAMPLES, 65)
+}
+
+fn convolution(t: &mut Trial, shape: &ConvShape, columns: Columns) -> Result<()> {
+    let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
+    let (bias, count) = (t.floats(shape.filters())?, t.count()?);
+    let mut y = t.unwritten(shape.output_len())?;
+    let bias = Bias { bias: bias.view(), columns, count: count.view() };
+    conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
+    t.close("y", &y)
+}
+
+fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (dy, w) = (t.samples(shape.output_len())?, t.floats(shape.weight_len())?);
+    let mut dx = t.samples(shape.input_len())?;
+    conv_input_gradient(t.device, shape, dy.view(), w.view(), true, dx.view_mut())?;
+    t.close("dx", &dx)
+}
+
+fn convolution_weight_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (x, dy) = (t.samples(shape.input_len())?, t.samples(shape.output_len())?);
+    let (mut scratch, mut dw) = (t.unwritten(shape.gradient_scratch_len(t.device))?, t.unwritten(shape.weight_len())?);
+    conv_weight_gradient(t.device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())?;
+    t.close("dw", &dw)
+}
+
+fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (dy, mut dbias) = (t.samples(shape.output_len())?, t.unwritten(shape.filters())?);
+    conv_bias_gradient(t.device, shape, dy.view(), dbias.view_mut())?;
+    t.close("dbias", &dbias)
+}
+
+/// All passes with every fifth weight.
+fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let places: Vec<u32> = (0..shape.weight_len() as u32).step_by(5).collect();
+    let mut weights = KeptWeights::new(t.device, shape, &places, true)?;
+    let (w, x, dy) = (t.floats(shape.weight_len())?, t.samples(shape.input_len())?, t.samples(shape.output_len())?);
+    weights.gather(t.device, w.view())?;
+    let mut y = t.unwritten(shape.output_len())?;
+    conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;
+    t.close("y", &y)?;
+    let mut dx = t.unwritten(shape.input_len())?;
+    conv_sparse_input_gradient(t.device, &weights, dy.view(), false, dx.view_mut())?;
+    t.close("dx", &dx)?;
+    // Zero where no weight is kept, since that is not written.
+    let mut dw = t.device.alloc(shape.weight_len())?;
+    conv_sparse_weight_gradient(t.device, &mut weights, x.view(), dy.view(), dw.view_mut())?;
+    t.close("dw", &dw)
+}
