@@ -254,7 +254,8 @@ BARRIER_FREE_KERNEL(conv_sparse_forward_direct_f32, ConvSparseArgs, 1) {
     direct<false>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_sparse_forward_f32, ConvSparseArgs, THREADS) {
+// Four blocks: left alone, ptxas aims at six on sm_80 and spills.
+BARRIER_FREE_KERNEL(conv_sparse_forward_f32, ConvSparseArgs, THREADS, 4) {
     staged<false>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
@@ -262,7 +263,7 @@ BARRIER_FREE_KERNEL(conv_sparse_input_gradient_direct_f32, ConvSparseArgs, 1) {
     direct<true>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_sparse_input_gradient_f32, ConvSparseArgs, THREADS) {
+BARRIER_FREE_KERNEL(conv_sparse_input_gradient_f32, ConvSparseArgs, THREADS, 4) {
     staged<true>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 

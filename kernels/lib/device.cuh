@@ -1,10 +1,11 @@
 // device.cuh - the dialect every kernel is written in. It has two meanings: nvcc's, given here, and the host
-// compiler's, given in host.cuh. A kernel file includes this header and nothing else.
+// compiler's, given in host.cuh. A kernel file includes this header, or one beside it
+// that does, and nothing else.
 //
 //   KERNEL(name, Args, Shared, max_threads) { ... }    a kernel that may use barriers and warp operations
 //   BARRIER_FREE_KERNEL(name, Args, max_threads) { }   one that uses neither: the host runs it as a plain loop
 //
-// KERNEL takes one more argument where ptxas guesses wrong: the blocks that a multiprocessor shall hold at a time, whose
+// Both take one more argument where ptxas guesses wrong: the blocks that a multiprocessor shall hold at a time, whose
 // number limits a thread's registers.
 //
 // The body sees its argument struct as `a`, and threadIdx, blockIdx, blockDim, gridDim. Helper functions take the
@@ -21,7 +22,7 @@ struct NoShared {};
 
 #define KERNEL(name, Args, Shared, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args a)
-#define BARRIER_FREE_KERNEL(name, Args, max_threads) KERNEL(name, Args, NoShared, max_threads)
+#define BARRIER_FREE_KERNEL(name, Args, ...) KERNEL(name, Args, NoShared, __VA_ARGS__)
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define RESTRICT __restrict__

@@ -49,7 +49,7 @@ struct HostKernel {
                                    [[maybe_unused]] dim3 blockIdx, [[maybe_unused]] dim3 blockDim,           \
                                    [[maybe_unused]] dim3 gridDim, [[maybe_unused]] void* dilt_shared)
 #define KERNEL(name, Args, Shared, max_threads, ...) DILT_HOST_KERNEL(name, Args, Shared, max_threads, 0)
-#define BARRIER_FREE_KERNEL(name, Args, max_threads) DILT_HOST_KERNEL(name, Args, NoShared, max_threads, 1)
+#define BARRIER_FREE_KERNEL(name, Args, max_threads, ...) DILT_HOST_KERNEL(name, Args, NoShared, max_threads, 1)
 #define SHARED(Type, name) Type& name = *static_cast<Type*>(dilt_shared)
 #define LOCAL(Type, name) Type name
 
