@@ -124,7 +124,7 @@ impl KeptWeights {
     ///
     /// # Errors
     /// [`Error::Shape`] if the tensors are beyond [`KeptWeights::reach`], or a place beyond the weights or not above
-    /// the one before it; [`Error::OutOfMemory`].
+    /// the one before it; [`Error::Device`] when memory runs out.
     pub fn new(device: &Device, shape: &ConvShape, kept: &[u32], train: bool) -> Result<Self> {
         let refuse = |what: &str, expected: String, got: String| {
             Err(Error::Shape { op: "convolution of kept weights", what: what.into(), expected, got })
@@ -251,7 +251,7 @@ pub fn conv_sparse_forward(
 /// [`KeptWeights::gather`] took.
 ///
 /// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got; so it does lists made without `train`.
+/// [`Error::Shape`] names the argument, what was expected and what it got, lists made without `train` too.
 pub fn conv_sparse_input_gradient(
     device: &Device,
     weights: &KeptWeights,
@@ -282,7 +282,7 @@ pub fn conv_sparse_input_gradient(
 /// in dw `[k, c, r, s]` are not written.
 ///
 /// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got; so it does lists made without `train`.
+/// [`Error::Shape`] names the argument, what was expected and what it got, lists made without `train` too.
 pub fn conv_sparse_weight_gradient(
     device: &Device,
     weights: &mut KeptWeights,
