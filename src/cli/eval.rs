@@ -104,7 +104,7 @@ impl Eval {
             save_logits(path, &score.logits, model.classes, &split.labels)?;
         }
         // Of the weights that have a mask, as everywhere: what was left out of pruning is no part of it.
-        let masks = MaskSet::new(weights.masks.into_iter().collect());
+        let masks = MaskSet::of_weights(&weights.masks);
         let result = Evaluated {
             model: model.name.clone(),
             data: data.name.clone(),

@@ -54,7 +54,7 @@ impl Export {
         weights.save_as(&self.out, self.form, self.dtype)?;
         let written = std::fs::metadata(&self.out).map_err(|error| dilt::Error::file(&self.out, error))?;
         let tensors = weights.tensors.len();
-        let masks = MaskSet::new(weights.masks.into_iter().collect());
+        let masks = MaskSet::of_weights(&weights.masks);
         let result = Exported {
             form: self.form,
             dtype: self.dtype,

@@ -5,10 +5,12 @@ use dilt::data::partition::Partition;
 use dilt::ticket::find::find;
 use dilt::ticket::select::Scope;
 use dilt::ticket::settings::{Algebra, Method, Repetitions, Search};
+use dilt::ticket::structure::Structure;
 use serde::Serialize;
 use serde_json::json;
 
 use super::experiment::ExperimentOptions;
+use super::structure::StructureOptions;
 
 /// Find tickets by a method, retrain each on all data, and score it beside its controls.
 ///
@@ -54,6 +56,12 @@ pub struct Find {
     /// Of --method dilt, the core is what at least this many parts keep; all of them if not given.
     #[arg(long, value_name = "T", help_heading = "Tickets")]
     at_least: Option<usize>,
+    /// Make the tickets of the last level structured too, by L1 where rows are chosen, and retrain them beside unstructured
+    /// ones of as many weights.
+    #[arg(long, value_enum, value_name = "METHOD", help_heading = "Tickets")]
+    structure: Option<Structure>,
+    #[command(flatten)]
+    how: StructureOptions,
     /// Number of repetitions, with seeds from --seed on.
     #[arg(long, default_value_t = 2, help_heading = "Tickets")]
     seeds: usize,
@@ -111,6 +119,7 @@ impl Find {
         Ok(Search {
             method: self.method,
             at_least: self.at_least.unwrap_or(partition.parts()),
+            structure: self.structure.map(|method| self.how.settings(method)),
             levels: self.levels,
             prune,
             rewind,

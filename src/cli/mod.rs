@@ -8,6 +8,7 @@ mod export;
 mod find;
 mod mask;
 mod prune;
+mod structure;
 mod train;
 mod transfer;
 
@@ -41,6 +42,7 @@ enum Command {
     Eval(eval::Eval),
     Prune(prune::Prune),
     Mask(mask::Mask),
+    Structure(structure::Structure),
     Export(export::Export),
     Assemble(assemble::Assemble),
     Transfer(transfer::Transfer),
@@ -55,6 +57,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Eval(command) => command.run(),
         Command::Prune(command) => command.run(),
         Command::Mask(command) => command.run(),
+        Command::Structure(command) => command.run(),
         Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
         Command::Transfer(command) => command.run(),

@@ -5,6 +5,7 @@
 //! weight are always zero, so counting and comparing words needs no special case. Set algebra is in [`set`]: it runs as kernels
 //! on these words.
 
+pub mod groups;
 pub mod set;
 
 use crate::{Error, Result};

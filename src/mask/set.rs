@@ -69,6 +69,13 @@ impl MaskSet {
         Ok(MaskSet { layers: names.iter().map(find).collect::<Result<_>>()? })
     }
 
+    /// The masks of weights in a file: of tensors with two dimensions or more. Those of vectors, which fix norms and
+    /// biases to zero, are no part of a density.
+    pub fn of_weights(masks: &BTreeMap<String, Mask>) -> Self {
+        let weights = masks.iter().filter(|(_, mask)| mask.shape().len() > 1);
+        MaskSet { layers: weights.map(|(name, mask)| (name.clone(), mask.clone())).collect() }
+    }
+
     /// Name and mask of each layer.
     pub fn layers(&self) -> &[(String, Mask)] {
         &self.layers

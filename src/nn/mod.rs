@@ -9,6 +9,7 @@ pub(crate) mod atomic;
 pub mod config;
 mod container;
 pub mod init;
+pub mod liveness;
 pub mod model;
 pub mod names;
 pub mod network;

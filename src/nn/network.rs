@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::model::{Layer, Model, ParameterKind, STATISTICS};
+use super::model::{Layer, Model, ParameterKind, STATISTICS, ValueId};
 use super::paths::kept_weights;
 use super::plan::{Fixed, Plan, Use};
 use super::weights::Weights;
@@ -427,6 +427,17 @@ impl Network {
             }
         }
         Ok("the loss".into())
+    }
+
+    /// Sum of the magnitudes of each feature of a value, after a forward pass of a network that is trained: others use
+    /// the memory of values again.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device fails.
+    pub fn feature_magnitudes(&self, value: ValueId) -> Result<Vec<f64>> {
+        let values = self.device.read(self.values[self.plan.value_slots[value]].view())?;
+        let row = values.len() / self.model.values[value].features();
+        Ok(values.chunks(row).map(|row| row.iter().map(|x| f64::from(x.abs())).sum()).collect())
     }
 
     /// The gradient of a parameter, for tests and profiles; 0 for pruned weights of a layer that multiplies its kept ones

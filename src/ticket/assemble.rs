@@ -101,7 +101,7 @@ pub fn assemble(experiment: &Experiment, pieces: &Pieces, assembly: Assembly) ->
         let random: Vec<_> = specialists.iter().map(|(part, set)| (*part, scattered(&repetition, core, set))).collect();
         for (name, matched, sets) in [("assembled", None, specialists), ("core-random", Some("assembled"), &random)] {
             let union = union_of(&repetition, core, sets)?;
-            let ticket = Ticket { matched, ..Ticket::new(name, "assemble", union) };
+            let ticket = Ticket { matched: matched.map(str::to_owned), ..Ticket::new(name, "assemble", union) };
             let (score, folder) = match assembly {
                 Assembly::Retrain => repetition.retrain(name, &ticket)?,
                 Assembly::Merge => merge(&repetition, &ticket, (core, &core_weights), sets)?,

@@ -13,6 +13,7 @@ use crate::data::partition::Part;
 use crate::data::{DataSet, Examples};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::nn::config::ModelConfig;
 use crate::nn::init;
@@ -119,9 +120,11 @@ pub struct Ticket {
     /// How it was found.
     pub method: &'static str,
     /// The ticket whose number of weights a control has.
-    pub matched: Option<&'static str>,
+    pub matched: Option<String>,
     /// What it keeps.
     pub masks: MaskSet,
+    /// Masks of vectors: norms and biases that it fixes to zero.
+    pub fixed: BTreeMap<String, Mask>,
     /// The weights to start from; θ_k if none.
     pub start: Option<Weights>,
     /// Where its masks come from, for its file's metadata.
@@ -140,17 +143,23 @@ pub struct Origin {
 impl Ticket {
     /// A ticket that starts from θ_k.
     pub fn new(name: impl Into<String>, method: &'static str, masks: MaskSet) -> Self {
-        Ticket { name: name.into(), method, matched: None, masks, start: None, origin: Origin::default() }
+        let (matched, fixed, start, origin) = Default::default();
+        Ticket { name: name.into(), method, matched, masks, fixed, start, origin }
     }
 
     /// A control with the number of weights of a ticket.
-    pub fn at(self, matched: &'static str) -> Self {
-        Ticket { matched: Some(matched), ..self }
+    pub fn at(self, matched: &str) -> Self {
+        Ticket { matched: Some(matched.into()), ..self }
     }
 
     /// Starts from other weights.
     pub fn starting_from(self, start: Weights) -> Self {
         Ticket { start: Some(start), ..self }
+    }
+
+    /// Fixes norms and biases to zero.
+    pub fn fixing(self, fixed: BTreeMap<String, Mask>) -> Self {
+        Ticket { fixed, ..self }
     }
 
     /// Was found after so many levels.
@@ -343,7 +352,8 @@ impl<'a> Repetition<'a> {
             self.write_ticket(&folder, ticket)?;
         }
         let model = self.model(self.experiment.data.classes)?;
-        let start = self.starting_weights(&model, ticket.start.as_ref().unwrap_or(&self.start), &ticket.masks);
+        let mut start = self.starting_weights(&model, ticket.start.as_ref().unwrap_or(&self.start), &ticket.masks);
+        start.masks.extend(ticket.fixed.clone());
         let task = Task::all(Purpose::Retrain);
         let weights = self.train_with(&folder, &model, &start, task, self.experiment.recipe)?;
         let score = self.score(&weights, &ticket.masks)?;
@@ -353,10 +363,11 @@ impl<'a> Repetition<'a> {
 
     /// Writes a ticket: the weights to start from and the masks.
     pub(super) fn write_ticket(&self, folder: &StageFolder, ticket: &Ticket) -> Result<()> {
-        let Ticket { method, masks, start, origin, .. } = ticket;
+        let Ticket { method, masks, fixed, start, origin, .. } = ticket;
         let model = self.model(self.experiment.data.classes)?;
         let mut file = self.starting_weights(&model, start.as_ref().unwrap_or(&self.start), masks);
         file.masks = masks.to_file();
+        file.masks.extend(fixed.clone());
         file.metadata = BTreeMap::from([
             ("method".into(), (*method).into()),
             ("sparsity".into(), (1.0 - masks.density()).to_string()),

@@ -1,10 +1,15 @@
 //! `dilt find`: finds tickets by a method, retrains and scores each beside its controls, over several seeds.
 
+use std::collections::BTreeMap;
+
+use ndarray::ArrayD;
+
 use super::experiment::{DENSE, Experiment, Repetition, Ticket};
 use super::parts::{self, FoundOnParts};
 use super::result::Outcome;
 use super::rows::{Rows, repeat};
 use super::settings::{Algebra, Method, Search};
+use super::structure::{Scores, Structured};
 use super::{controls, lth};
 use crate::error::Result;
 use crate::mask::set::MaskSet;
@@ -29,14 +34,16 @@ fn find_in(repetition: &Repetition, search: &Search, rows: &mut Rows) -> Result<
     let levels = search.levels;
     match search.method {
         Method::Lth => {
-            let found = lth::by_share(repetition, search)?;
-            tickets.push(Ticket::new("lth", "lth", found.clone()).after(levels));
-            tickets.extend(controls_of(repetition, "lth", &found, levels, false)?);
+            let lth::Found { masks, last } = lth::by_share(repetition, search)?;
+            tickets.push(Ticket::new("lth", "lth", masks.clone()).after(levels));
+            tickets.extend(controls_of(repetition, "lth", &masks, levels, false)?);
+            tickets.extend(structured(repetition, search, "lth", &masks, &last.tensors)?);
         }
         Method::Colt => {
             let found = parts::search(repetition, search, "colt", Algebra::EachLevel, k)?;
             tickets.push(Ticket::new("colt", "colt", found.core.clone()).after(levels));
             tickets.extend(controls_of(repetition, "colt", &found.core, levels, true)?);
+            tickets.extend(structured(repetition, search, "colt", &found.core, &found.last_magnitude)?);
         }
         Method::Dilt => {
             let colt = parts::search(repetition, search, "colt", Algebra::EachLevel, k)?;
@@ -54,6 +61,9 @@ fn find_in(repetition: &Repetition, search: &Search, rows: &mut Rows) -> Result<
             tickets.push(Ticket::new("union-pruned", "dilt", pruned).after(levels).at("core"));
             let grown = controls::core_grown(repetition, &found)?;
             tickets.push(Ticket::new("core-grown", "dilt", grown).after(levels).at("union"));
+            for (name, masks) in [("core", &found.core), ("union", &found.union)] {
+                tickets.extend(structured(repetition, search, name, masks, &found.last_magnitude)?);
+            }
         }
     }
     Ok(tickets)
@@ -72,10 +82,28 @@ fn disentangled(found: &FoundOnParts, levels: usize) -> Vec<Ticket> {
     tickets
 }
 
+/// The structured form of a ticket, if one is asked for, and the unstructured one of as many weights.
+fn structured(
+    repetition: &Repetition,
+    search: &Search,
+    name: &str,
+    masks: &MaskSet,
+    magnitudes: &BTreeMap<String, ArrayD<f32>>,
+) -> Result<Vec<Ticket>> {
+    let Some(structuring) = search.structure else { return Ok(Vec::new()) };
+    let model = repetition.experiment.config.build()?;
+    let Structured { masks, fixed, .. } = structuring.apply(&model, masks, &Scores::L1(magnitudes))?;
+    let method = structuring.method.name();
+    let (name, keep) = (format!("{name}-{method}"), masks.kept());
+    let unstructured = lth::to_count(repetition, &name, search.levels, keep)?;
+    let ticket = Ticket::new(name.clone(), method, masks).after(search.levels).fixing(fixed);
+    Ok(vec![ticket, Ticket::new("lth", "lth", unstructured).after(search.levels).at(&name)])
+}
+
 /// Controls with exactly as many weights as a ticket.
 fn controls_of(
     repetition: &Repetition,
-    name: &'static str,
+    name: &str,
     masks: &MaskSet,
     levels: usize,
     with_lth: bool,

@@ -7,12 +7,21 @@ use super::select::{Amount, Scope, remove_smallest};
 use super::settings::Search;
 use crate::error::Result;
 use crate::mask::set::MaskSet;
+use crate::nn::weights::Weights;
+
+/// What iterative pruning leaves.
+pub struct Found {
+    /// The masks.
+    pub masks: MaskSet,
+    /// The weights that were pruned last.
+    pub last: Weights,
+}
 
 /// Levels that each remove the search's share of what is left.
 ///
 /// # Errors
 /// As [`Repetition::search`].
-pub fn by_share(repetition: &Repetition, search: &Search) -> Result<MaskSet> {
+pub fn by_share(repetition: &Repetition, search: &Search) -> Result<Found> {
     let amount = |_: usize| Amount::Fraction(search.prune);
     prune(repetition, "lth", search.levels, search.scope, amount)
 }
@@ -28,7 +37,7 @@ pub fn to_count(repetition: &Repetition, name: &str, levels: usize, keep: usize)
         Amount::AllBut(if level == levels { keep } else { left.round() as usize })
     };
     // An exact count is one over all layers.
-    prune(repetition, &format!("lth-{name}"), levels, Scope::Global, amount)
+    Ok(prune(repetition, &format!("lth-{name}"), levels, Scope::Global, amount)?.masks)
 }
 
 fn prune(
@@ -37,15 +46,16 @@ fn prune(
     levels: usize,
     scope: Scope,
     amount: impl Fn(usize) -> Amount,
-) -> Result<MaskSet> {
+) -> Result<Found> {
     let mut masks = repetition.candidates.clone();
+    let mut last = Weights::default();
     for level in 1..=levels {
         // The first level knows nothing of what it will be pruned to: all searches share it.
         let stage = if level == 1 { "lth/level-1".into() } else { format!("{name}/level-{level}") };
         let task = Task::all(Purpose::Search);
-        let weights = repetition.search(&stage, &masks, task)?;
+        last = repetition.search(&stage, &masks, task)?;
         let device = repetition.experiment.device;
-        masks = remove_smallest(device, &weights.tensors, &masks, scope, amount(level))?.masks;
+        masks = remove_smallest(device, &last.tensors, &masks, scope, amount(level))?.masks;
     }
-    Ok(masks)
+    Ok(Found { masks, last })
 }

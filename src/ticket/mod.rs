@@ -17,4 +17,5 @@ pub mod rows;
 pub mod run;
 pub mod select;
 pub mod settings;
+pub mod structure;
 pub mod transfer;

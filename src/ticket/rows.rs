@@ -19,7 +19,7 @@ pub struct Rows {
 struct TicketInSeeds {
     name: String,
     method: &'static str,
-    matched: Option<&'static str>,
+    matched: Option<String>,
     scores: Vec<SeedScore>,
     files: Vec<TicketFiles>,
 }
@@ -49,7 +49,7 @@ impl Rows {
     /// As [`Repetition::search`].
     pub fn judge(&mut self, repetition: &Repetition, ticket: &Ticket) -> Result<()> {
         let Ticket { name, matched, .. } = ticket;
-        let folder = matched.map_or(name.clone(), |matched| format!("{name}-at-{matched}"));
+        let folder = matched.as_ref().map_or(name.clone(), |matched| format!("{name}-at-{matched}"));
         let (score, folder) = repetition.retrain(&folder, ticket)?;
         self.add(repetition, ticket, score, &folder);
         Ok(())
@@ -59,10 +59,10 @@ impl Rows {
     pub fn add(&mut self, repetition: &Repetition, ticket: &Ticket, score: TicketScore, folder: &StageFolder) {
         let Ticket { name, method, matched, .. } = ticket;
         let seed = repetition.seed;
-        let known = |row: &TicketInSeeds| (&row.name, row.method, row.matched) == (name, *method, *matched);
+        let known = |row: &TicketInSeeds| (&row.name, row.method, &row.matched) == (name, *method, matched);
         let row = self.tickets.iter().position(known).unwrap_or_else(|| {
             let (scores, files) = Default::default();
-            self.tickets.push(TicketInSeeds { name: name.clone(), method, matched: *matched, scores, files });
+            self.tickets.push(TicketInSeeds { name: name.clone(), method, matched: matched.clone(), scores, files });
             self.tickets.len() - 1
         });
         let row = &mut self.tickets[row];
@@ -81,7 +81,7 @@ impl Rows {
 impl TicketInSeeds {
     fn sum_up(self) -> TicketRow {
         let TicketInSeeds { name, method, matched, scores, files } = self;
-        TicketRow::new(name, method.into(), matched.map(Into::into), scores, files)
+        TicketRow::new(name, method.into(), matched, scores, files)
     }
 }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::select::Scope;
+use super::structure::Structuring;
 use crate::data::DataSet;
 use crate::data::partition::Partition;
 use crate::error::{Error, Result};
@@ -102,6 +103,9 @@ pub struct Search {
     pub algebra: Algebra,
     /// The core is what at least this many parts keep.
     pub at_least: usize,
+    /// How the tickets of the last level are made structured too; not at all if none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub structure: Option<Structuring>,
 }
 
 impl Search {
@@ -114,6 +118,7 @@ impl Search {
             return refuse("--prune", "a fraction above 0 and below 1", self.prune);
         }
         check_levels(self.levels)?;
+        self.structure.iter().try_for_each(Structuring::check)?;
         let parts = partition.map_or(1, Partition::parts);
         if self.at_least == 0 || self.at_least > parts {
             return refuse("--at-least", &format!("1 to {parts}, the number of parts"), self.at_least);

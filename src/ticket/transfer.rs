@@ -4,6 +4,8 @@
 //! and has no mask: the other data may have other classes and images of another size. Densities count the convolutions
 //! that the ticket has masks of, in every row alike.
 
+use std::collections::BTreeMap;
+
 use super::experiment::{DENSE, Experiment, Origin, Repetition, Ticket, check_body};
 use super::result::Outcome;
 use super::rows::repeat;
@@ -26,6 +28,8 @@ pub struct Body {
     weights: Weights,
     /// In the order of the model's parameters.
     masks: MaskSet,
+    /// Norms and biases that it fixes to zero.
+    fixed: BTreeMap<String, Mask>,
     /// [`Weights::identity`] of the file.
     identity: String,
 }
@@ -51,8 +55,8 @@ impl Body {
     /// The body of `file`, which must be one of the network that `config` describes.
     ///
     /// # Errors
-    /// [`Error::Usage`] if its first convolution reads another number of channels, with the full list of what else does
-    /// not fit, or for a mask of a norm or a bias; as [`Weights::named_as`].
+    /// [`Error::Usage`] if its first convolution reads another number of channels, or with the full list of what else does
+    /// not fit; as [`Weights::named_as`].
     pub fn new(file: &Weights, config: &ModelConfig) -> Result<Self> {
         let model = config.build()?;
         let (identity, tensors) = (file.identity(), model.file_tensors());
@@ -65,12 +69,12 @@ impl Body {
             ..Weights::default()
         };
         check_body(&weights, &model)?;
-        let masks = file.masks.iter().filter(|(name, _)| keep(name)).map(|(n, m)| (n.clone(), m.clone())).collect();
-        // Vectors have no masks, whatever else a search included.
-        let body = model.parameters.iter().filter(|p| p.shape.len() > 1).map(|p| p.name.clone()).filter(keep);
-        let names = body.filter(|name| file.masks.contains_key(name));
+        let masks = file.masks.iter().filter(|(name, _)| keep(name)).map(|(n, m)| (n.clone(), m.clone()));
+        let (masks, fixed) = masks.partition::<BTreeMap<_, _>, _>(|(_, mask)| mask.shape().len() > 1);
+        let body = model.parameters.iter().map(|parameter| parameter.name.clone());
+        let names = body.filter(|name| masks.contains_key(name));
         let masks = MaskSet::from_file(&masks, &names.collect::<Vec<_>>())?;
-        Ok(Body { weights, masks, identity })
+        Ok(Body { weights, masks, fixed, identity })
     }
 
     /// Whether the file holds what its masks remove: of trained weights that is exactly zero.
@@ -180,7 +184,7 @@ impl Transfer {
 fn from_file(name: &str, method: &'static str, body: &Body) -> Ticket {
     let origin = Origin { level: None, parent: Some(body.identity.clone()) };
     let ticket = Ticket { origin, ..Ticket::new(name, method, body.masks.clone()) };
-    ticket.starting_from(body.weights.clone())
+    ticket.starting_from(body.weights.clone()).fixing(body.fixed.clone())
 }
 
 /// Trains and scores the ticket and its controls on the data of the experiment.

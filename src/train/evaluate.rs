@@ -1,10 +1,13 @@
 //! Evaluation: loss and accuracy with running statistics.
 
+use std::collections::BTreeMap;
+
 use super::batches::Batches;
 use super::feed::Feed;
 use super::labelled::Labelled;
 use crate::device::Slice;
 use crate::error::{Error, Result};
+use crate::nn::model::Layer;
 use crate::nn::network::{Mode, Network};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepTables, step_begin, step_end};
@@ -16,6 +19,26 @@ use crate::ops::step::{StepTables, step_begin, step_end};
 /// As [`evaluate`].
 pub fn refresh_statistics(network: &mut Network, data: &Labelled, batch: usize) -> Result<()> {
     pass(network, data, batch, Mode::Train, |_, _, _| Ok(()))
+}
+
+/// Sums of the magnitudes of what each row of each convolution and linear layer puts out, over all examples, by name of
+/// the weights; with the batches' statistics. The network is one that is trained.
+///
+/// # Errors
+/// As [`evaluate`].
+pub fn row_magnitudes(network: &mut Network, data: &Labelled, batch: usize) -> Result<BTreeMap<String, Vec<f64>>> {
+    let mut sums: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    pass(network, data, batch, Mode::Train, |network, _, _| {
+        for layer in &network.model().layers {
+            let &Layer::Conv { weight, output, .. } = layer else { continue };
+            let magnitudes = network.feature_magnitudes(output)?;
+            let name = network.model().parameters[weight].name.clone();
+            let sum = sums.entry(name).or_insert_with(|| vec![0.0; magnitudes.len()]);
+            sum.iter_mut().zip(magnitudes).for_each(|(sum, more)| *sum += more);
+        }
+        Ok(())
+    })?;
+    Ok(sums)
 }
 
 /// Goes over the examples in file order, forward. After each batch `done` is told the network, the row of the batch

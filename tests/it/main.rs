@@ -34,6 +34,7 @@ mod pool;
 mod prune;
 mod resume;
 mod step;
+mod structure;
 mod support;
 mod tickets;
 mod tokens;

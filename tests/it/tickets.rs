@@ -331,6 +331,41 @@ fn colt_and_lth_stand_beside_their_controls() {
 }
 
 #[test]
+fn structured_tickets_stand_beside_unstructured_ones_of_as_many_weights() {
+    let found = find(&["--method", "lth", "--density", "0.3", "--structure", "refill"]);
+    let row = found.row("lth-refill", None);
+    assert_eq!(row["method"], "refill");
+    let (ticket, trained) = (found.file(row, "ticket"), found.file(row, "weights"));
+    assert_eq!(ticket.masks.keys().collect::<Vec<_>>(), trained.masks.keys().collect::<Vec<_>>());
+    let fixed = &ticket.masks["layer1.0.bn1.weight"];
+    let gone: Vec<usize> = (0..fixed.len()).filter(|i| !fixed.get(*i)).collect();
+    assert_eq!(gone.len(), 3, "of four channels one is full at 30 %");
+    for name in ["layer1.0.bn1.weight", "layer1.0.bn1.bias", "layer1.0.conv1.weight"] {
+        let tensor = trained.tensors[name].as_slice().unwrap();
+        let row = tensor.len() / 4;
+        assert!(gone.iter().all(|i| tensor[i * row..(i + 1) * row].iter().all(|w| *w == 0.0)), "{name}");
+    }
+    let weights = |masks: &dilt::nn::weights::Weights| dilt::mask::set::MaskSet::of_weights(&masks.masks).kept();
+    let beside = found.file(found.row("lth", Some("lth-refill")), "ticket");
+    assert_eq!(weights(&ticket), weights(&beside));
+    let density = row["density"].as_f64().unwrap();
+    assert!(
+        density < 0.3 && (density - found.row("lth", Some("lth-refill"))["density"].as_f64().unwrap()).abs() < 1e-12
+    );
+
+    // What is fixed goes with the ticket.
+    let file = row["files"][0]["ticket"].as_str().unwrap();
+    let file = found.run().join(file);
+    let args = ["--ticket", file.to_str().unwrap(), "--levels", "1", "--seeds", "1"];
+    let transferred = json(found.folder.path(), &[&["transfer"], SMALL, &args].concat());
+    let row = &transferred["tickets"][1];
+    assert_eq!(row["name"], "ticket");
+    let run = found.folder.path().join(transferred["run"].as_str().unwrap());
+    let weights = Weights::load(&run.join(row["files"][0]["weights"].as_str().unwrap())).unwrap();
+    assert_eq!(&weights.masks["layer1.0.bn1.weight"], fixed);
+}
+
+#[test]
 fn means_and_deviations_are_those_of_the_seeds() {
     let folder = tempfile::tempdir().unwrap();
     let args = [&["find", "--method", "lth"], SMALL, &["--levels", "1", "--seeds", "3", "--seed", "5"]].concat();

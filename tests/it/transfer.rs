@@ -210,9 +210,6 @@ fn what_does_not_fit_is_refused_before_a_run_folder_is_made() {
     let mut fewer = source.load(&lth);
     fewer.masks.remove("conv1.weight");
     fewer.save(&folder.join("fewer.safetensors")).unwrap();
-    let mut norm = source.load(&core);
-    norm.masks.insert("bn1.weight".into(), dilt::mask::Mask::ones(&[4]));
-    norm.save(&folder.join("norm.safetensors")).unwrap();
     let mut colour = source.load(&core);
     let filter = ndarray::ArrayD::zeros(vec![4, 3, 3, 3]);
     colour.masks.insert("conv1.weight".into(), dilt::mask::Mask::ones(filter.shape()));
@@ -225,7 +222,6 @@ fn what_does_not_fit_is_refused_before_a_run_folder_is_made() {
         (&["--ticket", &core, "--lth", &dense], 1, &[&dense, "has no masks"]),
         (&["--ticket", &core, "--dense", &core], 2, &["--dense", "without masks"]),
         (&["--ticket", "head.safetensors"], 2, &["masks of convolutions", "classifier alone"]),
-        (&["--ticket", "norm.safetensors"], 2, &["norm.safetensors", "bn1.weight"]),
         (&["--ticket", &core, "--lth", "fewer.safetensors"], 2, &["--lth", "no mask of 'conv1.weight'"]),
         (&["--ticket", "colour.safetensors"], 2, &["images with 3 channels", "[4, 3, 3, 3]", "got 1", "--data"]),
         (&["--ticket", &core, "--lth", "colour.safetensors"], 2, &["colour.safetensors", "images with 3 channels"]),

@@ -1,0 +1,60 @@
+//! Groups of rows of a mask that keep similar columns.
+
+/// Divides rows into groups of `size` (the last may have fewer), so that rows of a group keep columns in common.
+/// `rows[r]` holds the kept columns of row `r`, in rising order, each below `columns`. Rows of a group stand in rising
+/// order, groups in the order in which they were found.
+///
+/// Greedy: a group begins with the row that keeps most of those left, and takes in turn the row whose columns are kept
+/// by the largest share of the group. Ties go to the lowest row.
+pub fn group_rows(rows: &[Vec<u32>], columns: usize, size: usize) -> Vec<Vec<usize>> {
+    let mut left: Vec<usize> = (0..rows.len()).collect();
+    let mut groups = Vec::new();
+    while !left.is_empty() {
+        let mut counts = vec![0u32; columns];
+        let mut group = Vec::new();
+        while group.len() < size && !left.is_empty() {
+            let affinity = |row: usize| match group.is_empty() {
+                true => rows[row].len() as f64,
+                false => {
+                    let shared: u64 = rows[row].iter().map(|&column| u64::from(counts[column as usize])).sum();
+                    shared as f64 / rows[row].len().max(1) as f64
+                }
+            };
+            let scores: Vec<f64> = left.iter().map(|&row| affinity(row)).collect();
+            let best = (0..left.len()).reduce(|best, i| if scores[i] > scores[best] { i } else { best });
+            let row = left.remove(best.expect("rows are left"));
+            rows[row].iter().for_each(|&column| counts[column as usize] += 1);
+            group.push(row);
+        }
+        group.sort_unstable();
+        groups.push(group);
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::group_rows;
+
+    #[test]
+    fn planted_groups_are_found() {
+        // Row r keeps ten of the twelve columns of block r % 4, other ones for each row.
+        let rows: Vec<Vec<u32>> =
+            (0..32u32).map(|r| (0..12).filter(|c| c % 6 != r % 5).map(|c| r % 4 * 12 + c).collect()).collect();
+        let mut groups = group_rows(&rows, 48, 8);
+        groups.sort();
+        let planted: Vec<Vec<usize>> = (0..4).map(|block| (0..8).map(|i| 4 * i + block).collect()).collect();
+        assert_eq!(groups, planted);
+    }
+
+    #[test]
+    fn every_row_is_in_one_group() {
+        let rows: Vec<Vec<u32>> = vec![vec![], vec![3], vec![], vec![0, 3], vec![1]];
+        let groups = group_rows(&rows, 4, 2);
+        assert_eq!(groups.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
+        let mut all = groups.concat();
+        all.sort();
+        assert_eq!(all, [0, 1, 2, 3, 4]);
+        assert_eq!(groups[0], [1, 3]);
+    }
+}
