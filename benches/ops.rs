@@ -83,7 +83,7 @@ impl Bench<'_> {
         for sparsity in [0.5, 0.75, 0.9, 0.95, 0.98] {
             let mut rng = ChaCha8Rng::seed_from_u64(7);
             let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|_| !rng.random_bool(sparsity)).collect();
-            let mut kept = KeptWeights::new(&self.device, &shape, &places, true)?;
+            let mut kept = KeptWeights::new(&self.device, &shape, &places, None, true)?;
             let flop = Throughput::Elements(2 * (shape.multiply_adds() / shape.weight_len() * places.len()) as u64);
             let name = format!("{name}, {}% pruned", sparsity * 100.0);
             self.time(&format!("sparse {name}: forward"), flop.clone(), |device| {
@@ -130,7 +130,7 @@ impl Bench<'_> {
         let (mut dgamma, mut dbeta) = (tensor(features), tensor(features));
         let count = self.device.upload(&[BATCH as u32])?;
         let bytes = 4 * shape.len() as u64;
-        let input = NormInput { x: x.view(), residual: None, relu: true, count: count.view() };
+        let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
         let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
         self.time(&format!("norm forward {features}x{image}x{image}"), Throughput::Bytes(3 * bytes), |device| {
             let running = NormRunning { mean: mean.view_mut(), var: var.view_mut(), momentum: 0.1 };
@@ -139,6 +139,7 @@ impl Bench<'_> {
         });
         self.time(&format!("norm backward {features}x{image}x{image}"), Throughput::Bytes(7 * bytes), |device| {
             let input = NormBackward {
+                map: None,
                 x: x.view(),
                 y: y.view(),
                 dy: dy.view(),

@@ -1,6 +1,6 @@
 //! Whole training steps: ResNet-20 at batch 128 on images of 3x32x32, DeiT-Ti at batch 16 on 3x224x224, and ResNet-8 at
 //! batch 64 on the digits; f32, each with its model file's optimizer. The first two also with random masks that keep a
-//! tenth and a twentieth of each prunable tensor.
+//! tenth and a twentieth of each prunable tensor, and refilled ones of a tenth.
 //!
 //! `cargo bench --bench step`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set). With
 //! `-- --json` it prints one line of JSON instead, for scripts/bench-host.sh: median and best wall time, CPU time, and
@@ -15,6 +15,7 @@ use criterion::{Criterion, Throughput};
 use dilt::data::{DataSet, Examples, Pixels, Reading};
 use dilt::device::Device;
 use dilt::mask::Mask;
+use dilt::mask::set::MaskSet;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
 use dilt::nn::model::Model;
@@ -22,6 +23,7 @@ use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::Weights;
 use dilt::report::progress::{Progress, Verbosity};
+use dilt::ticket::structure::{Scores, Structure, Structuring};
 use dilt::train::{Augmentation, Chunk, Images, Labelled, Observer, Recipe, Training};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -32,8 +34,18 @@ struct Case {
     model: &'static str,
     batch: usize,
     data: DataSet,
-    /// Share of each prunable tensor that a random mask keeps.
-    density: f64,
+    ticket: Ticket,
+}
+
+/// What is kept.
+#[derive(Clone, Copy)]
+enum Ticket {
+    /// Everything.
+    Dense,
+    /// This share of each prunable tensor, at random.
+    Random(f64),
+    /// The rows that refill makes of such a ticket.
+    Refilled(f64),
 }
 
 /// Random bytes as square images: the time of a step does not depend on what is in them.
@@ -55,29 +67,37 @@ fn random_images(batch: usize, size: usize, classes: usize) -> DataSet {
 fn cases() -> Vec<Case> {
     let digits =
         dilt::data::load("digits", &Reading::default(), &Progress::new(Verbosity::Quiet)).expect("part of the program");
-    let case = |name, model, batch, data: &DataSet, density| Case { name, model, batch, data: data.clone(), density };
+    let case = |name, model, batch, data: &DataSet, ticket| Case { name, model, batch, data: data.clone(), ticket };
     let (small, large) = (random_images(128, 32, 10), random_images(16, 224, 1000));
     let deit = "deit_tiny_patch16_224";
     vec![
-        case("resnet20_batch128", "resnet20", 128, &small, 1.0),
-        case("resnet20_batch128_tenth", "resnet20", 128, &small, 0.1),
-        case("resnet20_batch128_twentieth", "resnet20", 128, &small, 0.05),
-        case("deit_tiny_batch16", deit, 16, &large, 1.0),
-        case("deit_tiny_batch16_tenth", deit, 16, &large, 0.1),
-        case("deit_tiny_batch16_twentieth", deit, 16, &large, 0.05),
-        case("resnet8_digits_batch64", "resnet8", 64, &digits, 1.0),
+        case("resnet20_batch128", "resnet20", 128, &small, Ticket::Dense),
+        case("resnet20_batch128_tenth", "resnet20", 128, &small, Ticket::Random(0.1)),
+        case("resnet20_batch128_twentieth", "resnet20", 128, &small, Ticket::Random(0.05)),
+        case("resnet20_batch128_refill_tenth", "resnet20", 128, &small, Ticket::Refilled(0.1)),
+        case("deit_tiny_batch16", deit, 16, &large, Ticket::Dense),
+        case("deit_tiny_batch16_tenth", deit, 16, &large, Ticket::Random(0.1)),
+        case("deit_tiny_batch16_twentieth", deit, 16, &large, Ticket::Random(0.05)),
+        case("deit_tiny_batch16_refill_tenth", deit, 16, &large, Ticket::Refilled(0.1)),
+        case("resnet8_digits_batch64", "resnet8", 64, &digits, Ticket::Dense),
     ]
 }
 
 impl Case {
-    fn weights(&self, model: &Model) -> Weights {
+    fn weights(&self, model: &Model) -> dilt::Result<Weights> {
         let mut weights = init::draw(model, 0);
+        let (Ticket::Random(density) | Ticket::Refilled(density)) = self.ticket else { return Ok(weights) };
         let mut rng = ChaCha8Rng::seed_from_u64(0);
-        for parameter in model.prunable().filter(|_| self.density < 1.0) {
-            let mask = Mask::from_fn(&parameter.shape, |_| rng.random_bool(self.density));
-            weights.masks.insert(parameter.name.clone(), mask);
+        let mut random = |shape: &[usize]| Mask::from_fn(shape, |_| rng.random_bool(density));
+        let masks = MaskSet::new(model.prunable().map(|p| (p.name.clone(), random(&p.shape))).collect());
+        weights.masks = masks.to_file();
+        if let Ticket::Refilled(_) = self.ticket {
+            let how = Structuring { method: Structure::Refill, growth: 0.1, group: 32, threshold: 1.5 };
+            let refilled = how.apply(model, &masks, &Scores::L1(&weights.tensors))?;
+            weights.masks = refilled.masks.to_file();
+            weights.masks.extend(refilled.fixed);
         }
-        weights
+        Ok(weights)
     }
 
     /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
@@ -86,8 +106,10 @@ impl Case {
         let model = config.build()?;
         let (steps, lr, augment) = (Some(1 << 31), 1e-3, Augmentation::None);
         let recipe = Recipe { batch: self.batch, steps, lr, augment, ..Recipe::from_table(&config.train)? };
-        let mut network = Network::new(device, &model, self.batch, Use::Train(recipe.optimizer))?;
-        network.load(&self.weights(&model))?;
+        let weights = self.weights(&model)?;
+        let memory_for = Use::Train(recipe.optimizer);
+        let mut network = Network::for_masks(device, &model, &weights.masks, self.batch, memory_for)?;
+        network.load(&weights)?;
         let mut examples = self.data.train.clone();
         examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch
         let images = Images::new(device, &self.data, &examples)?;

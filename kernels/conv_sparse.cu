@@ -5,54 +5,62 @@
 // are one run of the list, or one run for each filter row where the image ends left or right. With stride 2 and more
 // the taps of the input gradient are ordered by their remainder first, since a pixel meets those of one remainder.
 //
-// An entry is a value and where it reads, as the distance from the pixel's origin: what tap 0 reads there, or of the
-// input gradient the tap 0 of its remainder. Sums are f32 in an order that depends on the shape and the mask alone.
+// An entry is where it reads, as the distance from the pixel's origin: what tap 0 reads there, or of the input gradient
+// the tap 0 of its remainder; and a value for each of R rows. R = 1: rows by themselves. R = 8: groups of rows that keep
+// similar columns, whose list has every column that one of them keeps, with zeros for the others: what is read serves
+// them all. Sums are f32 in an order that depends on the shape and the mask alone.
 //
-// `direct`: a thread owns a pixel, up to 8 vectors of samples, and rows one after the other. `staged`: a warp owns 128
-// columns and 4 rows. Weight gradient: a block owns a chunk of a row's entries, a split some rows of the output and
-// samples. Limit: reads of x from cache, one for each multiply-add.
+// `direct`: a thread owns a pixel, some vectors of samples, and groups of rows one after the other. `staged`: a warp
+// owns 128 columns, and 4 rows or a group. Weight gradient: a block (staged, in groups: a warp) owns a chunk of a list's
+// entries, a split some rows of the output and samples. Limit: reads of x from cache, one for each R multiply-adds.
 #include "kernels/conv.cuh"
 
 // Forward: x to y. Input gradient: dy to dx; bias is null.
 struct ConvSparseArgs {
     const float* from;
-    const uint32_t* starts;  // [rows, taps] and one more: where the entries of a row's tap begin
-    const int32_t* offsets;  // [kept]
-    const float* values;     // [kept]
+    const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
+    const uint32_t* starts;  // [groups, taps] and one more: where the entries of a group's tap begin
+    const int32_t* offsets;  // [entries]
+    const float* values;     // [entries, R]
     const float* bias;       // [K], or null
     float* to;
     const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
     ConvShape shape;
     Columns columns;         // what the shape's N is made of; read only where there is a bias
+    int32_t groups;
     int32_t accumulate;      // add to what `to` holds
 };
 
 struct ConvSparseGradientArgs {
     const float* x;
     const float* dy;
-    const uint32_t* starts;   // of the forward pass, as the next three
+    const uint32_t* rows;     // of the forward pass, as the next four
+    const uint32_t* starts;
     const int32_t* offsets;
-    const uint32_t* places;   // [kept], in w
-    const uint32_t* chunks;   // [chunks, 3]: row, first entry, and the one after the last
-    float* partial;           // [splits, kept]
+    const uint32_t* places;   // [entries, R], in w, or NONE
+    const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 8: of all entries), first entry, and the one after the last
+    float* partial;           // [splits, entries, R]
     ConvShape shape;
-    int32_t kept, splits;
+    int32_t entries, chunk_count, splits;
 };
 
 struct ConvSparseGatherArgs {
     const float* w;          // [K, C, R, S]
-    const uint32_t* places;  // [kept]
-    float* values;           // [kept]
-    int64_t kept;
+    const uint32_t* places;  // [count], or NONE
+    float* values;           // [count]
+    int64_t count;
 };
 
 struct ConvSparseScatterArgs {
-    const float* partial;    // [splits, kept]
+    const float* partial;    // [splits, count]
     const uint32_t* places;
     float* dw;               // [K, C, R, S]; written where a weight is kept
-    int64_t kept;
+    int64_t count;
     int32_t splits;
 };
+
+// The row of a group that has no more rows, and the place of a weight that is not kept.
+constexpr uint32_t NONE = 0xffffffffu;
 
 // Where the taps that a pixel meets stand in a row's list: `runs` runs of `taps` taps each, a filter row apart.
 struct Window {
@@ -81,74 +89,95 @@ DEVICE Window window(const ConvShape& d, int o, int u) {
     return {origin, first, down.count, across.count};
 }
 
-// V vectors of samples of a row at a pixel.
-template <bool GRADIENT, int V, int L>
-DEVICE void product(const ConvSparseArgs& a, const Window& at, int row, int pixel, int n, const uint32_t (&live)[V]) {
+// Row i of a group.
+template <int R, class Args>
+DEVICE uint32_t row_of(const Args& a, int group, int i) {
+    return R == 1 ? uint32_t(group) : a.rows[group * R + i];
+}
+
+// V vectors of samples of a group of R rows at a pixel.
+template <bool GRADIENT, int R, int V, int L>
+DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pixel, int n, const uint32_t (&live)[V]) {
     using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
     const float* from = a.from + n;
-    const uint32_t* starts = a.starts + int64_t(row) * d.r * d.s + at.first;
-    Samples<L> sum[V];
-    UNROLL for (int v = 0; v < V; ++v) sum[v] = splat<L>(a.bias ? a.bias[row] : 0.0f);
+    const uint32_t* starts = a.starts + int64_t(group) * d.r * d.s + at.first;
+    Samples<L> sum[R][V];
+    UNROLL for (int i = 0; i < R; ++i) {
+        const uint32_t row = row_of<R>(a, group, i);
+        UNROLL for (int v = 0; v < V; ++v) sum[i][v] = splat<L>(a.bias && row != NONE ? a.bias[row] : 0.0f);
+    }
     for (int run = 0; run < at.runs; ++run, starts += d.s) {
         for (uint32_t entry = starts[0]; entry < starts[at.taps]; ++entry) {
             const float* x = from + (at.origin + a.offsets[entry]);
-            const float value = a.values[entry];
-            UNROLL for (int v = 0; v < V; ++v) sum[v] += load<L>(x + v * L) * value;
+            const auto value = load_uniform<R>(a.values + int64_t(entry) * R);
+            Samples<L> read[V];
+            UNROLL for (int v = 0; v < V; ++v) read[v] = load<L>(x + v * L);
+            UNROLL for (int i = 0; i < R; ++i)
+                UNROLL for (int v = 0; v < V; ++v) sum[i][v] += read[v] * value[i];
         }
     }
-    float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
-    UNROLL for (int v = 0; v < V; ++v) {
-        if (a.bias) sum[v] = kept<L>(sum[v], live[v]);
-        if (a.accumulate) sum[v] += load<L>(to + v * L);
-        store<L>(to + v * L, sum[v]);
+    UNROLL for (int i = 0; i < R; ++i) {
+        const uint32_t row = row_of<R>(a, group, i);
+        if (row == NONE) break;
+        float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
+        UNROLL for (int v = 0; v < V; ++v) {
+            if (a.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
+            if (a.accumulate) sum[i][v] += load<L>(to + v * L);
+            store<L>(to + v * L, sum[i][v]);
+        }
     }
 }
 
 // The same for every instruction set, since src/ops/conv_sparse.rs cuts the grid by them.
-constexpr int GROUP_ROWS = 64;
-constexpr int GROUP_SAMPLES = 128;
-constexpr int VECTORS = 8;
+constexpr int GROUP_ROWS = 8;  // R of a group
+constexpr int BLOCK_ROWS = 64;
+constexpr int BLOCK_SAMPLES = 128;
 constexpr int THREADS = 256;
-constexpr int WARP_ROWS = 4;
+constexpr int WARP_ROWS = 4;  // of single rows
 
-template <bool GRADIENT, int V, int L>
-DEVICE void rows(const ConvSparseArgs& a, const Window& at, int row, int end, int pixel, int n) {
+// Vectors of samples that a thread of the direct products owns: accumulators and reads fit the registers.
+template <int R>
+constexpr int VECTORS = R == 1 ? 8 : LANES == 16 ? 2 : 1;
+
+template <bool GRADIENT, int R, int V, int L>
+DEVICE void groups(const ConvSparseArgs& a, const Window& at, int group, int end, int pixel, int n) {
     uint32_t live[V] = {};
     if (a.bias)
         UNROLL for (int v = 0; v < V; ++v) live[v] = live_columns<L>(a.columns, int(*a.count), n + v * L);
-    for (; row < end; ++row) product<GRADIENT, V, L>(a, at, row, pixel, n, live);
+    for (; group < end; ++group) product<GRADIENT, R, V, L>(a, at, group, pixel, n, live);
 }
 
-template <bool GRADIENT, int V>
-DEVICE void samples(const ConvSparseArgs& a, const Window& at, int row, int end, int pixel, int n, int last) {
-    for (; n + V * LANES <= last; n += V * LANES) rows<GRADIENT, V, LANES>(a, at, row, end, pixel, n);
+template <bool GRADIENT, int R, int V>
+DEVICE void samples(const ConvSparseArgs& a, const Window& at, int group, int end, int pixel, int n, int last) {
+    for (; n + V * LANES <= last; n += V * LANES) groups<GRADIENT, R, V, LANES>(a, at, group, end, pixel, n);
     if constexpr (V > 1)
-        samples<GRADIENT, V / 2>(a, at, row, end, pixel, n, last);
+        samples<GRADIENT, R, V / 2>(a, at, group, end, pixel, n, last);
     else
-        for (; n < last; n += ROW_LANES) rows<GRADIENT, 1, ROW_LANES>(a, at, row, end, pixel, n);
+        for (; n < last; n += ROW_LANES) groups<GRADIENT, R, 1, ROW_LANES>(a, at, group, end, pixel, n);
 }
 
-template <bool GRADIENT>
-DEVICE void direct(const ConvSparseArgs& a, int pixel, int group, int row_group) {
+template <bool GRADIENT, int R>
+DEVICE void direct(const ConvSparseArgs& a, int pixel, int sample_block, int row_block) {
     using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
     const Window at = window<GRADIENT>(d, pixel / Pass::to_width(d), pixel % Pass::to_width(d));
-    const int row = row_group * GROUP_ROWS, n = group * GROUP_SAMPLES;
-    const int end = int(min64(row + GROUP_ROWS, Pass::rows(d)));
-    samples<GRADIENT, VECTORS>(a, at, row, end, pixel, n, int(min64(n + GROUP_SAMPLES, d.n)));
+    const int group = row_block * (BLOCK_ROWS / R), n = sample_block * BLOCK_SAMPLES;
+    const int end = int(min64(group + BLOCK_ROWS / R, a.groups));
+    samples<GRADIENT, R, VECTORS<R>>(a, at, group, end, pixel, n, int(min64(n + BLOCK_SAMPLES, d.n)));
 }
 
-// A thread's 4 columns of 4 rows.
-template <bool GRADIENT>
+// A thread's 4 columns of its warp's rows.
+template <bool GRADIENT, int R>
 DEVICE void staged(const ConvSparseArgs& a, int thread, int column_tile, int row_tile) {
     using Pass = Taps<GRADIENT>;
+    constexpr int GROUPS = R == 1 ? WARP_ROWS : 1;
     const ConvShape& d = a.shape;
     const int column = (column_tile * 32 + thread % 32) * 4, pixel = column / d.n;
     if (pixel >= Pass::to_height(d) * Pass::to_width(d)) return;
     const Window at = window<GRADIENT>(d, pixel / Pass::to_width(d), pixel % Pass::to_width(d));
-    const int row = (row_tile * (THREADS / 32) + thread / 32) * WARP_ROWS;
-    rows<GRADIENT, 1, 4>(a, at, row, int(min64(row + WARP_ROWS, Pass::rows(d))), pixel, column % d.n);
+    const int group = (row_tile * (THREADS / 32) + thread / 32) * GROUPS;
+    groups<GRADIENT, R, 1, 4>(a, at, group, int(min64(group + GROUPS, a.groups)), pixel, column % d.n);
 }
 
 // ------------------------------------------------------------------------------------------------- weight gradient
@@ -158,9 +187,9 @@ constexpr int CHUNK = 64;
 constexpr int WARP_ENTRIES = CHUNK / (THREADS / 32);
 
 struct Chunk {
-    int row;
+    int group, tap;
     uint32_t begin, end;
-    DEVICE Chunk(const uint32_t* chunk) : row(int(chunk[0])), begin(chunk[1]), end(chunk[2]) {}
+    DEVICE Chunk(const uint32_t* chunk) : group(int(chunk[0])), tap(int(chunk[1])), begin(chunk[2]), end(chunk[3]) {}
 };
 
 // Adds what V vectors of samples at a pixel give to the sums of a chunk.
@@ -169,7 +198,7 @@ DEVICE void add_samples(const ConvSparseGradientArgs& a, const Chunk& chunk, con
                         Samples<L> (&sum)[CHUNK]) {
     const ConvShape& d = a.shape;
     const float* x = a.x + n;
-    const uint32_t* starts = a.starts + int64_t(chunk.row) * d.r * d.s + at.first;
+    const uint32_t* starts = a.starts + int64_t(chunk.group) * d.r * d.s + at.first;
     Samples<L> g[V];
     UNROLL for (int v = 0; v < V; ++v) g[v] = load<L>(dy + n + v * L);
     for (int run = 0; run < at.runs; ++run, starts += d.s) {
@@ -194,16 +223,16 @@ DEVICE void add_columns(const ConvSparseGradientArgs& a, const Chunk& chunk, con
 template <int L>
 DEVICE void direct_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk, int begin, int end, float* partial) {
     const ConvShape& d = a.shape;
-    const int groups = int(ceil_div(d.n, GROUP_SAMPLES));
+    const int blocks = int(ceil_div(d.n, BLOCK_SAMPLES));
     Samples<L> sum[CHUNK];
     for (int i = 0; i < CHUNK; ++i) sum[i] = splat<L>(0.0f);
     for (int unit = begin; unit < end; ++unit) {
-        const int p = unit / groups, n = unit % groups * GROUP_SAMPLES;
-        const int last = int(min64(n + GROUP_SAMPLES, d.n));
+        const int p = unit / blocks, n = unit % blocks * BLOCK_SAMPLES;
+        const int last = int(min64(n + BLOCK_SAMPLES, d.n));
         for (int q = 0; q < d.q; ++q) {
             const Window at = window<false>(d, p, q);
-            const float* dy = a.dy + ((int64_t(chunk.row) * d.p + p) * d.q + q) * d.n;
-            add_columns<VECTORS, L>(a, chunk, at, dy, n, last, sum);
+            const float* dy = a.dy + ((int64_t(chunk.group) * d.p + p) * d.q + q) * d.n;
+            add_columns<VECTORS<1>, L>(a, chunk, at, dy, n, last, sum);
         }
     }
     for (uint32_t entry = chunk.begin; entry < chunk.end; ++entry)
@@ -214,7 +243,7 @@ DEVICE void direct_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
 DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk, int begin, int end, int thread,
                             float* partial) {
     const ConvShape& d = a.shape;
-    const int lane = thread % 32, groups = int(ceil_div(d.n, GROUP_SAMPLES));
+    const int lane = thread % 32, blocks = int(ceil_div(d.n, BLOCK_SAMPLES));
     const uint32_t first = chunk.begin + thread / 32 * WARP_ENTRIES;
     int r[WARP_ENTRIES], s[WARP_ENTRIES];
     int64_t offset[WARP_ENTRIES];
@@ -229,11 +258,11 @@ DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
         sum[i] = 0.0f;
     }
     for (int unit = begin; unit < end; ++unit) {
-        const int p = unit / groups, n = unit % groups * GROUP_SAMPLES + lane * 4;
+        const int p = unit / blocks, n = unit % blocks * BLOCK_SAMPLES + lane * 4;
         if (n >= d.n) continue;
         for (int q = 0; q < d.q; ++q) {
             const int h = p * d.stride - d.pad, w = q * d.stride - d.pad;
-            const Samples<4> g = load<4>(a.dy + ((int64_t(chunk.row) * d.p + p) * d.q + q) * d.n + n);
+            const Samples<4> g = load<4>(a.dy + ((int64_t(chunk.group) * d.p + p) * d.q + q) * d.n + n);
             const int64_t origin = (int64_t(h) * d.w + w) * d.n + n;
             UNROLL for (int i = 0; i < WARP_ENTRIES; ++i) {
                 if (h + r[i] < 0 || h + r[i] >= d.h || w + s[i] < 0 || w + s[i] >= d.w) continue;
@@ -247,56 +276,196 @@ DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
     }
 }
 
+// The weight gradient of groups. A chunk's entries are of one tap, which reads inside the image for output coordinates
+// first to last of each axis.
+struct Reach {
+    int first, last;
+    DEVICE Reach(int tap, int from, int to, const ConvShape& d)
+        : first(int(ceil_div(max64(d.pad - tap, 0), d.stride))),
+          last(int(min64(to, (from - 1 + d.pad - tap + d.stride) / d.stride))) {}
+};
+
+// Sums that a thread of the direct kernel keeps in registers, and a warp of the staged one.
+constexpr int TILE_ROWS = 4;
+constexpr int TILE_ENTRIES = LANES == 16 ? 6 : 3;
+constexpr int GROUP_WARP_ENTRIES = 4;
+
+template <int L>
+DEVICE void direct_group_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk, int begin, int end,
+                                  float* partial) {
+    const ConvShape& d = a.shape;
+    const Reach down(chunk.tap / d.s, d.h, d.p, d), across(chunk.tap % d.s, d.w, d.q, d);
+    const int blocks = int(ceil_div(d.n, BLOCK_SAMPLES)), columns = across.last - across.first;
+    // At stride 1 the columns (q, n) of all samples follow each other.
+    const bool merged = d.stride == 1 && blocks == 1;
+    for (uint32_t entry = chunk.begin; entry < chunk.end; entry += TILE_ENTRIES) {
+        int64_t offset[TILE_ENTRIES];
+        UNROLL for (int t = 0; t < TILE_ENTRIES; ++t) offset[t] = a.offsets[min64(entry + t, chunk.end - 1)];
+        for (int first = 0; first < GROUP_ROWS; first += TILE_ROWS) {
+            if (row_of<GROUP_ROWS>(a, chunk.group, first) == NONE) break;
+            int64_t row[TILE_ROWS];
+            UNROLL for (int i = 0; i < TILE_ROWS; ++i) {
+                const uint32_t own = row_of<GROUP_ROWS>(a, chunk.group, first + i);
+                row[i] = int64_t(own == NONE ? a.rows[chunk.group * GROUP_ROWS] : own) * d.p * d.q * d.n;
+            }
+            Samples<L> sum[TILE_ROWS][TILE_ENTRIES];
+            UNROLL for (int i = 0; i < TILE_ROWS; ++i)
+                UNROLL for (int t = 0; t < TILE_ENTRIES; ++t) sum[i][t] = splat<L>(0.0f);
+            for (int unit = begin; unit < end; ++unit) {
+                const int p = unit / blocks, n = unit % blocks * BLOCK_SAMPLES;
+                if (p < down.first || p >= down.last) continue;
+                const int samples = int(min64(BLOCK_SAMPLES, d.n - n));
+                const int runs = merged ? int(min64(columns, 1)) : columns, length = merged ? columns * d.n : samples;
+                for (int run = 0; run < runs; ++run) {
+                    const int q = across.first + run;
+                    const float* dy = a.dy + (int64_t(p) * d.q + q) * d.n + n;
+                    const int64_t origin =
+                        (int64_t(p * d.stride - d.pad) * d.w + q * d.stride - d.pad) * d.n + n;
+                    for (int i = 0; i < length; i += L) {
+                        Samples<L> x[TILE_ENTRIES];
+                        UNROLL for (int t = 0; t < TILE_ENTRIES; ++t) x[t] = load<L>(a.x + (origin + offset[t] + i));
+                        UNROLL for (int m = 0; m < TILE_ROWS; ++m) {
+                            const Samples<L> g = load<L>(dy + (row[m] + i));
+                            UNROLL for (int t = 0; t < TILE_ENTRIES; ++t) sum[m][t] += g * x[t];
+                        }
+                    }
+                }
+            }
+            for (int t = 0; t < TILE_ENTRIES && entry + t < chunk.end; ++t)
+                for (int i = 0; i < TILE_ROWS; ++i)
+                    partial[int64_t(entry + t) * GROUP_ROWS + first + i] = lane_sum<L>(sum[i][t]);
+        }
+    }
+}
+
+// A lane sums its 4 samples, for a whole group and a chunk of at most GROUP_WARP_ENTRIES.
+DEVICE void staged_group_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk, int begin, int end, int lane,
+                                  float* partial) {
+    const ConvShape& d = a.shape;
+    const Reach down(chunk.tap / d.s, d.h, d.p, d), across(chunk.tap % d.s, d.w, d.q, d);
+    const int blocks = int(ceil_div(d.n, BLOCK_SAMPLES)), plane = d.p * d.q;
+    int offset[GROUP_WARP_ENTRIES], row[GROUP_ROWS];
+    float sum[GROUP_WARP_ENTRIES][GROUP_ROWS];
+    UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
+        const uint32_t own = row_of<GROUP_ROWS>(a, chunk.group, i);
+        row[i] = int(own == NONE ? a.rows[chunk.group * GROUP_ROWS] : own);
+    }
+    UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t) {
+        offset[t] = a.offsets[min64(chunk.begin + t, chunk.end - 1)];
+        UNROLL for (int i = 0; i < GROUP_ROWS; ++i) sum[t][i] = 0.0f;
+    }
+    for (int unit = begin; unit < end; ++unit) {
+        const int p = unit / blocks, n = unit % blocks * BLOCK_SAMPLES + lane * 4;
+        if (p < down.first || p >= down.last || n >= d.n) continue;
+        for (int q = across.first; q < across.last; ++q) {
+            const int64_t origin = (int64_t(p * d.stride - d.pad) * d.w + q * d.stride - d.pad) * d.n + n;
+            Samples<4> x[GROUP_WARP_ENTRIES];
+            UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t) x[t] = load<4>(a.x + (origin + offset[t]));
+            UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
+                const Samples<4> g = load<4>(a.dy + (int64_t(row[i]) * plane + p * d.q + q) * d.n + n);
+                UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t) sum[t][i] += lane_sum<4>(g * x[t]);
+            }
+        }
+    }
+    UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t)
+        UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
+            float total = sum[t][i];
+            UNROLL for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+            if (lane == 0 && chunk.begin + t < chunk.end)
+                partial[int64_t(chunk.begin + t) * GROUP_ROWS + i] = total;
+        }
+}
+
 // ---------------------------------------------------------------------------------------------------------- kernels
 
-// Grid of the direct products: pixels, groups of samples, groups of rows. Of the staged ones: column tiles, row tiles.
+// Grid of the direct products: pixels, blocks of samples, blocks of rows. Of the staged ones: column tiles, row tiles.
 BARRIER_FREE_KERNEL(conv_sparse_forward_direct_f32, ConvSparseArgs, 1) {
-    direct<false>(a, blockIdx.x, blockIdx.y, blockIdx.z);
+    direct<false, 1>(a, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+BARRIER_FREE_KERNEL(conv_groups_forward_direct_f32, ConvSparseArgs, 1) {
+    direct<false, GROUP_ROWS>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
 // Four blocks: left alone, ptxas aims at six on sm_80 and spills.
 BARRIER_FREE_KERNEL(conv_sparse_forward_f32, ConvSparseArgs, THREADS, 4) {
-    staged<false>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+    staged<false, 1>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+}
+
+BARRIER_FREE_KERNEL(conv_groups_forward_f32, ConvSparseArgs, THREADS, 2) {
+    staged<false, GROUP_ROWS>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
 BARRIER_FREE_KERNEL(conv_sparse_input_gradient_direct_f32, ConvSparseArgs, 1) {
-    direct<true>(a, blockIdx.x, blockIdx.y, blockIdx.z);
+    direct<true, 1>(a, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+BARRIER_FREE_KERNEL(conv_groups_input_gradient_direct_f32, ConvSparseArgs, 1) {
+    direct<true, GROUP_ROWS>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
 BARRIER_FREE_KERNEL(conv_sparse_input_gradient_f32, ConvSparseArgs, THREADS, 4) {
-    staged<true>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+    staged<true, 1>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
-// Grid of the weight gradients: chunks, splits. A split has some of the units, each an output row of 128 samples.
+BARRIER_FREE_KERNEL(conv_groups_input_gradient_f32, ConvSparseArgs, THREADS, 2) {
+    staged<true, GROUP_ROWS>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+}
+
+// Grid of the weight gradients: chunks (staged, of groups: one a warp), splits. A split has some of the units, each an
+// output row of 128 samples.
 DEVICE int unit_of(const ConvSparseGradientArgs& a, int split) {
-    return int(int64_t(a.shape.p) * ceil_div(a.shape.n, GROUP_SAMPLES) * split / a.splits);
+    return int(int64_t(a.shape.p) * ceil_div(a.shape.n, BLOCK_SAMPLES) * split / a.splits);
+}
+
+template <int R>
+DEVICE float* partial_of(const ConvSparseGradientArgs& a, int split) {
+    return a.partial + int64_t(split) * a.entries * R;
 }
 
 BARRIER_FREE_KERNEL(conv_sparse_weight_gradient_direct_f32, ConvSparseGradientArgs, 1) {
-    const Chunk chunk(a.chunks + blockIdx.x * 3);
+    const Chunk chunk(a.chunks + blockIdx.x * 4);
     const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
-    float* partial = a.partial + int64_t(blockIdx.y) * a.kept;
+    float* partial = partial_of<1>(a, blockIdx.y);
     if (LANES == ROW_LANES || a.shape.n % LANES == 0)
         direct_gradient<LANES>(a, chunk, begin, end, partial);
     else
         direct_gradient<ROW_LANES>(a, chunk, begin, end, partial);
 }
 
+BARRIER_FREE_KERNEL(conv_groups_weight_gradient_direct_f32, ConvSparseGradientArgs, 1) {
+    const Chunk chunk(a.chunks + blockIdx.x * 4);
+    const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
+    float* partial = partial_of<GROUP_ROWS>(a, blockIdx.y);
+    if (LANES == ROW_LANES || a.shape.n % LANES == 0)
+        direct_group_gradient<LANES>(a, chunk, begin, end, partial);
+    else
+        direct_group_gradient<ROW_LANES>(a, chunk, begin, end, partial);
+}
+
 KERNEL(conv_sparse_weight_gradient_f32, ConvSparseGradientArgs, NoShared, THREADS) {
     const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
-    staged_gradient(a, Chunk(a.chunks + blockIdx.x * 3), begin, end, threadIdx.x,
-                    a.partial + int64_t(blockIdx.y) * a.kept);
+    staged_gradient(a, Chunk(a.chunks + blockIdx.x * 4), begin, end, threadIdx.x, partial_of<1>(a, blockIdx.y));
+}
+
+KERNEL(conv_groups_weight_gradient_f32, ConvSparseGradientArgs, NoShared, THREADS, 2) {
+    const int chunk = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
+    if (chunk < a.chunk_count)
+        staged_group_gradient(a, Chunk(a.chunks + chunk * 4), begin, end, threadIdx.x % 32,
+                              partial_of<GROUP_ROWS>(a, blockIdx.y));
 }
 
 BARRIER_FREE_KERNEL(conv_sparse_gather_f32, ConvSparseGatherArgs, THREADS) {
-    EACH(i, a.kept) a.values[i] = a.w[a.places[i]];
+    EACH(i, a.count) a.values[i] = a.places[i] == NONE ? 0.0f : a.w[a.places[i]];
 }
 
 // Adds the splits' partial sums, in their order.
 BARRIER_FREE_KERNEL(conv_sparse_scatter_f32, ConvSparseScatterArgs, THREADS) {
-    EACH(i, a.kept) {
+    EACH(i, a.count) {
+        if (a.places[i] == NONE) continue;
         float sum = a.partial[i];
-        for (int split = 1; split < a.splits; ++split) sum += a.partial[split * a.kept + i];
+        for (int split = 1; split < a.splits; ++split) sum += a.partial[split * a.count + i];
         a.dw[a.places[i]] = sum;
     }
 }

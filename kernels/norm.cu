@@ -5,7 +5,8 @@
 //   dx = gamma invstd (dz - dbeta / M - xhat dgamma / M) in training; gamma invstd dz where the statistics are given
 //
 // x, y, residual and their gradients: [C, HW, N]; gamma, beta, statistics: [C]. M = HW * count true values of a row;
-// padded samples are no part of any sum and are written as zeros.
+// padded samples are no part of any sum and are written as zeros. With a map, y and residual have more rows than x: those
+// that no row of x is added to are the residual, or zero.
 //
 // A row is cut into chunks of whole pixels, a function of the shape alone; block (split, feature) owns one. A first
 // kernel sums each chunk, a second adds the chunks' sums in their order (every block its feature's, at most 64) and
@@ -33,7 +34,8 @@ struct NormForwardArgs {
     float* invstd;
     float* partial;         // [C, splits, 2]: mean of a chunk, sum of its squared deviations
     float* y;
-    const uint32_t* count;  // number of true samples
+    const uint32_t* count;   // number of true samples
+    const uint32_t* source;  // the row of x that is added to each row of y, or 2^32 - 1 for none; null where they are one
     NormShape shape;
     int32_t relu;
     float epsilon;
@@ -49,6 +51,7 @@ struct NormEvalArgs {
     const float* var;
     float* y;
     const uint32_t* count;
+    const uint32_t* source;
     NormShape shape;
     int32_t relu;
     float epsilon;
@@ -67,6 +70,8 @@ struct NormBackwardArgs {
     float* dresidual;  // or null
     float* dx;
     const uint32_t* count;
+    const uint32_t* source;
+    const uint32_t* target;  // the row of y that each row of x is added to
     NormShape shape;
     int32_t relu;
     int32_t training;
@@ -78,6 +83,12 @@ constexpr int CHAINS = 4;  // sums that a thread keeps apart, since one addition
 DEVICE int samples(const NormShape& d, const uint32_t* count) { return int(min64(*count, d.n)); }
 
 DEVICE int pixels_of(const NormShape& d, int split) { return int(min64(d.chunk, d.pixels - int64_t(split) * d.chunk)); }
+
+// The row of x that belongs to a row of y; negative for none.
+DEVICE int row_of_x(const uint32_t* source, int row) { return source ? int(source[row]) : row; }
+
+// How far a row's elements lie behind those of another.
+DEVICE int64_t behind(const NormShape& d, int row, int other) { return (int64_t(row) - other) * d.pixels * d.n; }
 
 // Calls f(offset, live, chain) for this thread's vectors of a chunk: `live` lanes (if fewer than L) are true samples.
 template <int L, class F>
@@ -110,13 +121,14 @@ struct Sum {
     }
 };
 
-// y of a chunk. `scale` is gamma invstd; the mean is taken off first, since beta - mean scale would cancel.
+// y of a chunk; of the residual alone where x is null. `scale` is gamma invstd; the mean is taken off first, since beta -
+// mean scale would cancel.
 template <int L>
 DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, const float* x,
                       const float* residual, bool relu, float mean, float scale, float beta, float* y) {
     const Samples<L> zero = splat<L>(0.0f);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-        Samples<L> z = (load<L>(x + i) - mean) * scale + beta;
+        Samples<L> z = x ? (load<L>(x + i) - mean) * scale + beta : zero;
         if (residual) z += load<L>(residual + i);
         if (relu) z = where_at_most<L>(z, zero, zero, z);
         store<L>(y + i, first_lanes<L>(z, live));
@@ -159,7 +171,11 @@ DEVICE void statistics(const NormForwardArgs& a, WarpSums& shared, dim3 block, u
 template <int L>
 DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const int feature = block.y, count = samples(d, a.count);
+    const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
+    if (feature < 0) {
+        normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, 0.0f, 0.0f, 0.0f, a.y);
+        return;
+    }
     const float items = float(max64(1, int64_t(d.pixels) * count));
     const float* partial = a.partial + int64_t(feature) * d.splits * 2;
 
@@ -176,8 +192,8 @@ DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint
     squares = block_sum(squares, shared.scratch, thread, threads);
     const float invstd = 1.0f / sqrtf(squares / items + a.epsilon);
 
-    normalise<L>(d, block, thread, threads, count, a.x, a.residual, a.relu, mean, a.gamma[feature] * invstd,
-                 a.beta[feature], a.y);
+    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu, mean,
+                 a.gamma[feature] * invstd, a.beta[feature], a.y);
     if (block.x == 0 && thread == 0) {
         a.mean[feature] = mean;
         a.invstd[feature] = invstd;
@@ -190,9 +206,14 @@ DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint
 
 template <int L>
 DEVICE void evaluate(const NormEvalArgs& a, dim3 block, uint32_t thread, uint32_t threads) {
-    const int feature = block.y;
+    const NormShape& d = a.shape;
+    const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
+    if (feature < 0) {
+        normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, 0.0f, 0.0f, 0.0f, a.y);
+        return;
+    }
     const float invstd = 1.0f / sqrtf(a.var[feature] + a.epsilon);
-    normalise<L>(a.shape, block, thread, threads, samples(a.shape, a.count), a.x, a.residual, a.relu,
+    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu,
                  a.mean[feature], a.gamma[feature] * invstd, a.beta[feature], a.y);
 }
 
@@ -200,9 +221,10 @@ template <int L>
 DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
     const float mean = a.mean[block.y], invstd = a.invstd[block.y];
+    const int64_t to_y = a.target ? behind(d, int(a.target[block.y]), block.y) : 0;
     Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
     each_vector<L>(d, block, thread, threads, d.n, [&](int64_t i, int, int chain) {
-        const Samples<L> dz = above<L>(a, i);
+        const Samples<L> dz = above<L>(a, i + to_y);
         sum.chain[chain] += dz;
         dot.chain[chain] += dz * ((load<L>(a.x + i) - mean) * invstd);
     });
@@ -218,7 +240,14 @@ DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 bloc
 template <int L>
 DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const int feature = block.y, count = samples(d, a.count);
+    const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
+    if (feature < 0) {
+        if (!a.dresidual) return;
+        each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
+            store<L>(a.dresidual + i, first_lanes<L>(above<L>(a, i), live));
+        });
+        return;
+    }
     const float* partial = a.partial + int64_t(feature) * d.splits * 2;
     float sum = 0.0f, dot = 0.0f;
     for (int s = thread; s < d.splits; s += threads) {
@@ -232,10 +261,11 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     const float items = float(max64(1, int64_t(d.pixels) * count));
     const float mean_dz = a.training ? sum / items : 0.0f;
     const float slope = a.training ? dot / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
+    const int64_t to_x = behind(d, feature, block.y);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
         const Samples<L> dz = above<L>(a, i);
-        const Samples<L> dx = (dz - mean_dz - (load<L>(a.x + i) - mean) * slope) * scale;
-        store<L>(a.dx + i, first_lanes<L>(dx, live));
+        const Samples<L> dx = (dz - mean_dz - (load<L>(a.x + i + to_x) - mean) * slope) * scale;
+        store<L>(a.dx + i + to_x, first_lanes<L>(dx, live));
         if (a.dresidual) store<L>(a.dresidual + i, first_lanes<L>(dz, live));
     });
     if (block.x == 0 && thread == 0) {
@@ -251,7 +281,7 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     else                                                     \
         body<ROW_LANES>(__VA_ARGS__)
 
-// Grid of all: splits, features.
+// Grid of all: splits, and rows: of x for the sums, of y for the others.
 KERNEL(norm_statistics_f32, NormForwardArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(statistics, a, shared, blockIdx, threadIdx.x, blockDim.x);

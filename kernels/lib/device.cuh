@@ -78,6 +78,12 @@ DEVICE Samples<L> load(const float* p) {
     return x;
 }
 
+// R values at a place that is the same for all threads of a warp: something to be indexed.
+template <int R>
+DEVICE Samples<R> load_uniform(const float* p) {
+    return load<R>(p);
+}
+
 template <int L>
 DEVICE void store(float* p, const Samples<L>& x) {
     if constexpr (L % 4 == 0) {

@@ -119,6 +119,11 @@ using Samples = typename SamplesOf<L>::type;
 
 template <int L>
 DEVICE Samples<L> load(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::unaligned*>(p); }
+// R values that are each multiplied with a vector: it is loaded into all lanes from where it lies.
+template <int R>
+DEVICE const float* load_uniform(const float* p) {
+    return p;
+}
 template <int L>
 DEVICE void store(float* p, const Samples<L>& x) { *reinterpret_cast<typename SamplesOf<L>::unaligned*>(p) = x; }
 

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, and here what several of them share.
 
 mod assemble;
+mod bench;
 mod doctor;
 mod eval;
 mod experiment;
@@ -20,6 +21,7 @@ use dilt::data::{DataSet, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
+use dilt::nn::paths::Tuning;
 use dilt::nn::plan::OptimizerKind;
 use dilt::nn::weights::Weights;
 use dilt::report::progress::{Progress, Verbosity};
@@ -46,6 +48,7 @@ enum Command {
     Export(export::Export),
     Assemble(assemble::Assemble),
     Transfer(transfer::Transfer),
+    Bench(bench::Bench),
     Doctor(doctor::Doctor),
 }
 
@@ -61,6 +64,7 @@ pub fn run() -> anyhow::Result<()> {
         Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
         Command::Transfer(command) => command.run(),
+        Command::Bench(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }
 }
@@ -77,6 +81,10 @@ struct Common {
     /// Seed of initial weights and orders of examples.
     #[arg(long, default_value_t = 0, help_heading = "Computing")]
     seed: u64,
+    /// Choose how each layer multiplies under its mask by times that are taken here, instead of by a table. They are kept
+    /// in tuning.json of $DILT_CACHE (the user's folder for caches, if not set), and taken once.
+    #[arg(long, help_heading = "Computing")]
+    tune: bool,
     /// Print one JSON object instead of a table.
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -108,6 +116,11 @@ impl Common {
             self.progress().say(&format!("device: {} ({})", device.description(), Device::cuda_status()));
         }
         Ok(device)
+    }
+
+    /// Where times are kept, if they are asked for.
+    fn tuning(&self) -> dilt::Result<Option<Tuning>> {
+        self.tune.then(Tuning::of_user).transpose()
     }
 
     fn precision(&self) -> &'static str {

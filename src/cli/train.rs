@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Args;
 use dilt::device::Device;
+use dilt::nn::compact::Compaction;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
 use dilt::nn::model::Model;
@@ -71,7 +72,8 @@ impl Train {
         let given = given.map(|weights| self.fit(weights, &config, &model)).transpose()?;
         let device = self.common.open()?;
         if self.dry_run {
-            return self.show_plan(&device, &model, &recipe);
+            let masks = given.map(|weights| weights.masks).unwrap_or_default();
+            return self.show_plan(&device, &Compaction::new(&model, &masks).0, &recipe);
         }
         let out = self.out.as_ref().expect("required by clap");
         let folder = TrainingFolder::open(out)?;
@@ -79,8 +81,12 @@ impl Train {
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
-        let mut network = Network::new(&device, &model, recipe.batch, Use::Train(recipe.optimizer))?;
         let start = given.unwrap_or_else(|| init::draw(&model, self.common.seed));
+        let mut network =
+            Network::for_masks(&device, &model, &start.masks, recipe.batch, Use::Train(recipe.optimizer))?;
+        if let Some(tuning) = self.common.tuning()? {
+            network.tune(&tuning);
+        }
         network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
         let identity = serde_json::json!([
@@ -91,6 +97,7 @@ impl Train {
             self.common.seed,
             start.identity(),
             machine(&device),
+            network.choices_hash(),
         ]);
         let identity = identity.to_string();
         let done = resume(&mut network, &files.checkpoint(), &identity)?;

@@ -17,6 +17,8 @@ pub struct Liveness {
     pub nonzero: Vec<Vec<bool>>,
     /// Whether something kept reads it.
     pub used: Vec<Vec<bool>>,
+    /// Whether a batch norm reads it and makes something of it that is read: a constant at least, even of zeros.
+    pub normed: Vec<Vec<bool>>,
 }
 
 /// Masks as the analysis asks for them.
@@ -54,7 +56,7 @@ impl Liveness {
     /// What the features of a model are under these masks; what has no mask is kept.
     pub fn new(model: &Model, masks: &BTreeMap<String, Mask>) -> Self {
         let none = || model.values.iter().map(|value| vec![false; value.features()]).collect::<Vec<_>>();
-        let (mut nonzero, mut used) = (none(), none());
+        let (mut nonzero, mut used, mut normed) = (none(), none(), none());
         let masks = Masks { model, masks };
         nonzero[0].fill(true);
         for layer in &model.layers {
@@ -63,13 +65,17 @@ impl Liveness {
         used[model.output()].fill(true);
         for layer in model.layers.iter().rev() {
             mark_what_is_read(layer, &masks, &mut used);
+            if let Layer::Norm { scale, shift, input, output, .. } = *layer {
+                let trained = |c: usize| masks.trains(scale, c) || masks.trains(shift, c);
+                normed[input] = (0..).zip(&used[output]).map(|(c, used)| *used && trained(c)).collect();
+            }
         }
-        Liveness { nonzero, used }
+        Liveness { nonzero, used, normed }
     }
 
-    /// Whether a feature matters.
+    /// Whether a feature makes a difference.
     pub fn matters(&self, value: ValueId, feature: usize) -> bool {
-        self.nonzero[value][feature] && self.used[value][feature]
+        self.nonzero[value][feature] && self.used[value][feature] || self.normed[value][feature]
     }
 }
 

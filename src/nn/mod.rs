@@ -1,11 +1,13 @@
 //! Networks: what they are made of, their memory and passes, and the files their weights live in.
 //!
-//! [`config`] reads a model file, `resnet` and `vit` turn it into a [`model::Model`] (a list of layers), [`plan`] finds its
-//! tensors a place in one arena, [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
+//! [`config`] reads a model file, `resnet` and `vit` turn it into a [`model::Model`] (a list of layers), [`liveness`] says
+//! which features matter under masks, [`compact`] leaves out the others, [`plan`] finds the tensors a place in one arena,
+//! [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
 //! and writes them, [`names`] matches the names of a file to those of a model, [`positions`] fits position embeddings to
 //! images of another size.
 
 pub(crate) mod atomic;
+pub mod compact;
 pub mod config;
 mod container;
 pub mod init;
@@ -14,10 +16,11 @@ pub mod model;
 pub mod names;
 pub mod network;
 mod passes;
-mod paths;
+pub mod paths;
 pub mod plan;
 pub mod positions;
 mod resnet;
 mod shards;
 mod vit;
+pub mod ways;
 pub mod weights;

@@ -458,7 +458,13 @@ impl Model {
     }
 
     /// The shape of a convolution of `n` samples; of tokens, and of one pixel, it is a linear layer.
-    pub(super) fn conv_shape(&self, layer: &Layer, n: usize) -> Result<ConvShape> {
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if a size does not fit the kernels.
+    ///
+    /// # Panics
+    /// If the layer is no convolution.
+    pub fn conv_shape(&self, layer: &Layer, n: usize) -> Result<ConvShape> {
         let Layer::Conv { weight, stride, pad, input, .. } = *layer else { unreachable!("asked of convolutions") };
         let shape = &self.parameters[weight].shape;
         let value = &self.values[input];
@@ -487,7 +493,7 @@ impl Model {
 
     pub(super) fn shortcut_shape(&self, layer: &Layer, n: usize) -> Result<ShortcutShape> {
         let Layer::Shortcut { stride, input, output } = *layer else { unreachable!("asked of shortcuts") };
-        ShortcutShape::new(self.values[input].image(), self.values[output].features(), stride, n)
+        ShortcutShape::mapped(self.values[input].image(), self.values[output].features(), stride, n)
     }
 
     pub(super) fn patch_shape(&self, layer: &Layer, n: usize) -> Result<PatchShape> {

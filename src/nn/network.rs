@@ -1,10 +1,15 @@
 //! A network with memory on a device: its weights, masks and settings. Its passes are in `passes.rs`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use super::model::{Layer, Model, ParameterKind, STATISTICS, ValueId};
-use super::paths::kept_weights;
+use ndarray::ArrayD;
+use sha2::{Digest, Sha256};
+
+use super::compact::Compaction;
+use super::model::{Layer, Model, Parameter, ParameterId, ParameterKind, STATISTICS, ValueId};
+use super::paths::{Choice, Tuning, choose};
 use super::plan::{Fixed, Plan, Use};
+use super::ways::MaskedLayer;
 use super::weights::Weights;
 use crate::device::{Buffer, Device, Slice, SliceMut};
 use crate::error::{Error, Result};
@@ -14,6 +19,7 @@ use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::conv_sparse::KeptWeights;
 use crate::ops::optimizer::{AdamW, Clip, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step};
 use crate::ops::prune::apply_mask;
+use crate::ops::row_map::RowMap;
 use crate::ops::step::StepCurrent;
 
 /// Which form of a pass: norms with the batch's statistics and random layers at work, or norms with running statistics
@@ -38,7 +44,14 @@ pub enum Optimizer {
 /// A network on a device.
 pub struct Network {
     pub(super) device: Device,
-    pub(super) model: Model,
+    /// What files hold.
+    model: Model,
+    /// What of it is computed.
+    compaction: Compaction,
+    /// The model of what is computed.
+    pub(super) computed: Model,
+    /// What is not computed: the whole tensors as they were loaded; empty where everything is computed.
+    rest: BTreeMap<String, ArrayD<f32>>,
     pub(super) plan: Plan,
     /// Samples of a batch, a multiple of 8.
     pub(super) n: usize,
@@ -52,8 +65,8 @@ pub struct Network {
     decay: Buffer<u32>,
     /// One bit per parameter: 1 where it is trained; everywhere if there is none.
     trainable: Option<Buffer<u32>>,
-    /// Names of the parameters whose masks were loaded.
-    masked: BTreeSet<String>,
+    /// The masks that were loaded.
+    masks: BTreeMap<String, Mask>,
     pub(super) statistics: Buffer<f32>,
     pub(super) saved: Buffer<f32>,
     pub(super) scratch: Buffer<f32>,
@@ -74,6 +87,12 @@ pub struct Network {
     pub(super) pool_indices: Vec<Buffer<u8>>,
     /// Of each layer: its kept weights, where they alone are multiplied.
     pub(super) paths: Vec<Option<KeptWeights>>,
+    /// Of each layer that multiplies under a mask: how.
+    choices: Vec<Option<Choice>>,
+    /// Where times are taken from that decide it; a table if there is none.
+    tuning: Option<Tuning>,
+    /// Of each layer: which features of its values are which, where they differ.
+    pub(super) maps: Vec<Option<RowMap>>,
     memory_for: Use,
 }
 
@@ -106,7 +125,24 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
     pub fn new(device: &Device, model: &Model, batch: usize, memory_for: Use) -> Result<Self> {
-        let plan = Plan::new(device, model, batch, memory_for)?;
+        Self::for_masks(device, model, &BTreeMap::new(), batch, memory_for)
+    }
+
+    /// Allocates a network for weights under these masks, without the features that do not matter under them
+    /// ([`Compaction`]): it computes the same outputs, and the same gradients of all weights that matter. Those that do
+    /// not keep the values that were loaded, weight decay included.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when memory runs out.
+    pub fn for_masks(
+        device: &Device,
+        model: &Model,
+        masks: &BTreeMap<String, Mask>,
+        batch: usize,
+        memory_for: Use,
+    ) -> Result<Self> {
+        let (computed, compaction) = Compaction::new(model, masks);
+        let plan = Plan::new(device, &computed, batch, memory_for)?;
         let arena = device.alloc::<u32>(plan.bytes / 4)?;
         let mut pieces = arena.split(&plan.pieces);
         let mut rest = pieces.split_off(Fixed::Pieces as usize);
@@ -119,6 +155,9 @@ impl Network {
         let mut network = Network {
             device: device.clone(),
             model: model.clone(),
+            maps: compaction.maps(device, model)?,
+            compaction,
+            rest: BTreeMap::new(),
             n: batch.next_multiple_of(SAMPLE_ALIGNMENT),
             parameters: piece(Fixed::Parameters).cast(),
             gradients: piece(Fixed::Gradients).cast(),
@@ -126,7 +165,7 @@ impl Network {
             mask: piece(Fixed::Mask),
             decay: piece(Fixed::Decay),
             trainable: None,
-            masked: BTreeSet::new(),
+            masks: BTreeMap::new(),
             statistics: piece(Fixed::Statistics).cast(),
             saved: piece(Fixed::Saved).cast(),
             scratch: piece(Fixed::Scratch).cast(),
@@ -143,12 +182,15 @@ impl Network {
             kept,
             pool_indices,
             paths: model.layers.iter().map(|_| None).collect(),
+            choices: vec![None; model.layers.len()],
+            tuning: None,
             memory_for,
             plan,
+            computed,
         };
         let everything = network.bits(|_| true);
         device.write(&everything, network.mask.view_mut())?;
-        network.set_heads(|_| None)?;
+        network.set_heads(&BTreeMap::new())?;
         network.set_statistics(|_| None)?;
         Ok(network)
     }
@@ -158,9 +200,19 @@ impl Network {
         &self.device
     }
 
-    /// What it is made of.
+    /// What it is made of, whether it is computed or not.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// What of it is computed.
+    pub fn compaction(&self) -> &Compaction {
+        &self.compaction
+    }
+
+    /// The model of what is computed.
+    pub fn computed(&self) -> &Model {
+        &self.computed
     }
 
     /// Where its tensors lie.
@@ -168,9 +220,29 @@ impl Network {
         &self.plan
     }
 
-    /// Number of layers that multiply their kept weights alone, as [`Network::load`] has chosen.
-    pub fn layers_of_kept_weights(&self) -> usize {
-        self.paths.iter().flatten().count()
+    /// How each layer multiplies that has a mask, as [`Network::load`] has chosen.
+    pub fn choices(&self) -> &[Option<Choice>] {
+        &self.choices
+    }
+
+    /// From now on [`Network::load`] chooses by times of this machine.
+    pub fn tune(&mut self, tuning: &Tuning) {
+        self.tuning = Some(tuning.clone());
+    }
+
+    /// A hash of how layers multiply: with the device, settings and data, what the bits of a training depend on.
+    pub fn choices_hash(&self) -> String {
+        let mut hash = Sha256::new();
+        for (choice, layer) in self.choices.iter().zip(&self.computed.layers) {
+            let name = &self.computed.values[layer.output()].name;
+            hash.update(format!("{name}: {}\n", choice.as_ref().map_or("dense", |choice| choice.way.name())));
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Bytes of the lists of kept weights, beside the plan's.
+    pub fn list_bytes(&self) -> usize {
+        self.paths.iter().flatten().map(KeptWeights::bytes).sum()
     }
 
     /// Where the loader puts a batch.
@@ -189,7 +261,7 @@ impl Network {
 
     /// What the loss reads and writes after a forward pass.
     pub fn head(&mut self) -> Head<'_> {
-        let output = self.model.output();
+        let output = self.computed.output();
         let gradient = self.plan.gradient_slots[output].map(|slot| self.value_gradients[slot].view_mut());
         Head {
             logits: self.values[self.plan.value_slots[output]].view(),
@@ -234,7 +306,7 @@ impl Network {
     /// A bit for each element of the parameters that `keep` says yes to; the gaps between parameters are 0.
     fn bits(&self, keep: impl Fn(ParameterKind) -> bool) -> Vec<u32> {
         let mut words = vec![0; self.plan.parameter_len / 32];
-        for (parameter, offset) in self.model.parameters.iter().zip(&self.plan.parameters) {
+        for (parameter, offset) in self.computed.parameters.iter().zip(&self.plan.parameters) {
             if keep(parameter.kind) {
                 let ones = Mask::ones(&parameter.shape);
                 words[offset / 32..][..ones.words().len()].copy_from_slice(ones.words());
@@ -255,6 +327,34 @@ impl Network {
         self.device.write(&bits, self.decay.view_mut())
     }
 
+    /// Puts what is computed of a parameter's mask where its bits lie.
+    fn put_mask(&self, id: ParameterId, mask: &Mask, words: &mut [u32]) {
+        let mask = self.compaction.mask(id, &self.computed.parameters[id].shape, mask);
+        words[self.plan.parameters[id] / 32..][..mask.words().len()].copy_from_slice(mask.words());
+    }
+
+    /// Puts what is computed of whole tensors, one a parameter, where they lie.
+    fn put_tensors(&self, tensors: &BTreeMap<String, ArrayD<f32>>) -> Vec<f32> {
+        let mut values = vec![0.0f32; self.plan.parameter_len];
+        for (id, parameter) in self.computed.parameters.iter().enumerate() {
+            let whole: Vec<f32> = tensors[&parameter.name].iter().copied().collect();
+            let left = self.compaction.gather(id, &whole);
+            values[self.plan.range(&self.computed, id)].copy_from_slice(&left);
+        }
+        values
+    }
+
+    /// The whole tensors of parameters of which these are computed, with `rest` around them.
+    fn take_tensors(&self, values: &[f32], rest: &BTreeMap<String, ArrayD<f32>>) -> BTreeMap<String, ArrayD<f32>> {
+        let take = |(id, parameter): (ParameterId, &Parameter)| {
+            let mut whole = rest.get(&parameter.name).cloned().unwrap_or_else(|| ArrayD::zeros(&parameter.shape[..]));
+            let left = &values[self.plan.range(&self.computed, id)];
+            self.compaction.scatter(id, left, whole.as_slice_mut().expect("of standard layout"));
+            (parameter.name.clone(), whole)
+        };
+        self.model.parameters.iter().enumerate().map(take).collect()
+    }
+
     /// From now on trains these weights alone: all others, norms and biases keep their values, bit by bit. To be
     /// followed by [`Network::set_decay`].
     ///
@@ -262,9 +362,9 @@ impl Network {
     /// [`crate::Error::Device`] if the device fails.
     pub fn train_only(&mut self, weights: &MaskSet) -> Result<()> {
         let mut bits = vec![0; self.plan.parameter_len / 32];
-        for (parameter, offset) in self.model.parameters.iter().zip(&self.plan.parameters) {
+        for (id, parameter) in self.computed.parameters.iter().enumerate() {
             if let Some(mask) = weights.get(&parameter.name) {
-                bits[offset / 32..][..mask.words().len()].copy_from_slice(mask.words());
+                self.put_mask(id, mask, &mut bits);
             }
         }
         self.trainable = Some(self.device.upload(&bits)?);
@@ -278,16 +378,19 @@ impl Network {
     /// [`crate::Error::Usage`] with the full list of what is missing, unexpected or of another shape.
     pub fn load(&mut self, weights: &Weights) -> Result<()> {
         weights.check_against(&self.model.file_tensors())?;
-        let mut values = vec![0.0f32; self.plan.parameter_len];
+        if !self.compaction.is_whole() && Compaction::new(&self.model, &weights.masks).1 != self.compaction {
+            return Err(Error::Usage(
+                "the masks leave other features than those that this network was made for; make one for these masks"
+                    .into(),
+            ));
+        }
         let mut words = self.bits(|_| true);
-        for (parameter, &offset) in self.model.parameters.iter().zip(&self.plan.parameters) {
-            let tensor = weights.tensors[&parameter.name].iter();
-            values[offset..].iter_mut().zip(tensor).for_each(|(to, from)| *to = *from);
+        for (id, parameter) in self.computed.parameters.iter().enumerate() {
             if let Some(mask) = weights.masks.get(&parameter.name) {
-                words[offset / 32..][..mask.words().len()].copy_from_slice(mask.words());
+                self.put_mask(id, mask, &mut words);
             }
         }
-        self.device.write(&values, self.parameters.view_mut())?;
+        self.device.write(&self.put_tensors(&weights.tensors), self.parameters.view_mut())?;
         // A captured step holds the addresses of what belongs to the masks: the same ones stay where they are.
         if self.device.read(self.mask.view())? != words {
             self.device.write(&words, self.mask.view_mut())?;
@@ -295,32 +398,49 @@ impl Network {
         }
         apply_mask(&self.device, self.mask.view(), self.parameters.view_mut())?;
         self.moments.iter_mut().try_for_each(|moment| self.device.zero(moment.view_mut()))?;
-        self.set_heads(|name| weights.masks.get(name))?;
-        self.masked = weights.masks.keys().cloned().collect();
+        self.set_heads(&weights.masks)?;
+        self.masks = weights.masks.clone();
+        if !self.compaction.is_whole() {
+            let standard =
+                |(name, tensor): (&String, &ArrayD<f32>)| (name.clone(), tensor.as_standard_layout().into_owned());
+            self.rest = weights.tensors.iter().map(standard).collect();
+            for (name, mask) in &weights.masks {
+                let tensor = self.rest.get_mut(name).expect("checked with the weights");
+                tensor.iter_mut().zip(mask.iter()).filter(|(_, keep)| !keep).for_each(|(value, _)| *value = 0.0);
+            }
+        }
         self.set_statistics(|name| weights.tensors.get(name).map(|tensor| tensor.iter().copied().collect()))
     }
 
     /// Chooses how each layer multiplies under its mask. Gradients of pruned weights are zero from now on.
     fn set_paths(&mut self, masks: &BTreeMap<String, Mask>) -> Result<()> {
         self.device.zero(self.gradients.view_mut())?;
-        for (path, layer) in self.paths.iter_mut().zip(&self.model.layers) {
+        let train = self.memory_for != Use::Evaluate;
+        for (index, layer) in self.computed.layers.iter().enumerate() {
+            (self.paths[index], self.choices[index]) = (None, None);
             let Layer::Conv { weight, .. } = *layer else { continue };
-            let shape = self.model.conv_shape(layer, self.n)?;
-            *path = match masks.get(&self.model.parameters[weight].name) {
-                Some(mask) => kept_weights(&self.device, &shape, mask, self.memory_for != Use::Evaluate)?,
-                None => None,
-            };
+            let parameter = &self.computed.parameters[weight];
+            let Some(mask) = masks.get(&parameter.name) else { continue };
+            let mask = self.compaction.mask(weight, &parameter.shape, mask);
+            if mask.count() == mask.len() {
+                continue;
+            }
+            let layer = MaskedLayer::new(&self.computed.conv_shape(layer, self.n)?, &mask);
+            let choice = choose(&self.device, &layer, train, self.tuning.as_ref())?;
+            self.paths[index] = layer.lists(&self.device, choice.way, train)?;
+            self.choices[index] = Some(choice);
         }
         Ok(())
     }
 
     /// Leaves out the heads of attention whose outputs no kept weight reads; keeps all where there is no mask.
-    fn set_heads<'a>(&mut self, mask: impl Fn(&str) -> Option<&'a Mask>) -> Result<()> {
+    fn set_heads(&mut self, masks: &BTreeMap<String, Mask>) -> Result<()> {
         let mut flags = vec![1u32; self.heads.len()];
-        for (layer, &offset) in self.model.layers.iter().zip(&self.plan.heads) {
+        for (layer, &offset) in self.computed.layers.iter().zip(&self.plan.heads) {
             let &Layer::Attention { heads, projection, .. } = layer else { continue };
-            let projection = &self.model.parameters[projection];
-            let Some(mask) = mask(&projection.name) else { continue };
+            let (id, projection) = (projection, &self.computed.parameters[projection]);
+            let Some(mask) = masks.get(&projection.name) else { continue };
+            let mask = self.compaction.mask(id, &projection.shape, mask);
             let (inputs, head) = (projection.fan_in(), projection.fan_in() / heads);
             let mut read = vec![0; heads];
             mask.iter().enumerate().filter(|&(_, kept)| kept).for_each(|(i, _)| read[i % inputs / head] = 1);
@@ -332,11 +452,13 @@ impl Network {
     /// Sets running statistics by name; 0 and 1 where there is none.
     fn set_statistics(&mut self, find: impl Fn(&str) -> Option<Vec<f32>>) -> Result<()> {
         let mut values = vec![0.0f32; self.plan.statistics_len];
-        for (index, statistics) in self.model.statistics.iter().enumerate() {
-            for (which, range) in self.plan.statistic_ranges(&self.model, index).into_iter().enumerate() {
+        for layer in &self.computed.layers {
+            let Layer::Norm { statistics: index, scale, .. } = *layer else { continue };
+            let statistics = &self.model.statistics[index];
+            for (which, range) in self.plan.statistic_ranges(&self.computed, index).into_iter().enumerate() {
                 let name = format!("{}.{}", statistics.name, STATISTICS[which]);
                 let found = find(&name).unwrap_or_else(|| vec![which as f32; statistics.features]);
-                values[range].copy_from_slice(&found);
+                values[range].copy_from_slice(&self.compaction.gather(scale, &found));
             }
         }
         self.device.write(&values, self.statistics.view_mut())
@@ -348,24 +470,18 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Device`] if the device fails.
     pub fn weights(&self) -> Result<Weights> {
-        let mut weights = Weights::default();
-        let values = self.device.read(self.parameters.view())?;
-        let words = self.device.read(self.mask.view())?;
-        for (id, parameter) in self.model.parameters.iter().enumerate() {
-            let range = self.plan.range(&self.model, id);
-            let first = range.start / 32;
-            let mask = words[first..first + parameter.elements().div_ceil(32)].to_vec();
-            let mask = Mask::from_words(&parameter.shape, mask)?;
-            weights.tensors.insert(parameter.name.clone(), array(&parameter.shape, &values[range]));
-            if mask.count() < mask.len() || self.masked.contains(&parameter.name) {
-                weights.masks.insert(parameter.name.clone(), mask);
-            }
-        }
+        let tensors = self.take_tensors(&self.device.read(self.parameters.view())?, &self.rest);
+        let mut weights = Weights { tensors, masks: self.masks.clone(), ..Weights::default() };
         let values = self.device.read(self.statistics.view())?;
-        for (index, statistics) in self.model.statistics.iter().enumerate() {
-            for (which, range) in self.plan.statistic_ranges(&self.model, index).into_iter().enumerate() {
+        for layer in &self.computed.layers {
+            let Layer::Norm { statistics: index, scale, .. } = *layer else { continue };
+            let statistics = &self.model.statistics[index];
+            for (which, range) in self.plan.statistic_ranges(&self.computed, index).into_iter().enumerate() {
                 let name = format!("{}.{}", statistics.name, STATISTICS[which]);
-                weights.tensors.insert(name, array(&[statistics.features], &values[range]));
+                let whole = || ArrayD::zeros(vec![statistics.features]);
+                let mut tensor = self.rest.get(&name).cloned().unwrap_or_else(whole);
+                self.compaction.scatter(scale, &values[range], tensor.as_slice_mut().expect("of standard layout"));
+                weights.tensors.insert(name, tensor);
             }
         }
         Ok(weights)
@@ -377,12 +493,8 @@ impl Network {
     /// [`crate::Error::Device`] if the device fails.
     pub fn moments(&self) -> Result<Vec<Weights>> {
         let read = |moment: &Buffer<f32>| {
-            let values = self.device.read(moment.view())?;
-            let parameters = self.model.parameters.iter().enumerate();
-            let tensors = parameters.map(|(id, parameter)| {
-                (parameter.name.clone(), array(&parameter.shape, &values[self.plan.range(&self.model, id)]))
-            });
-            Ok(Weights { tensors: tensors.collect(), ..Weights::default() })
+            let tensors = self.take_tensors(&self.device.read(moment.view())?, &BTreeMap::new());
+            Ok(Weights { tensors, ..Weights::default() })
         };
         self.moments.iter().filter(|moment| !moment.is_empty()).map(read).collect()
     }
@@ -393,23 +505,18 @@ impl Network {
     /// [`crate::Error::Usage`] if it is another optimizer's, or a parameter is missing or of another shape.
     pub fn set_moments(&mut self, moments: &[Weights]) -> Result<()> {
         let expected: Vec<_> = self.model.parameters.iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
-        let own = self.moments.iter_mut().filter(|moment| !moment.is_empty());
-        let own: Vec<_> = own.collect();
-        if own.len() != moments.len() {
+        let own = self.moments.iter().filter(|moment| !moment.is_empty()).count();
+        if own != moments.len() {
             return Err(Error::Usage(format!(
                 "the optimizer's state: expected {} tensors for each parameter, got {}: it is another optimizer's",
-                own.len(),
+                own,
                 moments.len()
             )));
         }
-        for (own, given) in own.into_iter().zip(moments) {
+        for (own, given) in moments.iter().enumerate() {
             given.check_against(&expected)?;
-            let mut values = vec![0.0f32; self.plan.parameter_len];
-            for (parameter, &offset) in self.model.parameters.iter().zip(&self.plan.parameters) {
-                let tensor = given.tensors[&parameter.name].iter();
-                values[offset..].iter_mut().zip(tensor).for_each(|(to, from)| *to = *from);
-            }
-            self.device.write(&values, own.view_mut())?;
+            let values = self.put_tensors(&given.tensors);
+            self.device.write(&values, self.moments[own].view_mut())?;
         }
         Ok(())
     }
@@ -420,7 +527,7 @@ impl Network {
     /// [`crate::Error::Device`] if the device fails.
     pub fn first_not_finite(&mut self) -> Result<String> {
         self.forward(Mode::Train)?;
-        for (value, slot) in self.model.values.iter().zip(&self.plan.value_slots) {
+        for (value, slot) in self.computed.values.iter().zip(&self.plan.value_slots) {
             let values = self.device.read(self.values[*slot].view())?;
             if values.iter().any(|value| !value.is_finite()) {
                 return Ok(value.name.clone());
@@ -436,21 +543,22 @@ impl Network {
     /// [`crate::Error::Device`] if the device fails.
     pub fn feature_magnitudes(&self, value: ValueId) -> Result<Vec<f64>> {
         let values = self.device.read(self.values[self.plan.value_slots[value]].view())?;
-        let row = values.len() / self.model.values[value].features();
+        let row = values.len() / self.computed.values[value].features();
         Ok(values.chunks(row).map(|row| row.iter().map(|x| f64::from(x.abs())).sum()).collect())
     }
 
     /// The gradient of a parameter, for tests and profiles; 0 for pruned weights of a layer that multiplies its kept ones
-    /// alone.
+    /// alone, and for what is not computed.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if the device fails.
     pub fn parameter_gradient(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        let id = self.model.parameters.iter().position(|parameter| parameter.name == name);
-        id.map(|id| self.device.read(self.gradients.slice(self.plan.range(&self.model, id)))).transpose()
+        let Some(id) = self.computed.parameters.iter().position(|parameter| parameter.name == name) else {
+            return Ok(None);
+        };
+        let left = self.device.read(self.gradients.slice(self.plan.range(&self.computed, id)))?;
+        let mut whole = vec![0.0; self.model.parameters[id].elements()];
+        self.compaction.scatter(id, &left, &mut whole);
+        Ok(Some(whole))
     }
-}
-
-fn array(shape: &[usize], values: &[f32]) -> ndarray::ArrayD<f32> {
-    ndarray::ArrayD::from_shape_vec(shape, values.to_vec()).expect("as many values as the shape has")
 }

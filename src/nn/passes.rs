@@ -35,8 +35,8 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails.
     pub fn forward(&mut self, mode: Mode) -> Result<()> {
-        for index in 0..self.model.layers.len() {
-            let slot = self.plan.value_slots[self.model.layers[index].output()];
+        for index in 0..self.computed.layers.len() {
+            let slot = self.plan.value_slots[self.computed.layers[index].output()];
             // Taken out, so that the others can be read while it is written.
             let mut y = std::mem::take(&mut self.values[slot]);
             self.layer_forward(index, mode, y.view_mut())?;
@@ -48,7 +48,7 @@ impl Network {
     fn layer_forward(&mut self, index: usize, mode: Mode, y: SliceMut<f32>) -> Result<()> {
         let Network {
             device,
-            model,
+            computed: model,
             plan,
             n,
             parameters,
@@ -63,6 +63,7 @@ impl Network {
             seed,
             heads: flags,
             paths,
+            maps,
             ..
         } = self;
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
@@ -87,10 +88,11 @@ impl Network {
                 let shape = model.conv_shape(layer, n)?;
                 conv_forward(device, &shape, value(input), parameter(weight), bias, y)
             }
-            Layer::Norm { scale, shift, statistics: index, input, residual, relu, .. } => {
+            Layer::Norm { scale, shift, statistics: own, input, residual, relu, .. } => {
                 let shape = model.norm_shape(input, n)?;
-                let [mean, var] = plan.statistic_ranges(model, index);
-                let norm = NormInput { x: value(input), residual: residual.map(value), relu, count };
+                let [mean, var] = plan.statistic_ranges(model, own);
+                let (x, residual, map) = (value(input), residual.map(value), maps[index].as_ref());
+                let norm = NormInput { x, residual, map, relu, count };
                 let affine = NormAffine { gamma: parameter(scale), beta: parameter(shift), epsilon: NORM_EPSILON };
                 if !train {
                     return norm_eval(device, &shape, norm, affine, statistics.slice(mean), statistics.slice(var), y);
@@ -101,7 +103,8 @@ impl Network {
                 norm_forward(device, &shape, norm, affine, running, NormSaved { mean, invstd }, scratch.view_mut(), y)
             }
             Layer::Shortcut { input, .. } => {
-                shortcut_forward(device, &model.shortcut_shape(layer, n)?, value(input), y)
+                let map = maps[index].as_ref();
+                shortcut_forward(device, &model.shortcut_shape(layer, n)?, map, value(input), y)
             }
             Layer::MaxPool { input, .. } => {
                 let picked = pool_indices[plan.kept_slots[index]].view_mut();
@@ -151,9 +154,9 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails.
     pub fn backward(&mut self) -> Result<()> {
-        for index in (0..self.model.layers.len()).rev() {
+        for index in (0..self.computed.layers.len()).rev() {
             // What no parameter comes before has no gradient.
-            let Some(slot) = self.plan.gradient_slots[self.model.layers[index].output()] else { continue };
+            let Some(slot) = self.plan.gradient_slots[self.computed.layers[index].output()] else { continue };
             let dy = std::mem::take(&mut self.value_gradients[slot]);
             self.layer_backward(index, dy.view())?;
             self.value_gradients[slot] = dy;
@@ -164,7 +167,7 @@ impl Network {
     fn layer_backward(&mut self, index: usize, dy: Slice<f32>) -> Result<()> {
         let Network {
             device,
-            model,
+            computed: model,
             plan,
             n,
             parameters,
@@ -180,6 +183,7 @@ impl Network {
             seed,
             heads: flags,
             paths,
+            maps,
             ..
         } = self;
         let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
@@ -212,7 +216,8 @@ impl Network {
                 let shape = model.norm_shape(input, n)?;
                 let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
                 let (x, y, gamma) = (value(input), value(output), parameter(scale));
-                let norm = NormBackward { x, y, dy, relu, gamma, mean, invstd, training: true, count };
+                let map = maps[index].as_ref();
+                let norm = NormBackward { x, y, dy, relu, gamma, mean, invstd, training: true, map, count };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
                 let x = slot(input).expect("a norm comes after a convolution");
                 let (dx, dresidual) = match residual.and_then(slot) {
@@ -226,7 +231,8 @@ impl Network {
                 norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dresidual, dx)
             }
             Layer::Shortcut { input, .. } => {
-                shortcut_backward(device, &model.shortcut_shape(layer, n)?, dy, at(value_gradients, slot(input)))
+                let (map, dx) = (maps[index].as_ref(), at(value_gradients, slot(input)));
+                shortcut_backward(device, &model.shortcut_shape(layer, n)?, map, dy, dx)
             }
             Layer::MaxPool { input, .. } => {
                 let picked = pool_indices[plan.kept_slots[index]].view();

@@ -65,6 +65,13 @@ struct Product {
     direct: Kernel<ConvArgs>,
 }
 
+impl std::fmt::Display for ConvShape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ConvShape { c, h, w, k, r, s, stride, pad, n, .. } = self;
+        write!(f, "{c}x{h}x{w} to {k} by {r}x{s}, stride {stride}, padding {pad}, {n} samples")
+    }
+}
+
 impl ConvShape {
     /// The shape of a convolution of `n` samples (rounded up to a multiple of 8): input `[c, h, w]`, `k` filters of
     /// `[r, s]`.
@@ -112,6 +119,11 @@ impl ConvShape {
     /// Output channels, `k`.
     pub fn filters(&self) -> usize {
         self.k as usize
+    }
+
+    /// Input channels, `c`.
+    pub fn channels(&self) -> usize {
+        self.c as usize
     }
 
     /// Output image, `[p, q]`.

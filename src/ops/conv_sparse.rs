@@ -7,38 +7,75 @@ use crate::error::{Error, Result};
 
 kernel_args! {
     struct ConvSparseArgs {
-        from: Ptr<f32>, starts: Ptr<u32>, offsets: Ptr<i32>, values: Ptr<f32>, bias: Ptr<f32>, to: Ptr<f32>,
-        count: Ptr<u32>, shape: ConvShape, columns: Columns, accumulate: i32,
+        from: Ptr<f32>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, values: Ptr<f32>, bias: Ptr<f32>,
+        to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, columns: Columns, groups: i32, accumulate: i32,
     }
     struct ConvSparseGradientArgs {
-        x: Ptr<f32>, dy: Ptr<f32>, starts: Ptr<u32>, offsets: Ptr<i32>, places: Ptr<u32>, chunks: Ptr<u32>,
-        partial: Ptr<f32>, shape: ConvShape, kept: i32, splits: i32,
+        x: Ptr<f32>, dy: Ptr<f32>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, places: Ptr<u32>,
+        chunks: Ptr<u32>, partial: Ptr<f32>, shape: ConvShape, entries: i32, chunk_count: i32, splits: i32,
     }
-    struct ConvSparseGatherArgs { w: Ptr<f32>, places: Ptr<u32>, values: Ptr<f32>, kept: i64 }
-    struct ConvSparseScatterArgs { partial: Ptr<f32>, places: Ptr<u32>, dw: Ptr<f32>, kept: i64, splits: i32 }
+    struct ConvSparseGatherArgs { w: Ptr<f32>, places: Ptr<u32>, values: Ptr<f32>, count: i64 }
+    struct ConvSparseScatterArgs { partial: Ptr<f32>, places: Ptr<u32>, dw: Ptr<f32>, count: i64, splits: i32 }
 }
 layouts_of!(ConvSparseArgs, ConvSparseGradientArgs, ConvSparseGatherArgs, ConvSparseScatterArgs);
 
-static FORWARD: [Kernel<ConvSparseArgs>; 2] =
-    [Kernel::new("conv_sparse_forward_f32"), Kernel::new("conv_sparse_forward_direct_f32")];
-static INPUT_GRADIENT: [Kernel<ConvSparseArgs>; 2] =
-    [Kernel::new("conv_sparse_input_gradient_f32"), Kernel::new("conv_sparse_input_gradient_direct_f32")];
-static WEIGHT_GRADIENT: [Kernel<ConvSparseGradientArgs>; 2] =
-    [Kernel::new("conv_sparse_weight_gradient_f32"), Kernel::new("conv_sparse_weight_gradient_direct_f32")];
+/// A kernel for rows by themselves and one for groups, each staged and direct.
+type Kernels<Args> = [[Kernel<Args>; 2]; 2];
+
+static FORWARD: Kernels<ConvSparseArgs> = [
+    [Kernel::new("conv_sparse_forward_f32"), Kernel::new("conv_sparse_forward_direct_f32")],
+    [Kernel::new("conv_groups_forward_f32"), Kernel::new("conv_groups_forward_direct_f32")],
+];
+static INPUT_GRADIENT: Kernels<ConvSparseArgs> = [
+    [Kernel::new("conv_sparse_input_gradient_f32"), Kernel::new("conv_sparse_input_gradient_direct_f32")],
+    [Kernel::new("conv_groups_input_gradient_f32"), Kernel::new("conv_groups_input_gradient_direct_f32")],
+];
+static WEIGHT_GRADIENT: Kernels<ConvSparseGradientArgs> = [
+    [Kernel::new("conv_sparse_weight_gradient_f32"), Kernel::new("conv_sparse_weight_gradient_direct_f32")],
+    [Kernel::new("conv_groups_weight_gradient_f32"), Kernel::new("conv_groups_weight_gradient_direct_f32")],
+];
 static GATHER: Kernel<ConvSparseGatherArgs> = Kernel::new("conv_sparse_gather_f32");
 static SCATTER: Kernel<ConvSparseScatterArgs> = Kernel::new("conv_sparse_scatter_f32");
 
-/// Tile sizes of `kernels/conv_sparse.cu`.
-const GROUP_ROWS: usize = 64;
-const GROUP_SAMPLES: usize = 128;
-const STAGED_TILE: [usize; 2] = [32, 128];
-const CHUNK: usize = 64;
+/// Rows of a group that share what they read.
+pub const GROUP_ROWS: usize = 8;
+
+/// Tile sizes of `kernels/conv_sparse.cu`, and its mark for what is not there.
+const BLOCK_ROWS: usize = 64;
+const BLOCK_SAMPLES: usize = 128;
+const STAGED_COLUMNS: usize = 128;
 const THREADS: u32 = 256;
+const WARPS: usize = 8;
+const WARP_ROWS: usize = 4;
+const CHUNK: usize = 64;
+const GROUP_WARP_ENTRIES: usize = 4;
+const NONE: u32 = u32::MAX;
+/// Entries of a chunk of a direct weight gradient of groups: whole tiles of every instruction set.
+const GROUP_CHUNK: usize = 24;
 /// Blocks that a staged weight gradient aims for: two for each of 132 multiprocessors.
 const GRADIENT_BLOCKS: usize = 264;
 /// What a split of a direct weight gradient reads, about: its blocks follow each other, and find it in the second-level
 /// cache.
 const DIRECT_GRADIENT_BYTES: usize = 1 << 20;
+
+/// Which rows of a layer share their reads: groups of at most [`GROUP_ROWS`], each row in one.
+pub struct RowGroups {
+    /// Of output channels, for the forward pass and the weight gradient.
+    pub outputs: Vec<Vec<usize>>,
+    /// Of input channels, for the input gradient.
+    pub inputs: Vec<Vec<usize>>,
+}
+
+impl RowGroups {
+    /// Groups of neighbours.
+    pub fn neighbours(shape: &ConvShape) -> Self {
+        let groups = |rows: usize| {
+            let all: Vec<usize> = (0..rows).collect();
+            all.chunks(GROUP_ROWS).map(<[usize]>::to_vec).collect()
+        };
+        RowGroups { outputs: groups(shape.filters()), inputs: groups(shape.channels()) }
+    }
+}
 
 /// The kept weights of a convolution, as lists on a device: for every pass where each of them reads.
 pub struct KeptWeights {
@@ -47,15 +84,20 @@ pub struct KeptWeights {
     forward: List,
     /// None in a network that is not trained.
     input_gradient: Option<List>,
-    /// Row, first entry and the one after the last of each chunk of the forward list.
+    /// Group, tap, first entry and the one after the last of each chunk of the forward list.
     chunks: Buffer<u32>,
-    /// Sums of the weight gradient's splits, `[splits, kept]`.
+    /// Sums of the weight gradient's splits, `[splits, entries, rows of a group]`.
     partial: Buffer<f32>,
     splits: usize,
 }
 
-/// The kept weights by rows, a row by taps.
+/// The kept weights by groups of rows, a group by taps.
 struct List {
+    /// Rows of a group: 1 or [`GROUP_ROWS`].
+    size: usize,
+    groups: usize,
+    /// `[groups, size]`; empty for rows by themselves.
+    rows: Buffer<u32>,
     starts: Buffer<u32>,
     offsets: Buffer<i32>,
     places: Buffer<u32>,
@@ -63,53 +105,84 @@ struct List {
 }
 
 impl List {
-    /// A row for each input channel (`transposed`) or output channel. `kept` are places in w, ascending.
-    fn new(device: &Device, shape: &ConvShape, kept: &[u32], transposed: bool) -> Result<(Self, Vec<u32>)> {
+    /// Rows are input channels (`transposed`) or output channels. `kept` are places in w.
+    fn new(
+        device: &Device,
+        shape: &ConvShape,
+        kept: &[u32],
+        groups: Option<&[Vec<usize>]>,
+        transposed: bool,
+    ) -> Result<(Self, Vec<u32>)> {
         let [c, k, r, s] = [shape.c, shape.k, shape.r, shape.s].map(|size| size as usize);
         let (rows, stride) = if transposed { (c, shape.stride as usize) } else { (k, 1) };
         let [height, width] = if transposed { [shape.p, shape.q] } else { [shape.h, shape.w] }.map(i64::from);
+        let size = if groups.is_some() { GROUP_ROWS } else { 1 };
+        // Of each row, its group and its place in that.
+        let mut homes: Vec<(usize, usize)> = (0..rows).map(|row| (row, 0)).collect();
+        let mut listed = Vec::new();
+        for (number, group) in groups.into_iter().flatten().enumerate() {
+            group.iter().enumerate().for_each(|(lane, &row)| homes[row] = (number, lane));
+            listed.extend((0..GROUP_ROWS).map(|lane| group.get(lane).map_or(NONE, |&row| row as u32)));
+        }
+        let groups = groups.map_or(rows, <[_]>::len);
         // Where a tap stands in the order by remainder, as `place` in the kernel.
         let order = |tap: usize, filter: usize| {
             let rest = tap % stride;
             rest * (filter / stride) + rest.min(filter % stride) + tap / stride
         };
-        let mut starts = vec![0u32; rows * r * s + 1];
-        let entry = |place: u32| {
-            let place = place as usize;
-            let [k, c, r0, s0] = [place / (c * r * s), place / (r * s) % c, place / s % r, place % s];
-            let (row, channel) = if transposed { (c, k) } else { (k, c) };
-            let slot = row * r * s + order(r0, r) * s + order(s0, s);
-            let [r0, s0] = [r0, s0].map(|tap| if transposed { -((tap / stride) as i64) } else { tap as i64 });
-            (slot, ((channel as i64 * height + r0) * width + s0) * i64::from(shape.n))
-        };
-        for &place in kept {
-            starts[entry(place).0 + 1] += 1;
+        // Slot of group and tap, where it reads, which row of the group, place in w.
+        let mut entries: Vec<(u32, i32, u32, u32)> = kept
+            .iter()
+            .map(|&at| {
+                let place = at as usize;
+                let [k, c, r0, s0] = [place / (c * r * s), place / (r * s) % c, place / s % r, place % s];
+                let (row, channel) = if transposed { (c, k) } else { (k, c) };
+                let (group, lane) = homes[row];
+                let slot = group * r * s + order(r0, r) * s + order(s0, s);
+                let [r0, s0] = [r0, s0].map(|tap| if transposed { -((tap / stride) as i64) } else { tap as i64 });
+                let offset = ((channel as i64 * height + r0) * width + s0) * i64::from(shape.n);
+                (slot as u32, i32::try_from(offset).expect("refused before"), lane as u32, at)
+            })
+            .collect();
+        entries.sort_unstable();
+        let mut starts = vec![0u32; groups * r * s + 1];
+        let (mut offsets, mut places) = (Vec::new(), Vec::new());
+        let mut last = None;
+        for (slot, offset, lane, place) in entries {
+            if last.replace((slot, offset)) != Some((slot, offset)) {
+                starts[slot as usize + 1] += 1;
+                offsets.push(offset);
+                places.resize(places.len() + size, NONE);
+            }
+            let first = places.len() - size;
+            places[first + lane as usize] = place;
         }
         for slot in 1..starts.len() {
             starts[slot] += starts[slot - 1];
         }
-        let (mut next, mut offsets, mut places) = (starts.clone(), vec![0i32; kept.len()], vec![0u32; kept.len()]);
-        for &place in kept {
-            let (slot, offset) = entry(place);
-            let at = next[slot] as usize;
-            next[slot] += 1;
-            offsets[at] = i32::try_from(offset).expect("refused before");
-            places[at] = place;
-        }
         let list = List {
+            size,
+            groups,
+            rows: device.upload(&listed)?,
             starts: device.upload(&starts)?,
             offsets: device.upload(&offsets)?,
             places: device.upload(&places)?,
-            values: device.alloc(kept.len())?,
+            values: device.alloc(places.len())?,
         };
         Ok((list, starts))
     }
 
     fn gather(&mut self, device: &Device, w: Slice<f32>) -> Result<()> {
-        let (kept, values) = (self.places.len() as i64, self.values.view_mut().ptr());
-        let args = ConvSparseGatherArgs { w: w.ptr(), places: self.places.view().ptr(), values, kept };
-        // SAFETY: places are below the length of w, which the caller has checked.
+        let (count, values) = (self.places.len() as i64, self.values.view_mut().ptr());
+        let args = ConvSparseGatherArgs { w: w.ptr(), places: self.places.view().ptr(), values, count };
+        // SAFETY: places are below the length of w, which the caller has checked, or marks.
         unsafe { device.launch(&GATHER, device.elementwise(self.places.len()), &args) }
+    }
+
+    /// Bytes of its tensors.
+    fn bytes(&self) -> usize {
+        let words = [&self.rows, &self.starts, &self.places].map(Buffer::len).iter().sum::<usize>();
+        4 * (words + self.offsets.len() + self.values.len())
     }
 }
 
@@ -120,12 +193,19 @@ impl KeptWeights {
     }
 
     /// Lists of the weights of `[k, c, r, s]` that `kept` names by their places, ascending; for the input gradient too
-    /// if `train`.
+    /// if `train`. Rows are taken by themselves, or in groups.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the tensors are beyond [`KeptWeights::reach`], or a place beyond the weights or not above
-    /// the one before it; [`Error::Device`] when memory runs out.
-    pub fn new(device: &Device, shape: &ConvShape, kept: &[u32], train: bool) -> Result<Self> {
+    /// [`Error::Shape`] if the tensors are beyond [`KeptWeights::reach`], a place beyond the weights or not above the
+    /// one before it, or a row not in exactly one group of at most [`GROUP_ROWS`]; [`Error::Device`] when memory runs
+    /// out.
+    pub fn new(
+        device: &Device,
+        shape: &ConvShape,
+        kept: &[u32],
+        groups: Option<&RowGroups>,
+        train: bool,
+    ) -> Result<Self> {
         let refuse = |what: &str, expected: String, got: String| {
             Err(Error::Shape { op: "convolution of kept weights", what: what.into(), expected, got })
         };
@@ -139,17 +219,27 @@ impl KeptWeights {
         if let Some(&last) = kept.last().filter(|&&last| last as usize >= shape.weight_len()) {
             return refuse("place of a kept weight", format!("one below {}", shape.weight_len()), last.to_string());
         }
-        let (forward, starts) = List::new(device, shape, kept, false)?;
-        let input_gradient = if train { Some(List::new(device, shape, kept, true)?.0) } else { None };
-        let taps = (shape.r * shape.s) as usize;
-        let mut chunks = Vec::new();
-        for row in 0..shape.k as usize {
-            let end = starts[(row + 1) * taps];
-            let begins = (starts[row * taps]..end).step_by(CHUNK);
-            chunks.extend(begins.flat_map(|begin| [row as u32, begin, end.min(begin + CHUNK as u32)]));
+        if let Some(groups) = groups {
+            for (rows, groups, what) in [
+                (shape.k as usize, &groups.outputs, "groups of output channels"),
+                (shape.c as usize, &groups.inputs, "groups of input channels"),
+            ] {
+                let mut all = groups.concat();
+                all.sort_unstable();
+                if !all.iter().copied().eq(0..rows) || groups.iter().any(|group| group.len() > GROUP_ROWS) {
+                    let expected = format!("each of {rows} in one group of at most {GROUP_ROWS}");
+                    return refuse(what, expected, format!("{groups:?}"));
+                }
+            }
         }
-        let splits = splits(shape, chunks.len() / 3, device.policy());
-        let partial = device.alloc(if train { splits * kept.len() } else { 0 })?;
+        let outputs = groups.map(|groups| &groups.outputs[..]);
+        let (forward, starts) = List::new(device, shape, kept, outputs, false)?;
+        let input_gradient = match groups.map(|groups| &groups.inputs[..]) {
+            inputs if train => Some(List::new(device, shape, kept, inputs, true)?.0),
+            _ => None,
+        };
+        let (chunks, splits) = chunks(shape, &forward, &starts, device.policy());
+        let partial = device.alloc(if train { splits * forward.places.len() } else { 0 })?;
         let chunks = device.upload(&chunks)?;
         Ok(KeptWeights { shape: *shape, kept: kept.len(), forward, input_gradient, chunks, partial, splits })
     }
@@ -162,6 +252,17 @@ impl KeptWeights {
     /// Number of kept weights.
     pub fn kept(&self) -> usize {
         self.kept
+    }
+
+    /// Number of weights that the forward pass multiplies: kept ones, and zeros that stand in groups beside them.
+    pub fn multiplied(&self) -> usize {
+        self.forward.places.len()
+    }
+
+    /// Bytes that the lists take.
+    pub fn bytes(&self) -> usize {
+        let lists = [Some(&self.forward), self.input_gradient.as_ref()];
+        lists.into_iter().flatten().map(List::bytes).sum::<usize>() + 4 * (self.chunks.len() + self.partial.len())
     }
 
     /// Takes the values of the kept weights from w `[k, c, r, s]`, for the passes that follow.
@@ -178,34 +279,56 @@ impl KeptWeights {
     }
 }
 
-/// Splits of the weight gradient: a function of shape, mask and policy alone.
-fn splits(shape: &ConvShape, chunks: usize, policy: Policy) -> usize {
-    let units = shape.p as usize * (shape.n as usize).div_ceil(GROUP_SAMPLES);
+/// Chunks of the forward list, and splits of the weight gradient: a function of shape, mask and policy alone.
+fn chunks(shape: &ConvShape, list: &List, starts: &[u32], policy: Policy) -> (Vec<u32>, usize) {
+    let taps = (shape.r * shape.s) as usize;
+    // Chunks of groups have one tap.
+    let (step, length) = match (list.size, policy) {
+        (1, _) => (taps, CHUNK),
+        (_, Policy::Direct) => (1, GROUP_CHUNK),
+        (_, Policy::Staged) => (1, GROUP_WARP_ENTRIES),
+    };
+    let mut chunks = Vec::new();
+    for slot in (0..list.groups * taps).step_by(step) {
+        let end = starts[slot + step];
+        let begins = (starts[slot]..end).step_by(length);
+        let (group, tap) = ((slot / taps) as u32, (slot % taps) as u32);
+        chunks.extend(begins.flat_map(|begin| [group, tap, begin, end.min(begin + length as u32)]));
+    }
+    let units = shape.p as usize * (shape.n as usize).div_ceil(BLOCK_SAMPLES);
     let bytes = (shape.input_len() + shape.output_len()) * size_of::<f32>();
     let splits = match policy {
         Policy::Direct => bytes / DIRECT_GRADIENT_BYTES,
-        Policy::Staged => GRADIENT_BLOCKS / chunks.max(1),
+        Policy::Staged => GRADIENT_BLOCKS / gradient_blocks(list, chunks.len() / 4, policy).max(1),
     };
-    splits.clamp(1, units)
+    (chunks, splits.clamp(1, units))
+}
+
+/// Blocks of the weight gradient of a split.
+fn gradient_blocks(list: &List, chunks: usize, policy: Policy) -> usize {
+    if list.size > 1 && policy == Policy::Staged { chunks.div_ceil(WARPS) } else { chunks }
 }
 
 fn product(
     device: &Device,
-    [staged, direct]: &'static [Kernel<ConvSparseArgs>; 2],
-    rows: i32,
+    kernels: &'static Kernels<ConvSparseArgs>,
+    list: &List,
     pixels: i32,
     args: &ConvSparseArgs,
 ) -> Result<()> {
-    let [rows, pixels, n] = [rows, pixels, args.shape.n].map(|x| x as usize);
+    let [pixels, n] = [pixels, args.shape.n].map(|x| x as usize);
+    let [staged, direct] = &kernels[usize::from(list.size > 1)];
     let (kernel, grid, block) = match device.policy() {
-        Policy::Direct => (direct, [pixels, n.div_ceil(GROUP_SAMPLES), rows.div_ceil(GROUP_ROWS)], 1),
+        Policy::Direct => {
+            (direct, [pixels, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / list.size)], 1)
+        }
         Policy::Staged => {
-            let [tile_rows, tile_columns] = STAGED_TILE;
-            (staged, [(pixels * n).div_ceil(tile_columns), rows.div_ceil(tile_rows), 1], THREADS)
+            let groups = WARPS * if list.size == 1 { WARP_ROWS } else { 1 };
+            (staged, [(pixels * n).div_ceil(STAGED_COLUMNS), list.groups.div_ceil(groups), 1], THREADS)
         }
     };
-    // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape; offsets and
-    // starts are those of the shape.
+    // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape; rows, offsets
+    // and starts are those of the shape.
     unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), args) }
 }
 
@@ -234,6 +357,7 @@ pub fn conv_sparse_forward(
     let list = &weights.forward;
     let args = ConvSparseArgs {
         from: x.ptr(),
+        rows: list.rows.view().ptr(),
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
         values: list.values.view().ptr(),
@@ -242,9 +366,10 @@ pub fn conv_sparse_forward(
         count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
         shape,
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
+        groups: list.groups as i32,
         accumulate: 0,
     };
-    product(device, &FORWARD, shape.k, shape.p * shape.q, &args)
+    product(device, &FORWARD, list, shape.p * shape.q, &args)
 }
 
 /// Input gradient, as [`conv_input_gradient`](super::conv::conv_input_gradient), with the values that
@@ -265,6 +390,7 @@ pub fn conv_sparse_input_gradient(
     let list = weights.input_gradient.as_ref().ok_or_else(|| made_for_evaluation(op))?;
     let args = ConvSparseArgs {
         from: dy.ptr(),
+        rows: list.rows.view().ptr(),
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
         values: list.values.view().ptr(),
@@ -273,9 +399,10 @@ pub fn conv_sparse_input_gradient(
         count: Ptr::null(),
         shape,
         columns: Columns::samples(shape.n as usize)?,
+        groups: list.groups as i32,
         accumulate: i32::from(accumulate),
     };
-    product(device, &INPUT_GRADIENT, shape.c, shape.h * shape.w, &args)
+    product(device, &INPUT_GRADIENT, list, shape.h * shape.w, &args)
 }
 
 /// Weight gradient, as [`conv_weight_gradient`](super::conv::conv_weight_gradient), of kept weights: the others' places
@@ -297,35 +424,38 @@ pub fn conv_sparse_weight_gradient(
     if weights.input_gradient.is_none() {
         return Err(made_for_evaluation(op));
     }
-    let chunks = weights.chunks.len() / 3;
+    let chunks = weights.chunks.len() / 4;
     if chunks == 0 {
         return Ok(());
     }
-    let KeptWeights { forward: list, kept, splits, .. } = weights;
-    let (kept, splits, partial) = (*kept, *splits, weights.partial.view_mut().ptr());
+    let (splits, partial) = (weights.splits, weights.partial.view_mut().ptr());
+    let list = &weights.forward;
     let args = ConvSparseGradientArgs {
         x: x.ptr(),
         dy: dy.ptr(),
+        rows: list.rows.view().ptr(),
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
         places: list.places.view().ptr(),
         chunks: weights.chunks.view().ptr(),
         partial,
         shape,
-        kept: kept as i32,
+        entries: list.offsets.len() as i32,
+        chunk_count: chunks as i32,
         splits: splits as i32,
     };
-    let [staged, direct] = &WEIGHT_GRADIENT;
+    let [staged, direct] = &WEIGHT_GRADIENT[usize::from(list.size > 1)];
     let (kernel, block) = match device.policy() {
         Policy::Direct => (direct, 1),
         Policy::Staged => (staged, THREADS),
     };
-    let launch = Launch::new([chunks as u32, splits as u32, 1], block);
+    let blocks = gradient_blocks(list, chunks, device.policy());
+    let launch = Launch::new([blocks as u32, splits as u32, 1], block);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
     // list.
     unsafe { device.launch(kernel, launch, &args)? };
-    let places = list.places.view().ptr();
-    let args = ConvSparseScatterArgs { partial, places, dw: dw.ptr(), kept: kept as i64, splits: splits as i32 };
-    // SAFETY: the first `splits * kept` sums were just written; places are below the length of dw.
-    unsafe { device.launch(&SCATTER, device.elementwise(kept), &args) }
+    let (places, count) = (list.places.view().ptr(), list.places.len());
+    let args = ConvSparseScatterArgs { partial, places, dw: dw.ptr(), count: count as i64, splits: splits as i32 };
+    // SAFETY: the first `splits * count` sums were just written; places are below the length of dw, or marks.
+    unsafe { device.launch(&SCATTER, device.elementwise(count), &args) }
 }

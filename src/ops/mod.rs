@@ -19,6 +19,7 @@ pub mod optimizer;
 pub mod pointwise;
 pub mod pool;
 pub mod prune;
+pub mod row_map;
 pub mod step;
 pub mod tokens;
 

@@ -1,5 +1,6 @@
 //! Batch norm with residual and relu in the same pass (`kernels/norm.cu`).
 
+use super::row_map::RowMap;
 use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
 use crate::device::{Device, Kernel, Launch, Ptr, Slice, SliceMut, kernel_args};
 use crate::error::{Error, Result};
@@ -10,16 +11,16 @@ kernel_args! {
     struct NormForwardArgs {
         x: Ptr<f32>, residual: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, running_mean: Ptr<f32>,
         running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>, y: Ptr<f32>, count: Ptr<u32>,
-        shape: NormShape, relu: i32, epsilon: f32, momentum: f32,
+        source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32, momentum: f32,
     }
     struct NormEvalArgs {
         x: Ptr<f32>, residual: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, var: Ptr<f32>, y: Ptr<f32>,
-        count: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
+        count: Ptr<u32>, source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
     }
     struct NormBackwardArgs {
         x: Ptr<f32>, y: Ptr<f32>, dy: Ptr<f32>, gamma: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>,
-        dgamma: Ptr<f32>, dbeta: Ptr<f32>, dresidual: Ptr<f32>, dx: Ptr<f32>, count: Ptr<u32>, shape: NormShape,
-        relu: i32, training: i32,
+        dgamma: Ptr<f32>, dbeta: Ptr<f32>, dresidual: Ptr<f32>, dx: Ptr<f32>, count: Ptr<u32>, source: Ptr<u32>,
+        target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
     }
 }
 layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormBackwardArgs);
@@ -70,13 +71,33 @@ impl NormShape {
         2 * self.features as usize * self.splits as usize
     }
 
-    fn launch(&self, device: &Device) -> Launch {
-        Launch::new([self.splits as u32, self.features as u32, 1], device.threads(THREADS))
+    fn launch(&self, device: &Device, rows: usize) -> Launch {
+        Launch::new([self.splits as u32, rows as u32, 1], device.threads(THREADS))
     }
 
-    /// Checks tensors of the size of x, values per feature, the sample count, and scratch memory.
-    fn check(&self, op: &'static str, tensors: &[(&str, usize)], rows: &[(&str, usize)], count: usize) -> Result<()> {
-        tensors.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.len()))?;
+    /// Rows of y.
+    fn outputs(&self, map: Option<&RowMap>) -> usize {
+        map.map_or(self.features as usize, RowMap::outputs)
+    }
+
+    /// Checks tensors with the rows of x, those with the rows of y, values per feature, the sample count, and the map.
+    fn check(
+        &self,
+        op: &'static str,
+        map: Option<&RowMap>,
+        [of_x, of_y, rows]: [&[(&str, usize)]; 3],
+        count: usize,
+    ) -> Result<()> {
+        if let Some(map) = map {
+            check_len(op, "the map's inputs", map.inputs(), self.features as usize)?;
+            if !map.covers() || map.outputs() > 65_535 {
+                let (what, expected) = ("the map".into(), "at most 65535 rows, one for each of x".into());
+                return Err(Error::Shape { op, what, expected, got: format!("{} rows", map.outputs()) });
+            }
+        }
+        let row = self.len() / self.features as usize;
+        of_x.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.len()))?;
+        of_y.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.outputs(map) * row))?;
         rows.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.features as usize))?;
         check_len(op, "count", count, 1)
     }
@@ -121,8 +142,10 @@ pub struct NormSaved<'a> {
 pub struct NormInput<'a> {
     /// `[features, pixels, n]`.
     pub x: Slice<'a, f32>,
-    /// Added before the relu, of the size of x.
+    /// Added before the relu, of the size of y.
     pub residual: Option<Slice<'a, f32>>,
+    /// Which row of y each row of x is, where y and the residual have more of them; those are the residual, or zero.
+    pub map: Option<&'a RowMap>,
     /// Whether negative results become zero.
     pub relu: bool,
     /// Number of true samples, `[1]`.
@@ -130,8 +153,13 @@ pub struct NormInput<'a> {
 }
 
 impl NormInput<'_> {
-    fn residual_len(&self) -> usize {
-        self.residual.unwrap_or(self.x).len()
+    /// Elements of the residual, or of y where there is none.
+    fn residual_len(&self, y: usize) -> usize {
+        self.residual.map_or(y, |residual| residual.len())
+    }
+
+    fn source(&self) -> Ptr<u32> {
+        self.map.map_or(Ptr::null(), RowMap::source)
     }
 
     fn residual_ptr(&self) -> Ptr<f32> {
@@ -164,8 +192,8 @@ pub fn norm_forward(
         ("saved mean", saved.mean.len()),
         ("saved invstd", saved.invstd.len()),
     ];
-    let tensors = [("x", input.x.len()), ("residual", input.residual_len()), ("y", y.len())];
-    shape.check(op, &tensors, &rows, input.count.len())?;
+    let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
+    shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
     shape.check_scratch(op, &scratch)?;
     let args = NormForwardArgs {
         x: input.x.ptr(),
@@ -179,6 +207,7 @@ pub fn norm_forward(
         partial: scratch.ptr(),
         y: y.ptr(),
         count: input.count.ptr(),
+        source: input.source(),
         shape: *shape,
         relu: i32::from(input.relu),
         epsilon: affine.epsilon,
@@ -186,8 +215,8 @@ pub fn norm_forward(
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
     unsafe {
-        device.launch(&STATISTICS, shape.launch(device), &args)?;
-        device.launch(&FORWARD, shape.launch(device), &args)
+        device.launch(&STATISTICS, shape.launch(device, shape.features as usize), &args)?;
+        device.launch(&FORWARD, shape.launch(device, shape.outputs(input.map)), &args)
     }
 }
 
@@ -206,8 +235,8 @@ pub fn norm_eval(
     y: SliceMut<f32>,
 ) -> Result<()> {
     let rows = [("gamma", affine.gamma.len()), ("beta", affine.beta.len()), ("mean", mean.len()), ("var", var.len())];
-    let tensors = [("x", input.x.len()), ("residual", input.residual_len()), ("y", y.len())];
-    shape.check("norm_eval", &tensors, &rows, input.count.len())?;
+    let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
+    shape.check("norm_eval", input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
     let args = NormEvalArgs {
         x: input.x.ptr(),
         residual: input.residual_ptr(),
@@ -217,12 +246,13 @@ pub fn norm_eval(
         var: var.ptr(),
         y: y.ptr(),
         count: input.count.ptr(),
+        source: input.source(),
         shape: *shape,
         relu: i32::from(input.relu),
         epsilon: affine.epsilon,
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&EVAL, shape.launch(device), &args) }
+    unsafe { device.launch(&EVAL, shape.launch(device, shape.outputs(input.map)), &args) }
 }
 
 /// What the backward pass reads. Padded samples are zero.
@@ -244,12 +274,14 @@ pub struct NormBackward<'a> {
     pub invstd: Slice<'a, f32>,
     /// Whether mean and invstd depend on x: true after [`norm_forward`], false after [`norm_eval`].
     pub training: bool,
+    /// As in the forward pass.
+    pub map: Option<&'a RowMap>,
     /// Number of true samples, `[1]`.
     pub count: Slice<'a, u32>,
 }
 
-/// Backward: dgamma and dbeta `[features]`, dresidual and dx of the size of x, all overwritten, padded samples with
-/// zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
+/// Backward: dgamma and dbeta `[features]`, dresidual of the size of y and dx of x, all overwritten, padded samples
+/// with zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -272,14 +304,14 @@ pub fn norm_backward(
         ("dgamma", dgamma.len()),
         ("dbeta", dbeta.len()),
     ];
-    let tensors = [
-        ("x", input.x.len()),
-        ("y", if input.relu { input.y.len() } else { shape.len() }),
-        ("dy", input.dy.len()),
-        ("dresidual", dresidual.as_ref().map_or(shape.len(), SliceMut::len)),
-        ("dx", dx.len()),
+    let len = input.dy.len();
+    let of_y = [
+        ("dy", len),
+        ("y", if input.relu { input.y.len() } else { len }),
+        ("dresidual", dresidual.as_ref().map_or(len, SliceMut::len)),
     ];
-    shape.check(op, &tensors, &rows, input.count.len())?;
+    let of_x = [("x", input.x.len()), ("dx", dx.len())];
+    shape.check(op, input.map, [&of_x, &of_y, &rows], input.count.len())?;
     shape.check_scratch(op, &scratch)?;
     let args = NormBackwardArgs {
         x: input.x.ptr(),
@@ -294,13 +326,15 @@ pub fn norm_backward(
         dresidual: dresidual.as_ref().map_or(Ptr::null(), SliceMut::ptr),
         dx: dx.ptr(),
         count: input.count.ptr(),
+        source: input.map.map_or(Ptr::null(), RowMap::source),
+        target: input.map.map_or(Ptr::null(), RowMap::target),
         shape: *shape,
         relu: i32::from(input.relu),
         training: i32::from(input.training),
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
     unsafe {
-        device.launch(&BACKWARD_SUMS, shape.launch(device), &args)?;
-        device.launch(&BACKWARD, shape.launch(device), &args)
+        device.launch(&BACKWARD_SUMS, shape.launch(device, shape.features as usize), &args)?;
+        device.launch(&BACKWARD, shape.launch(device, shape.outputs(input.map)), &args)
     }
 }

@@ -203,7 +203,7 @@ fn norm_in_training(t: &mut Trial) -> Result<()> {
     let (mut running_mean, mut running_var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
     let (mut mean, mut invstd) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
     let (mut scratch, mut y) = (t.unwritten(shape.scratch_len())?, t.unwritten(shape.len())?);
-    let input = NormInput { x: x.view(), residual: Some(residual.view()), relu: true, count: count.view() };
+    let input = NormInput { x: x.view(), residual: Some(residual.view()), relu: true, map: None, count: count.view() };
     let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
     let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
     let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
@@ -220,7 +220,7 @@ fn norm_in_evaluation(t: &mut Trial) -> Result<()> {
     let (x, count, mut y) = (t.samples(shape.len())?, t.count()?, t.unwritten(shape.len())?);
     let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
     let (mean, var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
-    let input = NormInput { x: x.view(), residual: None, relu: true, count: count.view() };
+    let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
     let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
     norm_eval(t.device, &shape, input, affine, mean.view(), var.view(), y.view_mut())?;
     t.close("y", &y)
@@ -234,6 +234,7 @@ fn norm_gradient(t: &mut Trial) -> Result<()> {
     let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
     let (mut dresidual, mut dx) = (t.unwritten(shape.len())?, t.unwritten(shape.len())?);
     let input = NormBackward {
+        map: None,
         x: x.view(),
         y: y.view(),
         dy: dy.view(),
@@ -394,14 +395,14 @@ fn norm_of_gradients(t: &mut Trial) -> Result<()> {
 fn shortcut(t: &mut Trial) -> Result<()> {
     let shape = ShortcutShape::new([3, 7, 5], 8, 2, SAMPLES)?;
     let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
-    shortcut_forward(t.device, &shape, x.view(), y.view_mut())?;
+    shortcut_forward(t.device, &shape, None, x.view(), y.view_mut())?;
     t.exact("y", &y)
 }
 
 fn shortcut_gradient(t: &mut Trial) -> Result<()> {
     let shape = ShortcutShape::new([3, 7, 5], 8, 2, SAMPLES)?;
     let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
-    shortcut_backward(t.device, &shape, dy.view(), dx.view_mut())?;
+    shortcut_backward(t.device, &shape, None, dy.view(), dx.view_mut())?;
     t.exact("dx", &dx)
 }
 

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
-    KeptWeights, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    KeptWeights, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 
 /// The checks, each of as few kernels as its operation allows.
@@ -72,20 +72,23 @@ fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     t.close("dbias", &dbias)
 }
 
-/// All passes with every fifth weight.
+/// All passes with every fifth weight, rows by themselves and in groups.
 fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let places: Vec<u32> = (0..shape.weight_len() as u32).step_by(5).collect();
-    let mut weights = KeptWeights::new(t.device, shape, &places, true)?;
     let (w, x, dy) = (t.floats(shape.weight_len())?, t.samples(shape.input_len())?, t.samples(shape.output_len())?);
-    weights.gather(t.device, w.view())?;
-    let mut y = t.unwritten(shape.output_len())?;
-    conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;
-    t.close("y", &y)?;
-    let mut dx = t.unwritten(shape.input_len())?;
-    conv_sparse_input_gradient(t.device, &weights, dy.view(), false, dx.view_mut())?;
-    t.close("dx", &dx)?;
-    // Zero where no weight is kept, since that is not written.
-    let mut dw = t.device.alloc(shape.weight_len())?;
-    conv_sparse_weight_gradient(t.device, &mut weights, x.view(), dy.view(), dw.view_mut())?;
-    t.close("dw", &dw)
+    for groups in [None, Some(RowGroups::neighbours(shape))] {
+        let mut weights = KeptWeights::new(t.device, shape, &places, groups.as_ref(), true)?;
+        weights.gather(t.device, w.view())?;
+        let mut y = t.unwritten(shape.output_len())?;
+        conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;
+        t.close("y", &y)?;
+        let mut dx = t.unwritten(shape.input_len())?;
+        conv_sparse_input_gradient(t.device, &weights, dy.view(), false, dx.view_mut())?;
+        t.close("dx", &dx)?;
+        // Zero where no weight is kept, since that is not written.
+        let mut dw = t.device.alloc(shape.weight_len())?;
+        conv_sparse_weight_gradient(t.device, &mut weights, x.view(), dy.view(), dw.view_mut())?;
+        t.close("dw", &dw)?;
+    }
+    Ok(())
 }

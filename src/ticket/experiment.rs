@@ -19,6 +19,7 @@ use crate::nn::config::ModelConfig;
 use crate::nn::init;
 use crate::nn::model::Model;
 use crate::nn::network::Network;
+use crate::nn::paths::Tuning;
 use crate::nn::plan::Use;
 use crate::nn::weights::Weights;
 use crate::report::progress::Progress;
@@ -46,8 +47,25 @@ pub struct Experiment<'a> {
     pub repetitions: &'a Repetitions,
     /// Where everything is kept.
     pub folder: &'a RunFolder,
+    /// Where times are taken from that decide how layers multiply; a table if there is none.
+    pub tuning: Option<&'a Tuning>,
     /// Is told how far it is.
     pub progress: &'a Progress,
+}
+
+impl Experiment<'_> {
+    /// A network of a model with these weights.
+    fn network(&self, model: &Model, weights: &Weights, memory_for: Use, only: Option<&MaskSet>) -> Result<Network> {
+        let mut network = Network::for_masks(self.device, model, &weights.masks, self.recipe.batch, memory_for)?;
+        if let Some(tuning) = self.tuning {
+            network.tune(tuning);
+        }
+        if let Some(only) = only {
+            network.train_only(only)?;
+        }
+        network.load(weights)?;
+        Ok(network)
+    }
 }
 
 /// One repetition: a seed, its starting point, and the data on the device.
@@ -300,23 +318,21 @@ impl<'a> Repetition<'a> {
             remove_checkpoint(folder);
             return Weights::load(&output);
         }
-        let Experiment { device, progress, .. } = *self.experiment;
+        let progress = self.experiment.progress;
         let examples = self.examples(task)?;
-        let mut network = Network::new(device, model, recipe.batch, Use::Train(recipe.optimizer))?;
-        if let Some(only) = task.only {
-            network.train_only(only)?;
-        }
-        network.load(start)?;
-        let done = resume(&mut network, &folder.checkpoint(), "")?;
+        let memory_for = Use::Train(recipe.optimizer);
+        let mut network = self.experiment.network(model, start, memory_for, task.only)?;
+        // With the run folder's name, everything that the bits depend on.
+        let identity = network.choices_hash();
+        let done = resume(&mut network, &folder.checkpoint(), &identity)?;
         let seed = self.seed * 4 + task.purpose as u64;
         let mut training = Training::new(&mut network, &examples, recipe, seed)?;
         if let Some(steps) = task.stop {
             training.stop_after(steps);
         }
         let bar = progress.stage(folder.name(), training.total_steps());
-        // The run folder's name stands for everything that the bits depend on.
         let mut shown = |done, loss| bar.show(done, loss);
-        let mut observer = Saver::new(folder, done, String::new(), &mut shown)?;
+        let mut observer = Saver::new(folder, done, identity, &mut shown)?;
         training.run(&mut network, done, &mut observer)?;
         let mut weights = network.weights()?;
         weights.metadata.insert("model".into(), model.name.clone());
@@ -386,9 +402,9 @@ impl<'a> Repetition<'a> {
 
     /// These weights with running statistics of one more pass over all training examples.
     pub(super) fn with_fresh_statistics(&self, weights: &Weights) -> Result<Weights> {
-        let Experiment { device, data, recipe, .. } = *self.experiment;
-        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Use::Train(recipe.optimizer))?;
-        network.load(weights)?;
+        let Experiment { data, recipe, .. } = *self.experiment;
+        let model = self.model(data.classes)?;
+        let mut network = self.experiment.network(&model, weights, Use::Train(recipe.optimizer), None)?;
         refresh_statistics(&mut network, &self.examples(Task::all(Purpose::Retrain))?, recipe.batch)?;
         network.weights()
     }
@@ -396,8 +412,8 @@ impl<'a> Repetition<'a> {
     /// Evaluates weights on the test examples: all of them, and each part's.
     pub(super) fn score(&self, weights: &Weights, masks: &MaskSet) -> Result<TicketScore> {
         let Experiment { device, data, recipe, .. } = *self.experiment;
-        let mut network = Network::new(device, &self.model(data.classes)?, recipe.batch, Use::Evaluate)?;
-        network.load(weights)?;
+        let model = self.model(data.classes)?;
+        let mut network = self.experiment.network(&model, weights, Use::Evaluate, None)?;
         let examples = Labelled::all(device, &self.test_images, &data.test, data.classes)?;
         let score = evaluate(&mut network, &examples, recipe.batch, true)?;
         let labels = &data.test.labels;

@@ -4,10 +4,11 @@ use dilt::device::{Device, HostOptions, Policy};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
+use dilt::nn::ways::Way;
 use dilt::ops::Columns;
 use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{
-    KeptWeights, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    GROUP_ROWS, KeptWeights, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 use dilt::train::Recipe;
 use rand::{Rng, SeedableRng};
@@ -75,22 +76,34 @@ fn kept_weights_give_what_masked_ones_give_in_every_pass() {
                 let full = values(shape.weight_len());
                 let mut w = vec![0.0; full.len()];
                 kept.iter().for_each(|&place| w[place as usize] = full[place as usize]);
-                results.extend(compare(device, &shape, &kept, [&x, &dy, &bias, &w], &what));
+                let groups = RowGroups { outputs: grouped(shape.filters()), inputs: grouped(shape.channels()) };
+                for groups in [None, Some(&groups)] {
+                    let what = format!("{what}, groups {}", groups.is_some());
+                    results.extend(compare(device, &shape, &kept, groups, [&x, &dy, &bias, &w], &what));
+                }
             }
         }
         results
     });
 }
 
+/// Every third row beside each other, in groups of several sizes.
+fn grouped(rows: usize) -> Vec<Vec<usize>> {
+    let order: Vec<usize> = (0..3).flat_map(|first| (first..rows).step_by(3)).collect();
+    let (few, rest) = order.split_at(rows.min(3));
+    [few].into_iter().chain(rest.chunks(GROUP_ROWS)).map(<[usize]>::to_vec).collect()
+}
+
 fn compare(
     device: &Device,
     shape: &ConvShape,
     kept: &[u32],
+    groups: Option<&RowGroups>,
     [x, dy, bias, w]: [&Vec<f32>; 4],
     what: &str,
 ) -> Vec<Vec<f32>> {
     let [x, dy, bias, w] = [x, dy, bias, w].map(|values| device.upload(values).unwrap());
-    let mut weights = KeptWeights::new(device, shape, kept, true).unwrap();
+    let mut weights = KeptWeights::new(device, shape, kept, groups, true).unwrap();
     weights.gather(device, w.view()).unwrap();
     let mut results = Vec::new();
 
@@ -133,14 +146,18 @@ fn compare(
 fn lists_that_make_no_sense_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = ConvShape::new([2, 3, 3], 3, [2, 2], 1, 0, 8).unwrap();
-    let refused = |kept: &[u32]| KeptWeights::new(&device, &shape, kept, true).err().unwrap().to_string();
+    let refused = |kept: &[u32]| KeptWeights::new(&device, &shape, kept, None, true).err().unwrap().to_string();
     assert!(refused(&[3, 3]).contains("ascending"), "{}", refused(&[3, 3]));
     assert!(refused(&[5, 24]).contains("below 24"), "{}", refused(&[5, 24]));
     let far = ConvShape::new([600, 128, 128], 3, [1, 1], 1, 0, 128).unwrap();
-    let error = KeptWeights::new(&device, &far, &[0], true).err().unwrap().to_string();
+    let error = KeptWeights::new(&device, &far, &[0], None, true).err().unwrap().to_string();
     assert!(error.contains("2^30"), "{error}");
 
-    let mut weights = KeptWeights::new(&device, &shape, &[0, 5], false).unwrap();
+    let missing = RowGroups { outputs: vec![vec![0, 2]], inputs: vec![vec![0, 1]] };
+    let error = KeptWeights::new(&device, &shape, &[0], Some(&missing), true).err().unwrap().to_string();
+    assert!(error.contains("groups of output channels: expected each of 3"), "{error}");
+
+    let mut weights = KeptWeights::new(&device, &shape, &[0, 5], None, false).unwrap();
     let mut dx = device.alloc(shape.input_len()).unwrap();
     let (short, dy) = (device.alloc::<f32>(3).unwrap(), device.alloc(shape.output_len()).unwrap());
     let error = weights.gather(&device, short.view()).unwrap_err().to_string();
@@ -179,9 +196,11 @@ fn ten_steps_with_kept_weights_alone_are_those_with_zeros_in_their_place() {
         let descent = Descent { model: &model, weights: &weights, samples, steps: 10, rate: 0.05, optimizer };
         let [kept, masked] = [Policy::Direct, Policy::Staged].map(|policy| {
             let (losses, network) = descent.run(&device(policy), |step| batches[step].clone(), |_, _| {});
-            (losses, network.layers_of_kept_weights(), network.weights().unwrap())
+            let sparse = network.choices().iter().flatten().filter(|choice| choice.way != Way::Dense).count();
+            (losses, sparse, network.weights().unwrap())
         });
-        assert_eq!([kept.1, masked.1], [model.prunable().count(), 0], "{name}: layers of kept weights");
+        // In resnet8, one layer is too small for its list to pay.
+        assert!(kept.1 + 1 >= model.prunable().count() && masked.1 == 0, "{name}: {} layers of kept weights", kept.1);
         for (step, (got, want)) in kept.0.iter().zip(&masked.0).enumerate() {
             assert!((got - want).abs() <= 1e-5 * want.abs(), "{name}: loss of step {step}: {got}, expected {want}");
         }

@@ -35,8 +35,13 @@ fn batch_norm_and_its_gradients_agree_with_pytorch() {
             let (mut running_mean, mut running_var) = (row("running_mean"), row("running_var"));
             let count = device.upload(&[n as u32]).unwrap();
             let (relu, training) = (flag("relu"), flag("train"));
-            let input =
-                NormInput { x: x.view(), residual: residual.as_ref().map(Buffer::view), relu, count: count.view() };
+            let input = NormInput {
+                x: x.view(),
+                residual: residual.as_ref().map(Buffer::view),
+                relu,
+                map: None,
+                count: count.view(),
+            };
             let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: number("eps") };
 
             let mut scratch = unwritten(device, shape.scratch_len());
@@ -59,6 +64,7 @@ fn batch_norm_and_its_gradients_agree_with_pytorch() {
             let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
             let (mut dx, mut dresidual) = (unwritten(device, shape.len()), unwritten(device, shape.len()));
             let backward = NormBackward {
+                map: None,
                 x: x.view(),
                 y: y.view(),
                 dy: dy.view(),
@@ -167,12 +173,19 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
             let (mut y, mut dx, mut dresidual) = (tensor(), tensor(), tensor());
             let mut scratch = unwritten(device, shape.scratch_len());
 
-            let input = NormInput { x: x.view(), residual: Some(residual.view()), relu: true, count: on_device.view() };
+            let input = NormInput {
+                x: x.view(),
+                residual: Some(residual.view()),
+                relu: true,
+                map: None,
+                count: on_device.view(),
+            };
             let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
             let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 1.0 };
             let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
             norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut()).unwrap();
             let backward = NormBackward {
+                map: None,
                 x: x.view(),
                 y: y.view(),
                 dy: dy.view(),
@@ -217,7 +230,7 @@ fn a_relu_does_not_hide_a_nan() {
         let (one, zero) = (device.upload(&[1.0f32]).unwrap(), device.upload(&[0.0f32]).unwrap());
         let count = device.upload(&[16u32]).unwrap();
         let mut y = device.alloc(16).unwrap();
-        let input = NormInput { x: x.view(), residual: None, relu: true, count: count.view() };
+        let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
         let affine = NormAffine { gamma: one.view(), beta: zero.view(), epsilon: 0.0 };
         norm_eval(device, &shape, input, affine, zero.view(), one.view(), y.view_mut()).unwrap();
         let y = read(device, y.view());
@@ -234,7 +247,7 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
     let (x, count) = (device.alloc(shape.len()).unwrap(), device.alloc::<u32>(1).unwrap());
     let (four, three) = (device.alloc::<f32>(4).unwrap(), device.alloc::<f32>(3).unwrap());
     let mut y = device.alloc(shape.len()).unwrap();
-    let input = NormInput { x: x.view(), residual: None, relu: false, count: count.view() };
+    let input = NormInput { x: x.view(), residual: None, relu: false, map: None, count: count.view() };
     let affine = NormAffine { gamma: four.view(), beta: three.view(), epsilon: 1e-5 };
     let error = norm_eval(&device, &shape, input, affine, four.view(), four.view(), y.view_mut()).unwrap_err();
     assert!(error.to_string().contains("elements of beta: expected 4, got 3"), "{error}");

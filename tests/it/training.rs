@@ -60,13 +60,27 @@ impl Descent<'_> {
         &self,
         device: &Device,
         batch: impl Fn(usize) -> (Vec<f32>, Vec<u32>),
-        mut seen: impl FnMut(usize, &mut Network),
+        seen: impl FnMut(usize, &mut Network),
     ) -> (Vec<f32>, Network) {
-        let kind = match self.optimizer {
+        self.run_in(Network::new(device, self.model, self.samples, self.memory()).unwrap(), batch, seen)
+    }
+
+    /// What the network is for.
+    pub fn memory(&self) -> Use {
+        Use::Train(match self.optimizer {
             Optimizer::Sgd(_) => OptimizerKind::Sgd,
             Optimizer::AdamW(_) => OptimizerKind::Adamw,
-        };
-        let mut network = Network::new(device, self.model, self.samples, Use::Train(kind)).unwrap();
+        })
+    }
+
+    /// The same in a given network.
+    pub fn run_in(
+        &self,
+        mut network: Network,
+        batch: impl Fn(usize) -> (Vec<f32>, Vec<u32>),
+        mut seen: impl FnMut(usize, &mut Network),
+    ) -> (Vec<f32>, Network) {
+        let device = &network.device().clone();
         network.load(self.weights).unwrap();
         network.set_decay(true).unwrap();
         let shape = LossShape::new(self.model.classes, self.samples).unwrap();

@@ -25,6 +25,8 @@ use crate::training::Descent;
 const GRADIENTS: f64 = 1e-5;
 /// PyTorch's own f32 run stays within 1.8e-7 of each loss, dilt's within 3.1e-7.
 const LOSSES: f64 = 1e-5;
+/// Of the largest value: sums over kept weights alone have another order than those over all.
+const ORDER: f32 = 2e-6;
 /// timm resamples in f32, where places of up to 14 are rounded by 5e-7, and so are the weights; measured 1.6e-6.
 const POSITIONS: f64 = 3e-6;
 
@@ -234,11 +236,18 @@ fn a_head_that_no_projection_reads_is_left_out_and_nothing_else_changes() {
     assert_eq!(weights.masks.len(), 3);
     on_devices(|device, label| {
         let (masked, full) = (step(device, &model, &weights), step(device, &model, &zeroed(&weights)));
-        assert_eq!(masked.logits, full.logits, "{label}: logits");
+        let agrees = |masked: &[f32], full: &[f32], what: &str| {
+            let largest = full.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+            let differs = masked.iter().zip(full).find(|(a, b)| (**a - **b).abs() > ORDER * largest);
+            assert_eq!(differs, None, "{label}: {what}: the largest is {largest}");
+        };
+        agrees(&masked.logits, &full.logits, "logits");
         for ((name, gradient), (_, full)) in masked.gradients.iter().zip(&full.gradients) {
             let both = || gradient.iter().zip(full).enumerate();
-            let differs = both().find(|(i, (a, b))| !is_pruned(name, *i) && a != b);
-            assert_eq!(differs, None, "{label}: gradient of {name}");
+            let kept = |values: &[f32]| -> Vec<f32> {
+                values.iter().enumerate().filter(|(i, _)| !is_pruned(name, *i)).map(|(_, value)| *value).collect()
+            };
+            agrees(&kept(gradient), &kept(full), name);
             let none = both().filter(|(i, _)| is_pruned(name, *i)).all(|(_, (a, _))| *a == 0.0);
             let some = both().filter(|(i, _)| is_pruned(name, *i)).any(|(_, (_, b))| *b != 0.0);
             if name.ends_with("attn.proj.weight") {

@@ -1,0 +1,336 @@
+//! `dilt bench`: what a ticket gains over its dense network, and where.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use dilt::device::Device;
+use dilt::mask::Mask;
+use dilt::mask::set::MaskSet;
+use dilt::nn::init;
+use dilt::nn::model::{Layer, Model};
+use dilt::nn::network::{Mode, Network};
+use dilt::nn::paths::measure;
+use dilt::nn::plan::Use;
+use dilt::nn::ways::{MaskedLayer, Way};
+use dilt::nn::weights::Weights;
+use dilt::report::table::table;
+use dilt::train::{MOST_SAMPLES, Recipe};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use super::{Common, ModelAndData};
+
+/// Measure a network, or a ticket beside its dense network: a training step, an evaluated batch, memory; with --plan
+/// layer by layer.
+///
+/// A step is forward pass, backward pass and optimizer on random numbers, captured once and replayed, without loading
+/// data. The ticket and its dense network take turns; times are medians.
+#[derive(Args)]
+pub struct Bench {
+    /// The ticket, or weights trained under one.
+    #[arg(long, value_name = "FILE", alias = "weights")]
+    ticket: Option<PathBuf>,
+    /// Instead of a file: initial weights, of whose prunable tensors this share is pruned at random.
+    #[arg(long, value_name = "SPARSITY", conflicts_with = "ticket")]
+    random_ticket: Option<f64>,
+    /// Show how each layer multiplies: the way that was chosen, and what each way is predicted and measured to take for
+    /// forward pass and both backward passes.
+    #[arg(long)]
+    plan: bool,
+    /// Samples of a batch.
+    #[arg(long, default_value_t = 128)]
+    batch: usize,
+    /// Steps of which the median is taken.
+    #[arg(long, default_value_t = 10)]
+    runs: usize,
+    #[command(flatten)]
+    target: ModelAndData,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Serialize)]
+struct Measured {
+    /// The whole step first.
+    rows: Vec<Row>,
+    model: String,
+    batch: usize,
+    density: f64,
+    device: String,
+    threads: usize,
+    /// Of the choices: runs with other ones have other bits.
+    plan: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<LayerPlan>,
+    bytes: Bytes,
+}
+
+/// What the network, or the ticket, takes; and its dense network beside it.
+#[derive(Serialize)]
+struct Row {
+    name: &'static str,
+    images_per_second: f64,
+    ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dense_ms: Option<f64>,
+}
+
+/// Memory of training.
+#[derive(Serialize)]
+struct Bytes {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dense: Option<usize>,
+    planned: usize,
+    lists: usize,
+}
+
+/// A layer that multiplies under a mask.
+#[derive(Serialize)]
+struct LayerPlan {
+    name: String,
+    /// What is left of the layer without the features that do not matter.
+    shape: String,
+    density: f64,
+    way: Way,
+    bytes: usize,
+    ways: Vec<WayPlan>,
+}
+
+/// What a way takes for all three passes.
+#[derive(Serialize)]
+struct WayPlan {
+    way: Way,
+    /// On one core; none where the table has no rates.
+    predicted_ms: Option<f64>,
+    measured_ms: Option<f64>,
+}
+
+impl Bench {
+    pub fn run(&self) -> anyhow::Result<()> {
+        if !(1..=MOST_SAMPLES).contains(&self.batch) || self.runs == 0 {
+            let (batch, runs) = (self.batch, self.runs);
+            let message =
+                format!("expected --batch from 1 to {MOST_SAMPLES} and --runs of at least 1, got {batch}, {runs}");
+            return Err(dilt::Error::Usage(message).into());
+        }
+        let file = self.ticket.as_deref().map(Weights::load).transpose()?;
+        let named = file.as_ref().and_then(|weights| weights.metadata.get("model"));
+        let (config, _) = self.target.load(named.map(String::as_str), &self.common.progress())?;
+        let model = config.build()?;
+        let recipe = Recipe::from_table(&config.train)?;
+        let dense = init::draw(&model, self.common.seed);
+        let weights = match (&self.ticket, file) {
+            (Some(path), Some(file)) => {
+                let fitted = self.target.renamed(file, &config, &model);
+                fitted
+                    .and_then(|weights| weights.for_model(&model.file_tensors()))
+                    .with_context(|| path.display().to_string())?
+            }
+            _ => self.random(&model, dense.clone())?,
+        };
+        let device = self.common.open()?;
+        // The network itself last; before it, of a ticket, its dense network.
+        let tickets: Vec<&Weights> = if weights.masks.is_empty() { vec![&weights] } else { vec![&dense, &weights] };
+        let open = |memory_for: Use| -> anyhow::Result<Vec<Network>> {
+            tickets.iter().map(|weights| self.network(&device, &model, weights, memory_for)).collect()
+        };
+        let mut trained = open(Use::Train(recipe.optimizer))?;
+        let network = trained.last().expect("one at least");
+        let layers = if self.plan { self.layers(&device, &model, network, &weights)? } else { Vec::new() };
+        let plan = network.choices_hash();
+        let bytes = Bytes {
+            dense: (trained.len() > 1).then(|| trained[0].plan().bytes),
+            planned: network.plan().bytes,
+            lists: network.list_bytes(),
+        };
+        let optimizer = recipe.optimizer();
+        let step = self.row("training step", &device, &mut trained, |network| {
+            network.forward(Mode::Train)?;
+            network.backward()?;
+            network.update(&optimizer, recipe.clip_norm)
+        })?;
+        drop(trained);
+        let mut evaluated = open(Use::Evaluate)?;
+        let evaluation = self.row("evaluation", &device, &mut evaluated, |network| network.forward(Mode::Evaluate))?;
+        let masks = MaskSet::of_weights(&weights.masks);
+        let result = Measured {
+            rows: vec![step, evaluation],
+            model: model.name.clone(),
+            batch: self.batch,
+            density: if masks.total() == 0 { 1.0 } else { masks.density() },
+            device: device.description(),
+            threads: rayon::current_num_threads(),
+            plan,
+            layers,
+            bytes,
+        };
+        self.common.print(&result, to_table)
+    }
+
+    /// Initial weights under random masks, if they are asked for.
+    fn random(&self, model: &Model, mut weights: Weights) -> dilt::Result<Weights> {
+        let Some(sparsity) = self.random_ticket else { return Ok(weights) };
+        if !(0.0..=1.0).contains(&sparsity) {
+            return Err(dilt::Error::Usage(format!("--random-ticket: expected a share from 0 to 1, got {sparsity}")));
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(self.common.seed);
+        let mut mask = |shape: &[usize]| Mask::from_fn(shape, |_| !rng.random_bool(sparsity));
+        weights.masks = model.prunable().map(|parameter| (parameter.name.clone(), mask(&parameter.shape))).collect();
+        Ok(weights)
+    }
+
+    /// A network with weights and a batch of random numbers.
+    fn network(
+        &self,
+        device: &Device,
+        model: &Model,
+        weights: &Weights,
+        memory_for: Use,
+    ) -> anyhow::Result<Network> {
+        let mut network = Network::for_masks(device, model, &weights.masks, self.batch, memory_for)?;
+        if let Some(tuning) = self.common.tuning()? {
+            network.tune(&tuning);
+        }
+        network.load(weights)?;
+        let mut rng = ChaCha8Rng::seed_from_u64(self.common.seed);
+        let mut random = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
+        let batch = network.batch();
+        device.write(&[self.batch as u32], batch.current.count)?;
+        device.write(&random(batch.x.len()), batch.x)?;
+        if let Some(gradient) = network.head().gradient {
+            device.write(&random(gradient.len()), gradient)?;
+        }
+        Ok(network)
+    }
+
+    /// Medians of what the networks take in turn for a piece of work, which is captured.
+    fn row(
+        &self,
+        name: &'static str,
+        device: &Device,
+        networks: &mut [Network],
+        mut work: impl FnMut(&mut Network) -> dilt::Result<()>,
+    ) -> anyhow::Result<Row> {
+        let mut graphs = Vec::new();
+        for network in networks {
+            // Once without capture, so that everything is loaded.
+            work(network)?;
+            graphs.push((device.capture(|| work(network))?, Vec::new()));
+        }
+        for run in 0..=self.runs {
+            for (graph, taken) in &mut graphs {
+                let begin = device.event()?;
+                graph.replay()?;
+                let ms = device.event()?.elapsed_ms(&begin)?;
+                // The first is for the caches.
+                if run > 0 {
+                    taken.push(ms);
+                }
+            }
+        }
+        let median = |mut taken: Vec<f64>| {
+            taken.sort_by(f64::total_cmp);
+            taken[taken.len() / 2]
+        };
+        let mut medians: Vec<f64> = graphs.into_iter().map(|(_, taken)| median(taken)).collect();
+        let ms = medians.pop().expect("one network at least");
+        Ok(Row { name, images_per_second: 1e3 * self.batch as f64 / ms, ms, dense_ms: medians.pop() })
+    }
+
+    fn layers(
+        &self,
+        device: &Device,
+        model: &Model,
+        network: &Network,
+        weights: &Weights,
+    ) -> anyhow::Result<Vec<LayerPlan>> {
+        let progress = self.common.progress();
+        let masked = network.choices().iter().flatten().count();
+        let bar = progress.stage("layers", masked);
+        let mut layers = Vec::new();
+        for (layer, choice) in network.computed().layers.iter().zip(network.choices()) {
+            let (Some(choice), Layer::Conv { weight, .. }) = (choice, layer) else { continue };
+            let parameter = &network.computed().parameters[*weight];
+            let mask = network.compaction().mask(*weight, &parameter.shape, &weights.masks[&parameter.name]);
+            let shape = network.computed().conv_shape(layer, self.batch.next_multiple_of(8))?;
+            let own = MaskedLayer::new(&shape, &mask);
+            let measured = measure(device, &own, true)?;
+            let bytes = own.lists(device, choice.way, true)?.map_or(4 * mask.len(), |lists| lists.bytes());
+            let ways = choice.candidates.iter().zip(measured).map(|(candidate, measured)| WayPlan {
+                way: candidate.way,
+                predicted_ms: candidate.predicted.map(|seconds| 1e3 * seconds),
+                measured_ms: Some(1e3 * measured),
+            });
+            layers.push(LayerPlan {
+                name: model.parameters[*weight].name.clone(),
+                shape: shape.to_string(),
+                density: mask.density(),
+                way: choice.way,
+                bytes,
+                ways: ways.collect(),
+            });
+            bar.show(layers.len(), 0.0);
+        }
+        Ok(layers)
+    }
+}
+
+fn to_table(result: &Measured) -> String {
+    let mut text = String::new();
+    if !result.layers.is_empty() {
+        let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));
+        let rows = result.layers.iter().map(|layer| {
+            let of = |way: Way| layer.ways.iter().find(|other| other.way == way);
+            let measured = |way: Way| of(way).and_then(|way| way.measured_ms);
+            let gain = measured(Way::Dense).zip(measured(layer.way)).map(|(dense, own)| dense / own);
+            let mut row = vec![layer.name.clone(), layer.shape.clone(), format!("{:.3}", layer.density)];
+            row.extend([layer.way.name().into(), (layer.bytes / 1024).to_string()]);
+            row.extend([number(of(layer.way).and_then(|way| way.predicted_ms)), number(measured(layer.way))]);
+            row.extend([number(gain)]);
+            row.extend(Way::ALL.map(|way| number(measured(way))));
+            row
+        });
+        let columns = [
+            "layer",
+            "shape",
+            "density",
+            "way",
+            "KiB",
+            "predicted ms",
+            "measured ms",
+            "gain",
+            "dense ms",
+            "groups ms",
+            "direct ms",
+        ];
+        text += &format!("{}\n\n", table(&columns, rows));
+    }
+    let Bytes { dense, planned, lists } = result.bytes;
+    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let rows = result.rows.iter().map(|row| {
+        let numbers = [format!("{:.2}", row.ms), format!("{:.0}", row.images_per_second)];
+        let beside = row.dense_ms.map(|dense| [format!("{dense:.2}"), format!("{:.2}", dense / row.ms)]);
+        [row.name.to_owned()].into_iter().chain(numbers).chain(beside.into_iter().flatten()).collect::<Vec<_>>()
+    });
+    let mut columns = vec!["", "ms", "images/s"];
+    if dense.is_some() {
+        columns.extend(["dense ms", "gain"]);
+    }
+    text += &table(&columns, rows);
+    text += &format!(
+        "\n\n{} at density {:.4}, batch {}, {} ({} threads); predictions are of one core\nmemory of training: {} and {} of lists",
+        result.model,
+        result.density,
+        result.batch,
+        result.device,
+        result.threads,
+        mib(planned),
+        mib(lists)
+    );
+    if let Some(dense) = dense {
+        text += &format!(", dense {}", mib(dense));
+    }
+    text + &format!("; plan {}", &result.plan[..12])
+}

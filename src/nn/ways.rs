@@ -1,0 +1,198 @@
+//! The ways to multiply with a layer's weights under a mask, and what each of them takes.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::device::{Buffer, Device};
+use crate::error::Result;
+use crate::mask::Mask;
+use crate::mask::groups::group_rows;
+use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv_sparse::{
+    GROUP_ROWS, KeptWeights, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+};
+
+/// A way to multiply with the weights of a layer under a mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// With all weights; pruned ones are zeros.
+    Dense,
+    /// With the columns that groups of rows keep.
+    Groups,
+    /// With the kept weights alone.
+    Direct,
+}
+
+impl Way {
+    /// All of them.
+    pub const ALL: [Way; 3] = [Way::Dense, Way::Groups, Way::Direct];
+
+    /// As tables name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Dense => "dense",
+            Way::Groups => "groups",
+            Way::Direct => "direct",
+        }
+    }
+}
+
+/// Comparisons of rows, times what they compare, that finding groups may take; layers beyond group neighbours.
+const MOST_COMPARED: usize = 1 << 27;
+
+/// A layer under a mask.
+pub struct MaskedLayer {
+    shape: ConvShape,
+    kept: Vec<u32>,
+    groups: RowGroups,
+    /// Weights that groups multiply: forward, for the input gradient.
+    grouped: [usize; 2],
+}
+
+impl MaskedLayer {
+    /// A layer of this shape whose weights `[k, c, r, s]` have this mask.
+    pub fn new(shape: &ConvShape, mask: &Mask) -> Self {
+        let kept: Vec<u32> = (0u32..).zip(mask.iter()).filter(|&(_, kept)| kept).map(|(place, _)| place).collect();
+        let [outputs, inputs] = [shape.filters(), shape.channels()];
+        let taps = shape.weight_len() / outputs / inputs;
+        let (mut by_output, mut by_input) = (vec![Vec::new(); outputs], vec![Vec::new(); inputs]);
+        for &place in &kept {
+            let place = place as usize;
+            let [output, input, tap] = [place / (inputs * taps), place / taps % inputs, place % taps];
+            by_output[output].push((input * taps + tap) as u32);
+            by_input[input].push((output * taps + tap) as u32);
+        }
+        let group = |rows: &[Vec<u32>], columns: usize| match rows.len() * kept.len() <= MOST_COMPARED {
+            true => group_rows(rows, columns, GROUP_ROWS),
+            false => {
+                let order: Vec<usize> = (0..rows.len()).collect();
+                order.chunks(GROUP_ROWS).map(<[usize]>::to_vec).collect()
+            }
+        };
+        let (by_outputs, by_inputs) = (group(&by_output, inputs * taps), group(&by_input, outputs * taps));
+        let grouped = [multiplied(&by_output, &by_outputs), multiplied(&by_input, &by_inputs)];
+        MaskedLayer { shape: *shape, kept, groups: RowGroups { outputs: by_outputs, inputs: by_inputs }, grouped }
+    }
+
+    /// The layer.
+    pub fn shape(&self) -> &ConvShape {
+        &self.shape
+    }
+
+    /// The places of kept weights.
+    pub fn places(&self) -> &[u32] {
+        &self.kept
+    }
+
+    /// Number of weights that each pass multiplies in a way: forward, input gradient, weight gradient.
+    pub fn multiplied(&self, way: Way) -> [usize; 3] {
+        match way {
+            Way::Dense => [self.shape.weight_len(); 3],
+            Way::Groups => [self.grouped[0], self.grouped[1], self.grouped[0]],
+            Way::Direct => [self.kept.len(); 3],
+        }
+    }
+
+    /// The lists that a way needs on a device, for the weight and input gradient too if `train`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when memory runs out.
+    pub fn lists(&self, device: &Device, way: Way, train: bool) -> Result<Option<KeptWeights>> {
+        let groups = match way {
+            Way::Dense => return Ok(None),
+            Way::Groups => Some(&self.groups),
+            Way::Direct => None,
+        };
+        KeptWeights::new(device, &self.shape, &self.kept, groups, train).map(Some)
+    }
+}
+
+/// Weights that groups of rows multiply: for each group, each column that a row keeps, for all rows of a full group.
+fn multiplied(rows: &[Vec<u32>], groups: &[Vec<usize>]) -> usize {
+    let columns = |group: &Vec<usize>| {
+        let mut columns: Vec<u32> = group.iter().flat_map(|&row| rows[row].iter().copied()).collect();
+        columns.sort_unstable();
+        columns.dedup();
+        columns.len() * GROUP_ROWS
+    };
+    groups.iter().map(columns).sum()
+}
+
+/// Memory on a device to time the passes of a layer with.
+pub struct Trial {
+    device: Device,
+    x: Buffer<f32>,
+    dy: Buffer<f32>,
+    w: Buffer<f32>,
+    y: Buffer<f32>,
+    dx: Buffer<f32>,
+    dw: Buffer<f32>,
+    scratch: Buffer<f32>,
+    shape: ConvShape,
+}
+
+impl Trial {
+    /// Random tensors for a layer.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when memory runs out.
+    pub fn new(device: &Device, shape: &ConvShape) -> Result<Self> {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut random = |len: usize| {
+            let values: Vec<f32> = (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
+            device.upload(&values)
+        };
+        Ok(Trial {
+            x: random(shape.input_len())?,
+            dy: random(shape.output_len())?,
+            w: random(shape.weight_len())?,
+            y: device.alloc(shape.output_len())?,
+            dx: device.alloc(shape.input_len())?,
+            dw: device.alloc(shape.weight_len())?,
+            scratch: device.alloc(shape.gradient_scratch_len(device))?,
+            device: device.clone(),
+            shape: *shape,
+        })
+    }
+
+    /// Seconds that each pass takes with these lists, or with all weights: forward, and if `train` input gradient and
+    /// weight gradient. A pass that takes less than a millisecond is done several times in a row.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if the device fails.
+    pub fn time(&mut self, mut lists: Option<&mut KeptWeights>, train: bool) -> Result<Vec<f64>> {
+        const LONG_MS: f64 = 1.0;
+        const MOST_REPEATS: f64 = 20.0;
+        let device = self.device.clone();
+        let mut time = |pass: usize, repeats: usize| {
+            let begin = device.event()?;
+            for _ in 0..repeats {
+                self.run(pass, lists.as_deref_mut())?;
+            }
+            Ok::<_, crate::error::Error>(device.event()?.elapsed_ms(&begin)? / repeats as f64)
+        };
+        let mut seconds = Vec::new();
+        for pass in 0..if train { 3 } else { 1 } {
+            let once = time(pass, 1)?;
+            let repeats = (LONG_MS / once).min(MOST_REPEATS) as usize;
+            seconds.push(1e-3 * if repeats > 1 { time(pass, repeats)? } else { once });
+        }
+        Ok(seconds)
+    }
+
+    fn run(&mut self, pass: usize, lists: Option<&mut KeptWeights>) -> Result<()> {
+        let Trial { device, x, dy, w, y, dx, dw, scratch, shape } = self;
+        match (pass, lists) {
+            (0, None) => conv_forward(device, shape, x.view(), w.view(), None, y.view_mut()),
+            (1, None) => conv_input_gradient(device, shape, dy.view(), w.view(), false, dx.view_mut()),
+            (_, None) => conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()),
+            (0, Some(lists)) => {
+                lists.gather(device, w.view())?;
+                conv_sparse_forward(device, lists, x.view(), None, y.view_mut())
+            }
+            (1, Some(lists)) => conv_sparse_input_gradient(device, lists, dy.view(), false, dx.view_mut()),
+            (_, Some(lists)) => conv_sparse_weight_gradient(device, lists, x.view(), dy.view(), dw.view_mut()),
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! `dilt bench` and `--tune`: the plan of a ticket, and the times that it is chosen by.
+
+use crate::command::{SMALL, dilt, failed, fails, json, keys, output};
+
+const BENCH: [&str; 9] = ["bench", "--ticket", "t", "--set", "widths=[4,8,16]", "--batch", "8", "--runs", "1"];
+
+#[test]
+fn a_ticket_s_plan_and_its_gain_are_shown_and_times_are_taken_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    json(folder, &[&["train", "--out", "w"], SMALL].concat());
+    json(folder, &["prune", "--weights", "w/weights.safetensors", "--sparsity", "0.9", "--out", "t"]);
+
+    let result = json(folder, &[&BENCH[..], &["--plan", "-q"]].concat());
+    let expected = ["batch", "bytes", "density", "device", "layers", "model", "plan", "rows", "threads"];
+    assert_eq!(keys(&result), expected);
+    let layers = result["layers"].as_array().unwrap();
+    assert!(layers.len() > 3, "{layers:?}");
+    for layer in layers {
+        assert_eq!(keys(layer), ["bytes", "density", "name", "shape", "way", "ways"]);
+        let ways = layer["ways"].as_array().unwrap();
+        assert_eq!(
+            ways.iter().map(|way| way["way"].as_str().unwrap()).collect::<Vec<_>>(),
+            ["dense", "groups", "direct"]
+        );
+        assert!(ways.iter().all(|way| way["measured_ms"].as_f64().unwrap() > 0.0), "{ways:?}");
+        let name = layer["name"].as_str().unwrap();
+        assert!(name.ends_with(".weight"), "{name}");
+    }
+    let rows = result["rows"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|row| row["name"].as_str().unwrap()).collect::<Vec<_>>(), ["training step", "evaluation"]);
+    for row in rows {
+        assert_eq!(keys(row), ["dense_ms", "images_per_second", "ms", "name"]);
+        assert!(row.as_object().unwrap().values().all(|value| value.as_f64().is_none_or(|value| value > 0.0)), "{row}");
+    }
+    let text = output(folder, &[&BENCH[..], &["--plan", "-q"]].concat());
+    assert!(
+        ["predicted ms", "direct", "training step", "evaluation", "MiB"].iter().all(|part| text.contains(part)),
+        "{text}"
+    );
+    assert!(json(folder, &[&BENCH[..], &["-q"]].concat()).get("layers").is_none(), "without --plan");
+
+    // Tuned: the file decides, whatever it says, and is not written again.
+    let tuned = || {
+        let mut command = dilt(folder, &[&BENCH[..], &["--plan", "-q", "--tune", "--json"]].concat());
+        command.env("DILT_CACHE", folder.join("cache"));
+        command
+    };
+    let run = || -> serde_json::Value {
+        let output = tuned().output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    run();
+    let file = folder.join("cache/tuning.json");
+    let mut times: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    for ways in times.as_object_mut().unwrap().values_mut() {
+        ways["groups"] = 1e-9.into();
+    }
+    std::fs::write(&file, times.to_string()).unwrap();
+    let second = run();
+    assert!(second["layers"].as_array().unwrap().iter().all(|layer| layer["way"] == "groups"), "{second}");
+    assert_ne!(second["plan"], result["plan"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), times.to_string());
+    std::fs::write(&file, "[").unwrap();
+    failed(tuned(), "bench --tune", 1, &["tuning.json", "remove it"]);
+}
+
+#[test]
+fn a_random_ticket_and_a_dense_network_need_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = ["bench", "--set", "widths=[4,8,16]", "--batch", "8", "--runs", "1", "-q"];
+    let random = json(folder.path(), &[&bench[..], &["--random-ticket", "0.9"]].concat());
+    let density = random["density"].as_f64().unwrap();
+    assert!((0.05..0.2).contains(&density), "{density}");
+    assert!(random["rows"][0]["dense_ms"].as_f64().unwrap() > 0.0);
+    let dense = json(folder.path(), &bench);
+    assert_eq!(keys(&dense["rows"][0]), ["images_per_second", "ms", "name"]);
+    assert_eq!(dense["density"], 1.0);
+    assert!(output(folder.path(), &bench).contains("images/s"));
+}
+
+#[test]
+fn a_bench_without_sense_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    fails(folder.path(), &["bench", "--random-ticket", "1.5"], 2, &["--random-ticket", "1.5"]);
+    fails(folder.path(), &["bench", "--ticket", "t", "--random-ticket", "0.5"], 2, &["cannot be used with"]);
+    fails(folder.path(), &["bench", "--ticket", "t", "--runs", "0"], 2, &["--runs of at least 1"]);
+    fails(folder.path(), &["bench", "--ticket", "t", "--batch", "0"], 2, &["--batch from 1"]);
+    fails(folder.path(), &["bench", "--ticket", "t"], 1, &["t:"]);
+}
