@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Runs what scripts/gpu-pack.sh packed on this machine's GPU and writes logs and results.json into OUT:
 #
-#   gpu-check.sh OUT [--no-gpu] [TEST FILTER...]
+#   gpu-check.sh OUT [--no-gpu] [SECTION...] [-- TEST FILTER...]
 #
-# All tests, each of which compares the GPU with goldens or with the host device; then the tests that use the device
-# under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, where it is installed (COMPUTE_SANITIZER names
-# it if it is not in PATH). --no-gpu runs the tests alone, on the host device, to try the pack. Fails if anything fails.
+#   tests       all tests, each of which compares the GPU with goldens or with the host device
+#   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
+#               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
+#   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg
+#   steps       whole steps of tickets beside their dense networks, through their plans: steps.jsonl
+#   ops         single operations: ops.log
+#   peers       PyTorch's side of crossover and steps on the same GPU: torch.jsonl
+#
+# All sections if none is named; each takes less than ten minutes. --no-gpu runs the tests alone, on the host device, to
+# try the pack. Fails if anything fails.
 set -euo pipefail
 
-usage="usage: gpu-check.sh OUT [--no-gpu] [TEST FILTER...]"
+usage="usage: gpu-check.sh OUT [--no-gpu] [tests|sanitizers|crossover|steps|ops|peers ...] [-- TEST FILTER...]"
 out=${1:?$usage}
 shift
 gpu=1
@@ -16,6 +23,20 @@ if [ "${1:-}" = --no-gpu ]; then
     gpu=0
     shift
 fi
+sections=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case "$1" in
+    tests | sanitizers | crossover | steps | ops | peers) sections+=("$1") ;;
+    *)
+        echo "$usage" >&2
+        exit 2
+        ;;
+    esac
+    shift
+done
+[ $# = 0 ] || shift
+[ "${#sections[@]}" -gt 0 ] || sections=(tests sanitizers crossover steps ops peers)
+[ "$gpu" = 1 ] || sections=(tests)
 
 here=$(cd "$(dirname "$0")" && pwd)
 [ -x "$here/bin/tests" ] || here=$(cd "$here/../target/gpu" && pwd)
@@ -23,52 +44,92 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt
 unset DILT_REQUIRE_CUDA
-[ "$gpu" = 0 ] || export DILT_REQUIRE_CUDA=1
+[ "$gpu" = 0 ] || export DILT_REQUIRE_CUDA=1 DILT_BENCH_DEVICE=cuda
 
 rows=()
 failed=0
-# Runs a command with its output in OUT/NAME.log and notes whether it passed.
-check() {
-    local name=$1 start=$SECONDS passed=true
-    shift
-    if ! "$@" >"$out/$name.log" 2>&1; then
-        passed=false
-        failed=1
-    fi
-    local seconds=$((SECONDS - start)) tests
+# Notes whether what wrote OUT/NAME.log has passed.
+note() {
+    local name=$1 status=$2 seconds=$3 passed=true tests
+    [ "$status" = 0 ] || passed=false failed=1
     tests=$(sed -n 's/^test result: [^.]*\. \([0-9]* passed; [0-9]* failed\).*/\1/p' "$out/$name.log" | head -1)
     rows+=("{\"name\": \"$name\", \"passed\": $passed, \"seconds\": $seconds, \"tests\": \"$tests\"}")
     echo "$name: passed $passed, $seconds s, $tests"
     [ "$passed" = true ] || tail -20 "$out/$name.log"
 }
+# Runs a command with its output in OUT/NAME.log.
+check() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    "$@" >"$out/$name.log" 2>&1 || status=$?
+    note "$name" "$status" $((SECONDS - start))
+}
 
-check tests "$here/bin/tests" "$@"
-
-sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)}
-for folder in "${CUDA_HOME:-/usr/local/cuda}"/bin "${CUDA_HOME:-/usr/local/cuda}"/compute-sanitizer; do
-    [ -n "$sanitizer" ] || [ ! -x "$folder/compute-sanitizer" ] || sanitizer=$folder/compute-sanitizer
-done
-if [ "$gpu" = 1 ] && [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck synccheck initcheck; do
-        # One thread: a report then stands beside its test. Tests of files alone have nothing to show here.
-        check "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            "$here/bin/tests" --test-threads=1 --skip weights:: --skip names:: --skip export:: --skip data:: --skip idx:: --skip cifar:: \
-            --skip folder:: --skip image:: --skip partition:: --skip mask:: "$@"
+# Tests that launch kernels themselves; those of files and commands have nothing to show to a sanitizer.
+kernels=(attention:: augment:: conv:: conv_sparse:: device:: dropout:: gelu:: layer_norm:: loss:: norm:: optimizer:: pointwise::
+    pool:: prune:: row_map:: step:: tokens::)
+sanitizers() {
+    local sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)} folder tool start=$SECONDS
+    for folder in "${CUDA_HOME:-/usr/local/cuda}"/bin "${CUDA_HOME:-/usr/local/cuda}"/compute-sanitizer; do
+        [ -n "$sanitizer" ] || [ ! -x "$folder/compute-sanitizer" ] || sanitizer=$folder/compute-sanitizer
     done
-else
-    echo "compute-sanitizer: left out"
-fi
+    if [ -z "$sanitizer" ]; then
+        echo "compute-sanitizer: left out, it is not installed"
+        return
+    fi
+    [ "$#" -gt 0 ] || set -- "${kernels[@]}"
+    local -A pids
+    for tool in memcheck racecheck synccheck initcheck; do
+        # One thread: a report then stands beside its test. Errors of the driver that a program asks for are its own affair.
+        DILT_TEST_DEVICES=cuda timeout 560 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+            --report-api-errors no "$here/bin/tests" --test-threads=1 "$@" >"$out/$tool.log" 2>&1 &
+        pids[$tool]=$!
+    done
+    for tool in memcheck racecheck synccheck initcheck; do
+        local status=0
+        wait "${pids[$tool]}" || status=$?
+        note "$tool" "$status" $((SECONDS - start))
+    done
+}
+
+# Dense, then random tickets from half to a hundredth, a line of JSON for each.
+steps() {
+    local model batch sparsity
+    while read -r model batch; do
+        for sparsity in 0.5 0.8 0.9 0.95 0.98 0.99; do
+            "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 -q --json \
+                --device cuda | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' || return 1
+        done
+    done <<<"resnet20 128
+resnet18_cifar 128
+vit_small_patch16_224 64" >"$out/steps.jsonl"
+    "$here/bin/bench-step" --json >>"$out/steps.jsonl" || return 1
+}
+
+peers() { python3 "$here/peers/torch_gpu.py" >"$out/torch.jsonl"; }
+
+for section in "${sections[@]}"; do
+    case "$section" in
+    tests) check tests "$here/bin/tests" "$@" ;;
+    sanitizers) sanitizers "$@" ;;
+    crossover) check crossover "$here/bin/bench-crossover" --out "$out" ;;
+    steps) check steps steps ;;
+    ops) check ops "$here/bin/bench-ops" --bench --warm-up-time 0.1 --measurement-time 0.3 ;;
+    peers) check peers peers ;;
+    esac
+done
 
 text() { printf '"%s"' "$(tr -cd 'A-Za-z0-9 .,:;()_+/-' <<<"$1")"; }
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -1 || true; }
 {
     echo "{"
     echo "  \"commit\": $(text "$(cat "$here/commit")"),"
+    echo "  \"date\": $(text "$(date -u +%Y-%m-%d)"),"
     echo "  \"gpu\": $(text "$(query name)"),"
     echo "  \"driver\": $(text "$(query driver_version)"),"
     echo "  \"compute_capability\": $(text "$(query compute_cap)"),"
+    echo "  \"clocks\": $(text "$(query clocks.sm,clocks.mem,clocks.max.sm)"),"
     echo "  \"cuda\": $(text "$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p' || true)"),"
-    echo "  \"compute_sanitizer\": $(text "$([ -z "$sanitizer" ] || "$sanitizer" --version | tail -1)"),"
     echo "  \"passed\": $([ "$failed" = 0 ] && echo true || echo false),"
     echo "  \"checks\": ["
     for i in "${!rows[@]}"; do

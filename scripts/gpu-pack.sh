@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds what scripts/gpu-check.sh runs on a machine with a GPU and without Rust, into target/gpu/ (under 64 MiB):
-# the tests and the benches with CUDA code, the dilt binary, the goldens, and the script itself. Needs nvcc (see
+# the tests and the benches with CUDA code, the dilt binary, the goldens, the peers, and the script itself. Needs nvcc (see
 # CONTRIBUTING.md), but for --no-gpu, which packs a build of the host device alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,6 +40,7 @@ fi
 strip "$pack"/bin/*
 cp -r tests/golden "$pack/golden"
 [ ! -d models ] || cp -r models "$pack/models"
+cp -r benches/peers "$pack/peers"
 cp scripts/gpu-check.sh "$pack/"
 git rev-parse HEAD >"$pack/commit"
 
