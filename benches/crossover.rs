@@ -18,6 +18,7 @@ use dilt::mask::Mask;
 use dilt::nn::ways::{MaskedLayer, Trial, Way};
 use dilt::ops::Columns;
 use dilt::ops::conv::ConvShape;
+use dilt::ops::conv_sparse::Pass;
 use plotters::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -88,7 +89,7 @@ fn measure(
     layer: &MaskedLayer,
     runs: usize,
 ) -> dilt::Result<Vec<(Way, Vec<f64>)>> {
-    let lists = Way::ALL.map(|way| layer.lists(device, way, true));
+    let lists = Way::ALL.map(|way| layer.lists(device, way, &Pass::ALL));
     let mut ways = Vec::new();
     for (way, lists) in Way::ALL.into_iter().zip(lists) {
         ways.push((way, lists?, vec![f64::INFINITY; 3]));
@@ -99,7 +100,7 @@ fn measure(
             break;
         }
         for (_, lists, least) in &mut ways {
-            let seconds = trial.time(lists.as_mut(), true)?;
+            let seconds = trial.time(lists.as_mut(), &Pass::ALL)?;
             least.iter_mut().zip(seconds).for_each(|(least, seconds)| *least = least.min(seconds));
         }
     }

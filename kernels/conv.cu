@@ -195,108 +195,204 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
 // ---------------------------------------------------------------------------------------------------------- staged
 
 constexpr int THREADS = 256;
-constexpr int DEPTH = 8;           // reduction steps of a stage of the product
-constexpr int GRADIENT_DEPTH = 16; // columns of a stage of the weight gradient
+constexpr int GRADIENT_DEPTH = 16;  // columns of a stage of the weight gradient
 
-// A block's tile of the product: ROWS x COLUMNS of the result, each thread PER_THREAD rows x 4 samples.
-template <int ROWS, int COLUMNS>
+// Output pixels that meet the same filter taps, of a pass: all of the forward pass; of the input gradient those of one
+// remainder by the stride in each direction, so that no tap is multiplied that falls between the rows of dy.
+struct PixelClass {
+    int first_h, first_w, step;   // output pixels: first + i step
+    int height, width;            // how many
+    int first_r, first_s;         // filter taps: first + i step
+    int r, s;                     // how many
+    int origin_h, origin_w;       // what pixel 0 reads at tap 0
+};
+
+template <bool GRADIENT>
+DEVICE PixelClass pixel_class(const ConvShape& d, int number) {
+    if (!GRADIENT) return {0, 0, 1, d.p, d.q, 0, 0, d.r, d.s, -d.pad, -d.pad};
+    const int h = number / d.stride, w = number % d.stride;
+    const int r = (h + d.pad) % d.stride, s = (w + d.pad) % d.stride;
+    return {h,
+            w,
+            d.stride,
+            h < d.h ? (d.h - 1 - h) / d.stride + 1 : 0,
+            w < d.w ? (d.w - 1 - w) / d.stride + 1 : 0,
+            r,
+            s,
+            r < d.r ? (d.r - 1 - r) / d.stride + 1 : 0,
+            s < d.s ? (d.s - 1 - s) / d.stride + 1 : 0,
+            (h + d.pad) / d.stride,
+            (w + d.pad) / d.stride};
+}
+
+// A step of the reduction, over channels and the taps of a class, and how it moves on: without a division.
+struct Step {
+    int channel, r, s;
+};
+
+DEVICE Step step_at(int step, const PixelClass& taps) {
+    const int across = int(max64(taps.s, 1)), filter = int(max64(taps.r, 1)) * across;
+    return {step / filter, step % filter / across, step % across};
+}
+
+DEVICE void advance(Step& step, const Step& by, const PixelClass& taps) {
+    step.s += by.s, step.r += by.r, step.channel += by.channel;
+    if (step.s >= taps.s) step.s -= taps.s, ++step.r;
+    if (step.r >= taps.r) step.r -= taps.r, ++step.channel;
+}
+
+// A block's tile of the product: ROWS x COLUMNS of the result. A thread has PER_ROWS x PER_COLUMNS: fours of rows and of
+// columns, an even distance apart; a warp 4 x 8 or 2 x 16 threads, so that what it reads of a step is 128 bytes.
+template <int ROWS, int COLUMNS, int PER_ROWS, int PER_COLUMNS>
 struct ProductTile {
+    static constexpr int DEPTH = COLUMNS < 128 ? 16 : 8;  // reduction steps of a stage
     static constexpr int VECTORS = COLUMNS / 4;
-    static constexpr int PER_THREAD = ROWS * VECTORS / THREADS;
     static constexpr int X_LOADS = DEPTH * VECTORS / THREADS;
     static constexpr int W_LOADS = (ROWS * DEPTH + THREADS - 1) / THREADS;
-    static_assert(ROWS * VECTORS % THREADS == 0 && DEPTH * VECTORS % THREADS == 0, "whole threads");
+    static constexpr int ROW_THREADS = ROWS / PER_ROWS, COLUMN_THREADS = COLUMNS / PER_COLUMNS;
+    static constexpr int WARP_ROWS = ROW_THREADS < 4 ? ROW_THREADS : 4, WARP_COLUMNS = 32 / WARP_ROWS;
+    static_assert(ROW_THREADS * COLUMN_THREADS == THREADS && DEPTH * VECTORS % THREADS == 0, "whole threads");
     struct Shared {
         float x[2][DEPTH][COLUMNS];
         float w[2][DEPTH][ROWS + 4];  // 4 more: the transposing store meets no bank twice
+        PixelClass pixels;            // kept here for the end, not in registers
     };
+    DEVICE static int row(int thread, int fours) {
+        const int warp = thread / 32 % (ROW_THREADS / WARP_ROWS), lane = thread % 32 / WARP_COLUMNS;
+        return (warp * WARP_ROWS + lane) * 4 + fours * (ROW_THREADS * 4);
+    }
+    DEVICE static int column(int thread, int fours) {
+        const int warp = thread / 32 / (ROW_THREADS / WARP_ROWS), lane = thread % WARP_COLUMNS;
+        return (warp * WARP_COLUMNS + lane) * 4 + fours * (COLUMN_THREADS * 4);
+    }
 };
 
-template <bool GRADIENT, int ROWS, int COLUMNS>
-DEVICE void staged(const ConvArgs& a, typename ProductTile<ROWS, COLUMNS>::Shared& stage, int thread, int column_tile,
-                   int row_tile) {
+// BY_ROW: of an input gradient with a filter of one tap, whose rows of w lie side by side.
+template <bool GRADIENT, bool BY_ROW, int ROWS, int COLUMNS, int PER_ROWS, int PER_COLUMNS>
+DEVICE void staged(const ConvArgs& a, typename ProductTile<ROWS, COLUMNS, PER_ROWS, PER_COLUMNS>::Shared& stage,
+                   int thread, int column_tile, int row_tile, int number) {
     using Pass = Taps<GRADIENT>;
-    using Tile = ProductTile<ROWS, COLUMNS>;
+    using Tile = ProductTile<ROWS, COLUMNS, PER_ROWS, PER_COLUMNS>;
+    constexpr int DEPTH = Tile::DEPTH;
     const ConvShape& d = a.shape;
-    const int width = Pass::to_width(d), columns = Pass::to_height(d) * width * d.n;
-    const int filter = d.r * d.s, depth = Pass::channels(d) * filter;
-    const int64_t plane = int64_t(Pass::from_height(d)) * Pass::from_width(d) * d.n;
+    const PixelClass pixels = pixel_class<GRADIENT>(d, number);
+    const int columns = pixels.height * pixels.width * d.n;
+    if (column_tile * COLUMNS >= columns) return;
+    const int depth = Pass::channels(d) * pixels.r * pixels.s;
+    const int from_height = Pass::from_height(d), from_width = Pass::from_width(d);
+    const int plane = from_height * from_width * d.n;
+    const int row_stride = int(Pass::row_stride(d)), channel_stride = int(Pass::channel_stride(d));
     const int row0 = row_tile * ROWS, rows = Pass::rows(d);
 
-    // This thread's samples: always the same, so their place in the image is found once.
-    const int vector = thread % Tile::VECTORS;
-    const int column = column_tile * COLUMNS + vector * 4;
-    const bool live = column < columns;
-    const int n = column % d.n, pixel = column / d.n, o = pixel / width, u = pixel % width;
+    // What this thread copies: always the same samples of a pixel, and the same rows of w.
+    const int vector = thread % Tile::VECTORS, copied = column_tile * COLUMNS + vector * 4;
+    const int pixel = copied / d.n, o = pixel / pixels.width, u = pixel % pixels.width;
+    // Columns beyond the last lie above every image.
+    const int h0 = copied >= columns ? -(1 << 30) : pixels.origin_h + (GRADIENT ? o : o * d.stride);
+    const int w0 = pixels.origin_w + (GRADIENT ? u : u * d.stride);
+    const float* const from = a.from + ((h0 < 0 && copied >= columns ? 0 : h0 * from_width + w0) * d.n + copied % d.n);
+    const Step by = step_at(DEPTH, pixels);
+    Step x_step[Tile::X_LOADS];
+    UNROLL for (int i = 0; i < Tile::X_LOADS; ++i)
+        x_step[i] = step_at(thread / Tile::VECTORS + i * (THREADS / Tile::VECTORS), pixels);
+    // Threads share w so that neighbours read neighbours: steps of a row, or rows of a step. Load i is so many rows and
+    // steps further than load 0, and so many elements of w and of the stage.
+    constexpr int ROWS_APART = BY_ROW ? 0 : THREADS / DEPTH, STEPS_APART = BY_ROW ? THREADS / ROWS : 0;
+    constexpr int PUT_APART = BY_ROW ? STEPS_APART * (ROWS + 4) : ROWS_APART;
+    const int w_row = row0 + (BY_ROW ? thread % ROWS : thread / DEPTH);
+    const int w_first = BY_ROW ? thread / ROWS : thread % DEPTH;
+    const int w_apart = BY_ROW ? STEPS_APART * channel_stride : ROWS_APART * row_stride;
+    float* const put_w = &stage.w[0][0][0] + w_first * (ROWS + 4) + (w_row - row0);
+    const float* const w = a.w + (int64_t(w_row) * row_stride + pixels.first_r * d.s + pixels.first_s);
+    Step w_step = step_at(w_first, pixels);
 
     Samples<4> next_x[Tile::X_LOADS];
     float next_w[Tile::W_LOADS];
-    const auto fetch = [&](int base) {
+    const auto fetch = [&]() {
         UNROLL for (int i = 0; i < Tile::X_LOADS; ++i) {
-            const int step = base + thread / Tile::VECTORS + i * (THREADS / Tile::VECTORS);
+            Step& at = x_step[i];
+            const int h = GRADIENT ? h0 - at.r : h0 + at.r, w = GRADIENT ? w0 - at.s : w0 + at.s;
             next_x[i] = splat<4>(0.0f);
-            if (live && step < depth) {
-                const int channel = step / filter, tap = step % filter;
-                const int h = Pass::source(o, tap / d.s, Pass::from_height(d), d);
-                const int w = Pass::source(u, tap % d.s, Pass::from_width(d), d);
-                if (h >= 0 && w >= 0)
-                    next_x[i] = load<4>(a.from + channel * plane + (int64_t(h) * Pass::from_width(d) + w) * d.n + n);
-            }
+            if (at.channel < Pass::channels(d) && uint32_t(h) < uint32_t(from_height) && uint32_t(w) < uint32_t(from_width))
+                next_x[i] = load<4>(from + (int64_t(at.channel) * plane + (GRADIENT ? -1 : 1) * (at.r * from_width + at.s) * d.n));
+            advance(at, by, pixels);
         }
+        const float* tap =
+            w + (int64_t(w_step.channel) * channel_stride + (w_step.r * d.s + w_step.s) * pixels.step);
         UNROLL for (int i = 0; i < Tile::W_LOADS; ++i) {
-            const int element = thread + i * THREADS, row = row0 + element / DEPTH, step = base + element % DEPTH;
             next_w[i] = 0.0f;
-            if (element < ROWS * DEPTH && row < rows && step < depth)
-                next_w[i] = a.w[row * Pass::row_stride(d) + step / filter * Pass::channel_stride(d) + step % filter];
+            if (w_row + i * ROWS_APART < rows && w_step.channel + i * STEPS_APART < Pass::channels(d) &&
+                thread + i * THREADS < ROWS * DEPTH)
+                next_w[i] = tap[i * w_apart];
         }
+        advance(w_step, by, pixels);
     };
     const auto put = [&](int half) {
         UNROLL for (int i = 0; i < Tile::X_LOADS; ++i)
             store<4>(&stage.x[half][thread / Tile::VECTORS + i * (THREADS / Tile::VECTORS)][vector * 4], next_x[i]);
-        UNROLL for (int i = 0; i < Tile::W_LOADS; ++i) {
-            const int element = thread + i * THREADS;
-            if (element < ROWS * DEPTH) stage.w[half][element % DEPTH][element / DEPTH] = next_w[i];
-        }
+        UNROLL for (int i = 0; i < Tile::W_LOADS; ++i)
+            if (thread + i * THREADS < ROWS * DEPTH) put_w[half * (DEPTH * (ROWS + 4)) + i * PUT_APART] = next_w[i];
     };
 
-    const int first = thread / Tile::VECTORS * Tile::PER_THREAD;
-    Samples<4> sum[Tile::PER_THREAD];
-    UNROLL for (int i = 0; i < Tile::PER_THREAD; ++i) sum[i] = splat<4>(0.0f);
-    fetch(0);
-    put(0);
+    Samples<4> sum[PER_ROWS][PER_COLUMNS / 4];
+    UNROLL for (int i = 0; i < PER_ROWS; ++i)
+        UNROLL for (int v = 0; v < PER_COLUMNS / 4; ++v) sum[i][v] = splat<4>(0.0f);
+    if (thread == 0) stage.pixels = pixels;
+    if (depth > 0) {
+        fetch();
+        put(0);
+    }
     __syncthreads();
     for (int base = 0, half = 0; base < depth; base += DEPTH, half ^= 1) {
-        if (base + DEPTH < depth) fetch(base + DEPTH);
+        if (base + DEPTH < depth) fetch();
         UNROLL for (int step = 0; step < DEPTH; ++step) {
-            const Samples<4> x = load<4>(&stage.x[half][step][vector * 4]);
-            UNROLL for (int i = 0; i < Tile::PER_THREAD; ++i) sum[i] += x * stage.w[half][step][first + i];
+            Samples<4> x[PER_COLUMNS / 4];
+            UNROLL for (int v = 0; v < PER_COLUMNS / 4; ++v) x[v] = load<4>(&stage.x[half][step][Tile::column(thread, v)]);
+            UNROLL for (int f = 0; f < PER_ROWS / 4; ++f) {
+                const Samples<4> w = load<4>(&stage.w[half][step][Tile::row(thread, f)]);
+                UNROLL for (int i = 0; i < 4; ++i)
+                    UNROLL for (int v = 0; v < PER_COLUMNS / 4; ++v) sum[f * 4 + i][v] += x[v] * w[i];
+            }
         }
         if (base + DEPTH < depth) put(half ^ 1);
         __syncthreads();
     }
-    if (!live) return;
-    const uint32_t kept_columns = a.bias ? live_columns<4>(a.columns, int(*a.count), n) : 0;
-    UNROLL for (int i = 0; i < Tile::PER_THREAD; ++i) {
-        const int row = row0 + first + i;
-        if (row >= rows) break;
-        float* to = a.to + int64_t(row) * columns + column;
-        if (a.bias) sum[i] = kept<4>(sum[i] + splat<4>(a.bias[row]), kept_columns);
-        if (a.accumulate) sum[i] += load<4>(to);
-        store<4>(to, sum[i]);
+    const PixelClass& own = stage.pixels;
+    const int width = Pass::to_width(d);
+    const int64_t pitch = int64_t(Pass::to_height(d)) * width * d.n;
+    UNROLL for (int v = 0; v < PER_COLUMNS / 4; ++v) {
+        const int column = column_tile * COLUMNS + Tile::column(thread, v);
+        if (column >= own.height * own.width * d.n) continue;
+        const int n = column % d.n, at = column / d.n;
+        const int down = own.first_h + at / own.width * own.step;
+        const int across = own.first_w + at % own.width * own.step;
+        const uint32_t live = a.bias ? live_columns<4>(a.columns, int(*a.count), n) : 0;
+        UNROLL for (int i = 0; i < PER_ROWS; ++i) {
+            const int row = row0 + Tile::row(thread, i / 4) + i % 4;
+            if (row >= rows) continue;
+            float* to = a.to + row * pitch + (int64_t(down) * width + across) * d.n + n;
+            if (a.bias) sum[i][v] = kept<4>(sum[i][v] + splat<4>(a.bias[row]), live);
+            if (a.accumulate) sum[i][v] += load<4>(to);
+            store<4>(to, sum[i][v]);
+        }
     }
 }
 
-// A block's tile of the weight gradient: ROWS output channels x TAPS filter taps, each thread a part of it.
+// A block's tile of the weight gradient: ROWS output channels x TAPS filter taps. A thread has PER_ROWS x PER_TAPS of it,
+// an even distance apart, a warp 4 x 8 threads. Rows of both lie 20 floats apart: eight of them meet no bank twice.
 template <int ROWS, int TAPS, int PER_ROWS, int PER_TAPS>
 struct GradientTile {
     static constexpr int VECTORS = GRADIENT_DEPTH / 4;
-    static constexpr int Y_LOADS = (ROWS * VECTORS + THREADS - 1) / THREADS;
-    static constexpr int X_LOADS = (TAPS * VECTORS + THREADS - 1) / THREADS;
-    static_assert((ROWS / PER_ROWS) * (TAPS / PER_TAPS) == THREADS, "one part a thread");
+    static constexpr int LOADED = THREADS / VECTORS;  // rows that all threads copy at a time
+    static constexpr int Y_LOADS = (ROWS + LOADED - 1) / LOADED, X_LOADS = (TAPS + LOADED - 1) / LOADED;
+    static constexpr int ROW_THREADS = ROWS / PER_ROWS, TAP_THREADS = TAPS / PER_TAPS;
+    static_assert(ROW_THREADS * TAP_THREADS == THREADS && ROW_THREADS % 4 == 0, "one part a thread");
     struct Shared {
-        float dy[GRADIENT_DEPTH][ROWS + 4];
-        float x[GRADIENT_DEPTH][TAPS + 4];
+        float dy[2][ROWS][GRADIENT_DEPTH + 4];
+        float x[2][TAPS][GRADIENT_DEPTH + 4];
     };
+    DEVICE static int row(int thread) { return thread / 32 % (ROW_THREADS / 4) * 4 + thread % 32 / 8; }
+    DEVICE static int tap(int thread) { return thread / 32 / (ROW_THREADS / 4) * 8 + thread % 8; }
 };
 
 template <int ROWS, int TAPS, int PER_ROWS, int PER_TAPS>
@@ -310,92 +406,183 @@ DEVICE void staged_gradient(const ConvWeightGradientArgs& a,
     const int begin = int(int64_t(stages) * split / a.splits) * GRADIENT_DEPTH;
     const int end = int(min64(columns, int64_t(stages) * (split + 1) / a.splits * GRADIENT_DEPTH));
     const int k0 = row_tile * ROWS, j0 = tap_tile * TAPS;
-    const int k = thread / (TAPS / PER_TAPS) * PER_ROWS, j = thread % (TAPS / PER_TAPS) * PER_TAPS;
+
+    // What this thread copies: always the same rows of dy and taps, and four columns (p, q, n) that move on.
+    const int first = thread / Tile::VECTORS, vector = thread % Tile::VECTORS * 4;
+    int column = begin + vector, n = column % d.n, q = column / d.n % d.q, p = column / d.n / d.q;
+    int r[Tile::X_LOADS], s[Tile::X_LOADS];
+    const float* plane[Tile::X_LOADS];
+    UNROLL for (int i = 0; i < Tile::X_LOADS; ++i) {
+        const int own = first + i * Tile::LOADED, tap = j0 + own;
+        const bool there = own < TAPS && tap < taps;
+        // A row that is above every image reads nothing.
+        r[i] = there ? tap % filter / d.s - d.pad : -(1 << 30);
+        s[i] = there ? tap % d.s - d.pad : 0;
+        plane[i] = a.x + (there ? int64_t(tap / filter) * d.h * d.w * d.n : 0);
+    }
+    Samples<4> next_y[Tile::Y_LOADS], next_x[Tile::X_LOADS];
+    const auto fetch = [&]() {
+        UNROLL for (int i = 0; i < Tile::Y_LOADS; ++i) {
+            const int row = first + i * Tile::LOADED;
+            next_y[i] = splat<4>(0.0f);
+            if (row < ROWS && k0 + row < d.k && column < end) next_y[i] = load<4>(a.dy + int64_t(k0 + row) * columns + column);
+        }
+        UNROLL for (int i = 0; i < Tile::X_LOADS; ++i) {
+            const int h = p * d.stride + r[i], w = q * d.stride + s[i];
+            next_x[i] = splat<4>(0.0f);
+            if (column < end && h >= 0 && h < d.h && w >= 0 && w < d.w)
+                next_x[i] = load<4>(plane[i] + ((h * d.w + w) * d.n + n));
+        }
+        column += GRADIENT_DEPTH, n += GRADIENT_DEPTH;
+        while (n >= d.n) {
+            n -= d.n;
+            if (++q == d.q) q = 0, ++p;
+        }
+    };
+    const auto put = [&](int half) {
+        UNROLL for (int i = 0; i < Tile::Y_LOADS; ++i)
+            if (first + i * Tile::LOADED < ROWS) store<4>(&stage.dy[half][first + i * Tile::LOADED][vector], next_y[i]);
+        UNROLL for (int i = 0; i < Tile::X_LOADS; ++i)
+            if (first + i * Tile::LOADED < TAPS) store<4>(&stage.x[half][first + i * Tile::LOADED][vector], next_x[i]);
+    };
 
     float sum[PER_ROWS][PER_TAPS];
     UNROLL for (int i = 0; i < PER_ROWS; ++i)
         UNROLL for (int t = 0; t < PER_TAPS; ++t) sum[i][t] = 0.0f;
-    for (int base = begin; base < end; base += GRADIENT_DEPTH) {
-        UNROLL for (int i = 0; i < Tile::Y_LOADS; ++i) {
-            const int element = thread + i * THREADS, row = element / Tile::VECTORS;
-            const int vector = element % Tile::VECTORS, column = base + vector * 4;
-            if (row < ROWS) {
-                Samples<4> g = splat<4>(0.0f);
-                if (k0 + row < d.k && column < end) g = load<4>(a.dy + int64_t(k0 + row) * columns + column);
-                UNROLL for (int lane = 0; lane < 4; ++lane) stage.dy[vector * 4 + lane][row] = g[lane];
+    if (begin < end) {
+        fetch();
+        put(0);
+    }
+    __syncthreads();
+    for (int base = begin, half = 0; base < end; base += GRADIENT_DEPTH, half ^= 1) {
+        if (base + GRADIENT_DEPTH < end) fetch();
+        for (int step = 0; step < GRADIENT_DEPTH; step += 4) {
+            Samples<4> x[PER_TAPS];
+            UNROLL for (int t = 0; t < PER_TAPS; ++t)
+                x[t] = load<4>(&stage.x[half][Tile::tap(thread) + t * Tile::TAP_THREADS][step]);
+            UNROLL for (int i = 0; i < PER_ROWS; ++i) {
+                const Samples<4> g = load<4>(&stage.dy[half][Tile::row(thread) + i * Tile::ROW_THREADS][step]);
+                UNROLL for (int t = 0; t < PER_TAPS; ++t)
+                    UNROLL for (int lane = 0; lane < 4; ++lane) sum[i][t] += g[lane] * x[t][lane];
             }
         }
-        UNROLL for (int i = 0; i < Tile::X_LOADS; ++i) {
-            const int element = thread + i * THREADS, tap = element / Tile::VECTORS;
-            const int vector = element % Tile::VECTORS, column = base + vector * 4;
-            if (tap < TAPS) {
-                Samples<4> x = splat<4>(0.0f);
-                if (j0 + tap < taps && column < end) {
-                    const int n = column % d.n, pixel = column / d.n;
-                    const int c = (j0 + tap) / filter, r = (j0 + tap) % filter / d.s, s = (j0 + tap) % d.s;
-                    const int h = Taps<false>::source(pixel / d.q, r, d.h, d);
-                    const int w = Taps<false>::source(pixel % d.q, s, d.w, d);
-                    if (h >= 0 && w >= 0) x = load<4>(a.x + ((int64_t(c) * d.h + h) * d.w + w) * d.n + n);
-                }
-                UNROLL for (int lane = 0; lane < 4; ++lane) stage.x[vector * 4 + lane][tap] = x[lane];
-            }
-        }
-        __syncthreads();
-        UNROLL for (int step = 0; step < GRADIENT_DEPTH; ++step)
-            UNROLL for (int i = 0; i < PER_ROWS; ++i)
-                UNROLL for (int t = 0; t < PER_TAPS; ++t) sum[i][t] += stage.dy[step][k + i] * stage.x[step][j + t];
+        if (base + GRADIENT_DEPTH < end) put(half ^ 1);
         __syncthreads();
     }
     float* partial = a.partial + int64_t(split) * d.k * taps;
-    UNROLL for (int i = 0; i < PER_ROWS; ++i)
-        UNROLL for (int t = 0; t < PER_TAPS; ++t)
-            if (k0 + k + i < d.k && j0 + j + t < taps) partial[int64_t(k0 + k + i) * taps + j0 + j + t] = sum[i][t];
+    UNROLL for (int i = 0; i < PER_ROWS; ++i) {
+        const int k = k0 + Tile::row(thread) + i * Tile::ROW_THREADS;
+        UNROLL for (int t = 0; t < PER_TAPS; ++t) {
+            const int j = j0 + Tile::tap(thread) + t * Tile::TAP_THREADS;
+            if (k < d.k && j < taps) partial[int64_t(k) * taps + j] = sum[i][t];
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------- kernels
 
-// Grid of the staged products: column tiles, row tiles. Narrow for at most 32 rows, as in the first stages of ResNets.
-using Wide = ProductTile<64, 128>;
-using Narrow = ProductTile<16, 256>;
-using WideGradient = GradientTile<64, 64, 4, 4>;
-using NarrowGradient = GradientTile<16, 128, 4, 2>;
+// Grid of the staged products: column tiles, row tiles, classes of pixels. Named by rows x columns.
+using Product16 = ProductTile<16, 256, 4, 4>;
+using Product32 = ProductTile<32, 256, 8, 4>;
+using Product64 = ProductTile<64, 64, 4, 4>;
+using Product64Wide = ProductTile<64, 128, 8, 4>;
+using Product128 = ProductTile<128, 128, 8, 8>;
 
-KERNEL(conv_forward_wide_f32, ConvArgs, Wide::Shared, THREADS) {
-    SHARED(Wide::Shared, stage);
-    staged<false, 64, 128>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y);
+KERNEL(conv_forward_16x256_f32, ConvArgs, Product16::Shared, THREADS, 3) {
+    SHARED(Product16::Shared, stage);
+    staged<false, false, 16, 256, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-KERNEL(conv_forward_narrow_f32, ConvArgs, Narrow::Shared, THREADS) {
-    SHARED(Narrow::Shared, stage);
-    staged<false, 16, 256>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y);
+KERNEL(conv_forward_32x256_f32, ConvArgs, Product32::Shared, THREADS, 2) {
+    SHARED(Product32::Shared, stage);
+    staged<false, false, 32, 256, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_forward_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3) {
+    SHARED(Product64::Shared, stage);
+    staged<false, false, 64, 64, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_forward_64x128_f32, ConvArgs, Product64Wide::Shared, THREADS, 2) {
+    SHARED(Product64Wide::Shared, stage);
+    staged<false, false, 64, 128, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_forward_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2) {
+    SHARED(Product128::Shared, stage);
+    staged<false, false, 128, 128, 8, 8>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
 BARRIER_FREE_KERNEL(conv_forward_direct_f32, ConvArgs, 1) { direct<false>(a, blockIdx.x, blockIdx.y, blockIdx.z); }
 
-KERNEL(conv_input_gradient_wide_f32, ConvArgs, Wide::Shared, THREADS) {
-    SHARED(Wide::Shared, stage);
-    staged<true, 64, 128>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y);
+KERNEL(conv_input_gradient_16x256_f32, ConvArgs, Product16::Shared, THREADS, 3) {
+    SHARED(Product16::Shared, stage);
+    staged<true, false, 16, 256, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-// Three blocks: left alone, ptxas aims at four on sm_90a and spills.
-KERNEL(conv_input_gradient_narrow_f32, ConvArgs, Narrow::Shared, THREADS, 3) {
-    SHARED(Narrow::Shared, stage);
-    staged<true, 16, 256>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y);
+KERNEL(conv_input_gradient_32x256_f32, ConvArgs, Product32::Shared, THREADS, 2) {
+    SHARED(Product32::Shared, stage);
+    staged<true, false, 32, 256, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_input_gradient_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3) {
+    SHARED(Product64::Shared, stage);
+    staged<true, false, 64, 64, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_input_gradient_64x128_f32, ConvArgs, Product64Wide::Shared, THREADS, 2) {
+    SHARED(Product64Wide::Shared, stage);
+    staged<true, false, 64, 128, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_input_gradient_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2) {
+    SHARED(Product128::Shared, stage);
+    staged<true, false, 128, 128, 8, 8>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_input_gradient_pointwise_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3) {
+    SHARED(Product64::Shared, stage);
+    staged<true, true, 64, 64, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_input_gradient_pointwise_64x128_f32, ConvArgs, Product64Wide::Shared, THREADS, 2) {
+    SHARED(Product64Wide::Shared, stage);
+    staged<true, true, 64, 128, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_input_gradient_pointwise_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2) {
+    SHARED(Product128::Shared, stage);
+    staged<true, true, 128, 128, 8, 8>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
 BARRIER_FREE_KERNEL(conv_input_gradient_direct_f32, ConvArgs, 1) {
     direct<true>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-// Grid of the weight gradients: tap tiles, row tiles, splits.
-KERNEL(conv_weight_gradient_wide_f32, ConvWeightGradientArgs, WideGradient::Shared, THREADS) {
-    SHARED(WideGradient::Shared, stage);
-    staged_gradient<64, 64, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+// Grid of the weight gradients: tap tiles, row tiles, splits. Filters of 3x3 have multiples of 96 taps in most networks.
+using Gradient16 = GradientTile<16, 96, 2, 3>;
+using Gradient32 = GradientTile<32, 96, 4, 3>;
+using Gradient64 = GradientTile<64, 96, 8, 3>;
+using Gradient128 = GradientTile<128, 96, 8, 6>;
+
+KERNEL(conv_weight_gradient_16x96_f32, ConvWeightGradientArgs, Gradient16::Shared, THREADS, 3) {
+    SHARED(Gradient16::Shared, stage);
+    staged_gradient<16, 96, 2, 3>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-KERNEL(conv_weight_gradient_narrow_f32, ConvWeightGradientArgs, NarrowGradient::Shared, THREADS) {
-    SHARED(NarrowGradient::Shared, stage);
-    staged_gradient<16, 128, 4, 2>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+KERNEL(conv_weight_gradient_32x96_f32, ConvWeightGradientArgs, Gradient32::Shared, THREADS, 2) {
+    SHARED(Gradient32::Shared, stage);
+    staged_gradient<32, 96, 4, 3>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_weight_gradient_64x96_f32, ConvWeightGradientArgs, Gradient64::Shared, THREADS, 2) {
+    SHARED(Gradient64::Shared, stage);
+    staged_gradient<64, 96, 8, 3>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+KERNEL(conv_weight_gradient_128x96_f32, ConvWeightGradientArgs, Gradient128::Shared, THREADS, 2) {
+    SHARED(Gradient128::Shared, stage);
+    staged_gradient<128, 96, 8, 6>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
 BARRIER_FREE_KERNEL(conv_weight_gradient_direct_f32, ConvWeightGradientArgs, 1) {
@@ -416,12 +603,15 @@ BARRIER_FREE_KERNEL(conv_weight_gradient_direct_f32, ConvWeightGradientArgs, 1) 
     }
 }
 
-// Adds the splits' partial sums, in their order.
+// Adds the splits' partial sums: four chains of every fourth, since a GPU waits long for each.
 BARRIER_FREE_KERNEL(conv_sum_splits_f32, ConvSumArgs, THREADS) {
     EACH(i, a.count) {
-        float sum = a.partial[i];
-        for (int split = 1; split < a.splits; ++split) sum += a.partial[split * a.count + i];
-        a.sum[i] = sum;
+        Samples<4> sum = splat<4>(0.0f);
+        int split = 0;
+        for (; split + 4 <= a.splits; split += 4)
+            UNROLL for (int chain = 0; chain < 4; ++chain) sum[chain] += a.partial[(split + chain) * a.count + i];
+        for (; split < a.splits; ++split) sum[0] += a.partial[split * a.count + i];
+        a.sum[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
 }
 
@@ -429,8 +619,8 @@ BARRIER_FREE_KERNEL(conv_sum_splits_f32, ConvSumArgs, THREADS) {
 KERNEL(conv_bias_gradient_f32, ConvBiasGradientArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     const float* dy = a.dy + int64_t(blockIdx.x) * a.row;
-    float sum = 0.0f;
-    for (int64_t i = threadIdx.x; i < a.row; i += blockDim.x) sum += dy[i];
-    sum = block_sum(sum, shared.scratch, threadIdx.x, blockDim.x);
+    Samples<ROW_LANES> lanes = splat<ROW_LANES>(0.0f);
+    for (int64_t i = threadIdx.x * ROW_LANES; i < a.row; i += blockDim.x * ROW_LANES) lanes += load<ROW_LANES>(dy + i);
+    const float sum = block_sum(lane_sum<ROW_LANES>(lanes), shared.scratch, threadIdx.x, blockDim.x);
     if (threadIdx.x == 0) a.dbias[blockIdx.x] = sum;
 }

@@ -11,8 +11,8 @@
 // them all. Sums are f32 in an order that depends on the shape and the mask alone.
 //
 // `direct`: a thread owns a pixel, some vectors of samples, and groups of rows one after the other. `staged`: a warp
-// owns 128 columns, and 4 rows or a group. Weight gradient: a block (staged, in groups: a warp) owns a chunk of a list's
-// entries, a split some rows of the output and samples. Limit: reads of x from cache, one for each R multiply-adds.
+// owns 128 columns, and 4 rows or a group. Weight gradient: a block (staged: a warp) owns a chunk of a list's entries, a
+// split some of the output's pixels and samples. Limit: reads of x from cache, one for each R multiply-adds.
 #include "kernels/conv.cuh"
 
 // Forward: x to y. Input gradient: dy to dx; bias is null.
@@ -41,7 +41,7 @@ struct ConvSparseGradientArgs {
     const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 8: of all entries), first entry, and the one after the last
     float* partial;           // [splits, entries, R]
     ConvShape shape;
-    int32_t entries, chunk_count, splits;
+    int32_t entries, chunk_count, units, splits;
 };
 
 struct ConvSparseGatherArgs {
@@ -134,7 +134,8 @@ constexpr int GROUP_ROWS = 8;  // R of a group
 constexpr int BLOCK_ROWS = 64;
 constexpr int BLOCK_SAMPLES = 128;
 constexpr int THREADS = 256;
-constexpr int WARP_ROWS = 4;  // of single rows
+constexpr int ROW_THREADS = 512;  // of the staged products of single rows
+constexpr int WARP_ROWS = 4;
 
 // Vectors of samples that a thread of the direct products owns: accumulators and reads fit the registers.
 template <int R>
@@ -167,24 +168,74 @@ DEVICE void direct(const ConvSparseArgs& a, int pixel, int sample_block, int row
     samples<GRADIENT, R, VECTORS<R>>(a, at, group, end, pixel, n, int(min64(n + BLOCK_SAMPLES, d.n)));
 }
 
-// A thread's 4 columns of its warp's rows.
-template <bool GRADIENT, int R>
-DEVICE void staged(const ConvSparseArgs& a, int thread, int column_tile, int row_tile) {
-    using Pass = Taps<GRADIENT>;
-    constexpr int GROUPS = R == 1 ? WARP_ROWS : 1;
+// A thread's 4 columns of a pixel, if there are so many.
+template <bool GRADIENT>
+struct Place {
+    int pixel, n;
+    bool there;
+    DEVICE Place(const ConvShape& d, int column) : pixel(column / d.n), n(column % d.n) {
+        there = pixel < Taps<GRADIENT>::to_height(d) * Taps<GRADIENT>::to_width(d);
+    }
+    DEVICE Window window_of(const ConvShape& d) const {
+        const int width = Taps<GRADIENT>::to_width(d);
+        return window<GRADIENT>(d, pixel / width, pixel % width);
+    }
+};
+
+// A group of its warp.
+template <bool GRADIENT>
+DEVICE void staged_group(const ConvSparseArgs& a, int thread, int column_tile, int row_tile) {
     const ConvShape& d = a.shape;
-    const int column = (column_tile * 32 + thread % 32) * 4, pixel = column / d.n;
-    if (pixel >= Pass::to_height(d) * Pass::to_width(d)) return;
-    const Window at = window<GRADIENT>(d, pixel / Pass::to_width(d), pixel % Pass::to_width(d));
-    const int group = (row_tile * (THREADS / 32) + thread / 32) * GROUPS;
-    groups<GRADIENT, R, 1, 4>(a, at, group, int(min64(group + GROUPS, a.groups)), pixel, column % d.n);
+    const Place<GRADIENT> place(d, (column_tile * 32 + thread % 32) * 4);
+    const int group = row_tile * (THREADS / 32) + thread / 32;
+    if (!place.there || group >= a.groups) return;
+    groups<GRADIENT, GROUP_ROWS, 1, 4>(a, place.window_of(d), group, group + 1, place.pixel, place.n);
+}
+
+// What all warps of a block read of x at a time, in bytes: it stays in the first-level cache.
+constexpr int PIECE_BYTES = 96 << 10;
+
+// Rows of its warp, piece by piece of the taps.
+template <bool GRADIENT>
+DEVICE void staged_rows(const ConvSparseArgs& a, int thread, int column_tile, int row_tile) {
+    using Pass = Taps<GRADIENT>;
+    const ConvShape& d = a.shape;
+    const Place<GRADIENT> place(d, (column_tile * 32 + thread % 32) * 4);
+    const int row = (row_tile * (ROW_THREADS / 32) + thread / 32) * WARP_ROWS;
+    if (!place.there || row >= a.groups) return;
+    const Window at = place.window_of(d);
+    const float* from = a.from + place.n;
+    const int taps = d.r * d.s, piece = int(max64(1, PIECE_BYTES / (int64_t(Pass::channels(d)) * 512)));
+    Samples<4> sum[WARP_ROWS];
+    UNROLL for (int i = 0; i < WARP_ROWS; ++i)
+        sum[i] = splat<4>(a.bias ? a.bias[min32(row + i, a.groups - 1)] : 0.0f);
+    for (int run = 0; run < at.runs; ++run) {
+        for (int tap = 0; tap < at.taps; tap += piece) {
+            const int last = min32(tap + piece, at.taps);
+            UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
+                if (row + i >= a.groups) break;
+                const uint32_t* starts = a.starts + (int64_t(row + i) * taps + at.first + run * d.s);
+                const uint32_t end = starts[last];
+                for (uint32_t entry = starts[tap]; entry < end; ++entry)
+                    sum[i] += load<4>(from + (at.origin + a.offsets[entry])) * a.values[entry];
+            }
+        }
+    }
+    const uint32_t live = a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0;
+    UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
+        if (row + i >= a.groups) break;
+        float* to = a.to + ((int64_t(row + i) * Pass::to_height(d) * Pass::to_width(d) + place.pixel) * d.n + place.n);
+        if (a.bias) sum[i] = kept<4>(sum[i], live);
+        if (a.accumulate) sum[i] += load<4>(to);
+        store<4>(to, sum[i]);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- weight gradient
 
-// Entries of a chunk, at most; the chunk of a block of the staged kernel is one entry for each 4 of its threads.
+// Entries of a chunk, at most: of a block of the direct kernel, of a warp of the staged one.
 constexpr int CHUNK = 64;
-constexpr int WARP_ENTRIES = CHUNK / (THREADS / 32);
+constexpr int WARP_ENTRIES = 8;
 
 struct Chunk {
     int group, tap;
@@ -239,40 +290,57 @@ DEVICE void direct_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
         partial[entry] = lane_sum<L>(sum[entry - chunk.begin]);
 }
 
-// A warp sums WARP_ENTRIES entries over the split's columns.
-DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk, int begin, int end, int thread,
+// The units of a split of the staged kernels, one after the other: an output pixel's blocks of 128 samples.
+struct Unit {
+    int block, q, p;
+    DEVICE Unit(const ConvShape& d, int unit, int blocks)
+        : block(unit % blocks), q(unit / blocks % d.q), p(unit / blocks / d.q) {}
+    DEVICE void next(const ConvShape& d, int blocks) {
+        if (++block < blocks) return;
+        block = 0;
+        if (++q == d.q) q = 0, ++p;
+    }
+};
+
+// The sum of a warp, in all of its lanes.
+DEVICE float warp_sum(float sum) {
+    UNROLL for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
+}
+
+// A warp sums a chunk's entries, of one row.
+DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk, int begin, int end, int lane,
                             float* partial) {
     const ConvShape& d = a.shape;
-    const int lane = thread % 32, blocks = int(ceil_div(d.n, BLOCK_SAMPLES));
-    const uint32_t first = chunk.begin + thread / 32 * WARP_ENTRIES;
+    const int blocks = int(ceil_div(d.n, BLOCK_SAMPLES));
     int r[WARP_ENTRIES], s[WARP_ENTRIES];
     int64_t offset[WARP_ENTRIES];
     float sum[WARP_ENTRIES];
     UNROLL for (int i = 0; i < WARP_ENTRIES; ++i) {
-        const bool there = first + i < chunk.end;
-        const uint32_t at = there ? a.places[first + i] : 0;
+        const bool there = chunk.begin + i < chunk.end;
+        const uint32_t at = there ? a.places[chunk.begin + i] : 0;
         // A row that is above every image has no sum.
         r[i] = there ? int(at / d.s % d.r) : -(1 << 30);
         s[i] = int(at % d.s);
-        offset[i] = there ? a.offsets[first + i] : 0;
+        offset[i] = there ? a.offsets[chunk.begin + i] : 0;
         sum[i] = 0.0f;
     }
-    for (int unit = begin; unit < end; ++unit) {
-        const int p = unit / blocks, n = unit % blocks * BLOCK_SAMPLES + lane * 4;
+    Unit at(d, begin, blocks);
+    for (int unit = begin; unit < end; ++unit, at.next(d, blocks)) {
+        const int n = at.block * BLOCK_SAMPLES + lane * 4;
         if (n >= d.n) continue;
-        for (int q = 0; q < d.q; ++q) {
-            const int h = p * d.stride - d.pad, w = q * d.stride - d.pad;
-            const Samples<4> g = load<4>(a.dy + ((int64_t(chunk.group) * d.p + p) * d.q + q) * d.n + n);
-            const int64_t origin = (int64_t(h) * d.w + w) * d.n + n;
-            UNROLL for (int i = 0; i < WARP_ENTRIES; ++i) {
-                if (h + r[i] < 0 || h + r[i] >= d.h || w + s[i] < 0 || w + s[i] >= d.w) continue;
-                sum[i] += lane_sum<4>(g * load<4>(a.x + (origin + offset[i])));
-            }
+        const int h = at.p * d.stride - d.pad, w = at.q * d.stride - d.pad;
+        const Samples<4> g = load<4>(a.dy + ((int64_t(chunk.group) * d.p + at.p) * d.q + at.q) * d.n + n);
+        const int64_t origin = (int64_t(h) * d.w + w) * d.n + n;
+        UNROLL for (int i = 0; i < WARP_ENTRIES; ++i) {
+            if (uint32_t(h + r[i]) >= uint32_t(d.h) || uint32_t(w + s[i]) >= uint32_t(d.w)) continue;
+            const Samples<4> x = load<4>(a.x + (origin + offset[i]));
+            UNROLL for (int lane = 0; lane < 4; ++lane) sum[i] += g[lane] * x[lane];
         }
     }
     UNROLL for (int i = 0; i < WARP_ENTRIES; ++i) {
-        UNROLL for (int offset = 16; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
-        if (lane == 0 && first + i < chunk.end) partial[first + i] = sum[i];
+        const float total = warp_sum(sum[i]);
+        if (lane == 0 && chunk.begin + i < chunk.end) partial[chunk.begin + i] = total;
     }
 }
 
@@ -354,23 +422,23 @@ DEVICE void staged_group_gradient(const ConvSparseGradientArgs& a, const Chunk& 
         offset[t] = a.offsets[min64(chunk.begin + t, chunk.end - 1)];
         UNROLL for (int i = 0; i < GROUP_ROWS; ++i) sum[t][i] = 0.0f;
     }
-    for (int unit = begin; unit < end; ++unit) {
-        const int p = unit / blocks, n = unit % blocks * BLOCK_SAMPLES + lane * 4;
-        if (p < down.first || p >= down.last || n >= d.n) continue;
-        for (int q = across.first; q < across.last; ++q) {
-            const int64_t origin = (int64_t(p * d.stride - d.pad) * d.w + q * d.stride - d.pad) * d.n + n;
-            Samples<4> x[GROUP_WARP_ENTRIES];
-            UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t) x[t] = load<4>(a.x + (origin + offset[t]));
-            UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
-                const Samples<4> g = load<4>(a.dy + (int64_t(row[i]) * plane + p * d.q + q) * d.n + n);
-                UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t) sum[t][i] += lane_sum<4>(g * x[t]);
-            }
+    Unit at(d, begin, blocks);
+    for (int unit = begin; unit < end; ++unit, at.next(d, blocks)) {
+        const int n = at.block * BLOCK_SAMPLES + lane * 4;
+        const bool meets = at.p >= down.first && at.p < down.last && at.q >= across.first && at.q < across.last;
+        if (!meets || n >= d.n) continue;
+        const int64_t origin = (int64_t(at.p * d.stride - d.pad) * d.w + at.q * d.stride - d.pad) * d.n + n;
+        Samples<4> x[GROUP_WARP_ENTRIES];
+        UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t) x[t] = load<4>(a.x + (origin + offset[t]));
+        UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
+            const Samples<4> g = load<4>(a.dy + (int64_t(row[i]) * plane + at.p * d.q + at.q) * d.n + n);
+            UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t)
+                UNROLL for (int lane = 0; lane < 4; ++lane) sum[t][i] += g[lane] * x[t][lane];
         }
     }
     UNROLL for (int t = 0; t < GROUP_WARP_ENTRIES; ++t)
         UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
-            float total = sum[t][i];
-            UNROLL for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+            const float total = warp_sum(sum[t][i]);
             if (lane == 0 && chunk.begin + t < chunk.end)
                 partial[int64_t(chunk.begin + t) * GROUP_ROWS + i] = total;
         }
@@ -387,13 +455,12 @@ BARRIER_FREE_KERNEL(conv_groups_forward_direct_f32, ConvSparseArgs, 1) {
     direct<false, GROUP_ROWS>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-// Four blocks: left alone, ptxas aims at six on sm_80 and spills.
-BARRIER_FREE_KERNEL(conv_sparse_forward_f32, ConvSparseArgs, THREADS, 4) {
-    staged<false, 1>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+BARRIER_FREE_KERNEL(conv_sparse_forward_f32, ConvSparseArgs, ROW_THREADS, 2) {
+    staged_rows<false>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
 BARRIER_FREE_KERNEL(conv_groups_forward_f32, ConvSparseArgs, THREADS, 2) {
-    staged<false, GROUP_ROWS>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+    staged_group<false>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
 BARRIER_FREE_KERNEL(conv_sparse_input_gradient_direct_f32, ConvSparseArgs, 1) {
@@ -404,18 +471,18 @@ BARRIER_FREE_KERNEL(conv_groups_input_gradient_direct_f32, ConvSparseArgs, 1) {
     direct<true, GROUP_ROWS>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_sparse_input_gradient_f32, ConvSparseArgs, THREADS, 4) {
-    staged<true, 1>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+BARRIER_FREE_KERNEL(conv_sparse_input_gradient_f32, ConvSparseArgs, ROW_THREADS, 2) {
+    staged_rows<true>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
 BARRIER_FREE_KERNEL(conv_groups_input_gradient_f32, ConvSparseArgs, THREADS, 2) {
-    staged<true, GROUP_ROWS>(a, threadIdx.x, blockIdx.x, blockIdx.y);
+    staged_group<true>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
-// Grid of the weight gradients: chunks (staged, of groups: one a warp), splits. A split has some of the units, each an
-// output row of 128 samples.
+// Grid of the weight gradients: chunks (staged: one a warp), splits. A split has some of the units: direct, output rows
+// of 128 samples; staged, pixels of 128 samples.
 DEVICE int unit_of(const ConvSparseGradientArgs& a, int split) {
-    return int(int64_t(a.shape.p) * ceil_div(a.shape.n, BLOCK_SAMPLES) * split / a.splits);
+    return int(int64_t(a.units) * split / a.splits);
 }
 
 template <int R>
@@ -443,9 +510,11 @@ BARRIER_FREE_KERNEL(conv_groups_weight_gradient_direct_f32, ConvSparseGradientAr
         direct_group_gradient<ROW_LANES>(a, chunk, begin, end, partial);
 }
 
-KERNEL(conv_sparse_weight_gradient_f32, ConvSparseGradientArgs, NoShared, THREADS) {
+KERNEL(conv_sparse_weight_gradient_f32, ConvSparseGradientArgs, NoShared, THREADS, 3) {
+    const int chunk = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
-    staged_gradient(a, Chunk(a.chunks + blockIdx.x * 4), begin, end, threadIdx.x, partial_of<1>(a, blockIdx.y));
+    if (chunk < a.chunk_count)
+        staged_gradient(a, Chunk(a.chunks + chunk * 4), begin, end, threadIdx.x % 32, partial_of<1>(a, blockIdx.y));
 }
 
 KERNEL(conv_groups_weight_gradient_f32, ConvSparseGradientArgs, NoShared, THREADS, 2) {
@@ -460,12 +529,15 @@ BARRIER_FREE_KERNEL(conv_sparse_gather_f32, ConvSparseGatherArgs, THREADS) {
     EACH(i, a.count) a.values[i] = a.places[i] == NONE ? 0.0f : a.w[a.places[i]];
 }
 
-// Adds the splits' partial sums, in their order.
+// Adds the splits' partial sums, as conv_sum_splits_f32.
 BARRIER_FREE_KERNEL(conv_sparse_scatter_f32, ConvSparseScatterArgs, THREADS) {
     EACH(i, a.count) {
         if (a.places[i] == NONE) continue;
-        float sum = a.partial[i];
-        for (int split = 1; split < a.splits; ++split) sum += a.partial[split * a.count + i];
-        a.dw[a.places[i]] = sum;
+        Samples<4> sum = splat<4>(0.0f);
+        int split = 0;
+        for (; split + 4 <= a.splits; split += 4)
+            UNROLL for (int chain = 0; chain < 4; ++chain) sum[chain] += a.partial[(split + chain) * a.count + i];
+        for (; split < a.splits; ++split) sum[0] += a.partial[split * a.count + i];
+        a.dw[a.places[i]] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
 }

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Builds what scripts/gpu-check.sh runs on a machine with a GPU and without Rust, into target/gpu/ (under 64 MiB):
-# the tests and the benches with CUDA code, the dilt binary, the goldens, the peers, and the script itself. Needs nvcc (see
-# CONTRIBUTING.md), but for --no-gpu, which packs a build of the host device alone.
+# Builds what scripts/gpu-check.sh runs on a machine with a GPU and without Rust, into target/gpu/ and target/gpu.tar.xz
+# (under 64 MiB): tests and benches with CUDA code, the dilt binary, the goldens, PyTorch's side of the benches, and the
+# script itself. Needs nvcc (see CONTRIBUTING.md), but for --no-gpu, which packs a build of the host device alone.
+#
+# There:  tar xJf gpu.tar.xz && gpu/gpu-check.sh OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,33 +21,34 @@ pack=target/gpu
 rm -rf "$pack"
 mkdir -p "$pack/bin"
 
-# Cargo names each binary that it built: "name path".
+# Cargo names each binary that it built; those of one kind of target are printed: "name path".
 build() {
-    cargo "$@" --release --message-format=json-render-diagnostics |
-        python3 -c '
-import json, sys
+    local kind=$1
+    shift
+    cargo "$@" --message-format=json-render-diagnostics |
+        KIND=$kind python3 -c '
+import json, os, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable"):
+    if message.get("executable") and os.environ["KIND"] in message["target"]["kind"]:
         print(message["target"]["name"], message["executable"])'
 }
 cargo build --release --bin dilt
 cp "$target/release/dilt" "$pack/bin/dilt"
-build test --no-run --test it | while read -r _ path; do cp "$path" "$pack/bin/tests"; done
-if [ -d benches ]; then
-    build bench --no-run --benches | while read -r name path; do
-        [ "$name" = dilt ] || cp "$path" "$pack/bin/bench-$name"
-    done
-fi
+build test test --release --no-run --test it | while read -r _ path; do cp "$path" "$pack/bin/tests"; done
+build bench bench --no-run --bench crossover --bench ops --bench step | while read -r name path; do
+    cp "$path" "$pack/bin/bench-$name"
+done
 strip "$pack"/bin/*
 cp -r tests/golden "$pack/golden"
-[ ! -d models ] || cp -r models "$pack/models"
 cp -r benches/peers "$pack/peers"
 cp scripts/gpu-check.sh "$pack/"
 git rev-parse HEAD >"$pack/commit"
 
-kib=$(du -sk "$pack" | cut -f1)
-echo "$pack: $kib KiB"
+# The binaries have most of their bytes in common, far apart.
+tar c -C "$(dirname "$pack")" gpu | xz -T1 -4 --lzma2=dict=256MiB >"$pack.tar.xz"
+kib=$(du -k "$pack.tar.xz" | cut -f1)
+echo "$pack.tar.xz: $kib KiB"
 if [ "$kib" -ge 65536 ]; then
     echo "gpu-pack: more than 64 MiB" >&2
     exit 1

@@ -215,6 +215,7 @@ struct LayoutArgs {
     uint32_t* out;
 };
 
+DEVICE int min32(int x, int y) { return x < y ? x : y; }
 DEVICE int64_t min64(int64_t x, int64_t y) { return x < y ? x : y; }
 DEVICE int64_t max64(int64_t x, int64_t y) { return x > y ? x : y; }
 DEVICE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }

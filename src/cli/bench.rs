@@ -12,8 +12,9 @@ use dilt::nn::model::{Layer, Model};
 use dilt::nn::network::{Mode, Network};
 use dilt::nn::paths::measure;
 use dilt::nn::plan::Use;
-use dilt::nn::ways::{MaskedLayer, Way};
+use dilt::nn::ways::{Lists, MaskedLayer, Way};
 use dilt::nn::weights::Weights;
+use dilt::ops::conv_sparse::Pass;
 use dilt::report::table::table;
 use dilt::train::{MOST_SAMPLES, Recipe};
 use rand::{Rng, SeedableRng};
@@ -39,6 +40,9 @@ pub struct Bench {
     /// forward pass and both backward passes.
     #[arg(long)]
     plan: bool,
+    /// Show the kernels of a training step, each with the number of its launches and their time.
+    #[arg(long)]
+    kernels: bool,
     /// Samples of a batch.
     #[arg(long, default_value_t = 128)]
     batch: usize,
@@ -64,7 +68,17 @@ struct Measured {
     plan: String,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     layers: Vec<LayerPlan>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kernels: Vec<KernelTime>,
     bytes: Bytes,
+}
+
+/// A kernel of a training step, outside of a captured one, waited for after each launch.
+#[derive(Serialize)]
+struct KernelTime {
+    name: &'static str,
+    launches: usize,
+    ms: f64,
 }
 
 /// What the network, or the ticket, takes; and its dense network beside it.
@@ -93,18 +107,30 @@ struct LayerPlan {
     /// What is left of the layer without the features that do not matter.
     shape: String,
     density: f64,
-    way: Way,
+    /// Of forward pass, input gradient and weight gradient.
+    chosen: Vec<Way>,
     bytes: usize,
     ways: Vec<WayPlan>,
 }
 
-/// What a way takes for all three passes.
+/// What a way takes for forward pass, input gradient and weight gradient.
 #[derive(Serialize)]
 struct WayPlan {
     way: Way,
-    /// On one core; none where the table has no rates.
-    predicted_ms: Option<f64>,
-    measured_ms: Option<f64>,
+    /// On one core, or on the GPU that the table was measured on.
+    predicted_ms: Vec<f64>,
+    measured_ms: Vec<f64>,
+}
+
+impl LayerPlan {
+    /// The sum over the passes of what each takes in its way, of a kind of time.
+    fn ms(&self, of: impl Fn(&WayPlan) -> &[f64], way: impl Fn(usize) -> Way) -> f64 {
+        let ms = |pass: usize| {
+            let way = way(pass);
+            self.ways.iter().find(|other| other.way == way).map_or(f64::NAN, |other| of(other)[pass])
+        };
+        (0..self.chosen.len()).map(ms).sum()
+    }
 }
 
 impl Bench {
@@ -146,11 +172,14 @@ impl Bench {
             lists: network.list_bytes(),
         };
         let optimizer = recipe.optimizer();
-        let step = self.row("training step", &device, &mut trained, |network| {
+        let train = |network: &mut Network| {
             network.forward(Mode::Train)?;
             network.backward()?;
             network.update(&optimizer, recipe.clip_norm)
-        })?;
+        };
+        let step = self.row("training step", &device, &mut trained, train)?;
+        let network = trained.last_mut().expect("one at least");
+        let kernels = if self.kernels { kernel_times(&device, || train(network))? } else { Vec::new() };
         drop(trained);
         let mut evaluated = open(Use::Evaluate)?;
         let evaluation = self.row("evaluation", &device, &mut evaluated, |network| network.forward(Mode::Evaluate))?;
@@ -164,6 +193,7 @@ impl Bench {
             threads: rayon::current_num_threads(),
             plan,
             layers,
+            kernels,
             bytes,
         };
         self.common.print(&result, to_table)
@@ -190,9 +220,7 @@ impl Bench {
         memory_for: Use,
     ) -> anyhow::Result<Network> {
         let mut network = Network::for_masks(device, model, &weights.masks, self.batch, memory_for)?;
-        if let Some(tuning) = self.common.tuning()? {
-            network.tune(&tuning);
-        }
+        network.set_planning(&self.common.planning()?);
         network.load(weights)?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.common.seed);
         let mut random = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
@@ -256,19 +284,20 @@ impl Bench {
             let mask = network.compaction().mask(*weight, &parameter.shape, &weights.masks[&parameter.name]);
             let shape = network.computed().conv_shape(layer, self.batch.next_multiple_of(8))?;
             let own = MaskedLayer::new(&shape, &mask);
-            let measured = measure(device, &own, true)?;
-            let bytes = own.lists(device, choice.way, true)?.map_or(4 * mask.len(), |lists| lists.bytes());
+            let measured = measure(device, &own, &Pass::ALL)?;
+            let lists = Lists::new(device, &own, &choice.ways)?;
+            let ms = |seconds: &[f64]| seconds.iter().map(|seconds| 1e3 * seconds).collect();
             let ways = choice.candidates.iter().zip(measured).map(|(candidate, measured)| WayPlan {
                 way: candidate.way,
-                predicted_ms: candidate.predicted.map(|seconds| 1e3 * seconds),
-                measured_ms: Some(1e3 * measured),
+                predicted_ms: ms(&candidate.predicted),
+                measured_ms: ms(&measured),
             });
             layers.push(LayerPlan {
                 name: model.parameters[*weight].name.clone(),
                 shape: shape.to_string(),
                 density: mask.density(),
-                way: choice.way,
-                bytes,
+                chosen: choice.ways.clone(),
+                bytes: 4 * mask.len() + lists.bytes(),
                 ways: ways.collect(),
             });
             bar.show(layers.len(), 0.0);
@@ -277,18 +306,40 @@ impl Bench {
     }
 }
 
+/// The kernels of some work, the longest first.
+fn kernel_times(device: &Device, work: impl FnOnce() -> dilt::Result<()>) -> dilt::Result<Vec<KernelTime>> {
+    let (traced, result) = device.trace(work);
+    result?;
+    let mut kernels: Vec<KernelTime> = Vec::new();
+    for launch in traced {
+        let ms = launch.ms.unwrap_or(0.0);
+        match kernels.iter_mut().find(|kernel| kernel.name == launch.kernel) {
+            Some(kernel) => (kernel.launches, kernel.ms) = (kernel.launches + 1, kernel.ms + ms),
+            None => kernels.push(KernelTime { name: launch.kernel, launches: 1, ms }),
+        }
+    }
+    kernels.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+    Ok(kernels)
+}
+
 fn to_table(result: &Measured) -> String {
     let mut text = String::new();
+    if !result.kernels.is_empty() {
+        let row = |kernel: &KernelTime| {
+            [kernel.name.to_owned(), kernel.launches.to_string(), format!("{:.3}", kernel.ms)].to_vec()
+        };
+        text += &format!("{}\n\n", table(&["kernel", "launches", "ms"], result.kernels.iter().map(row)));
+    }
     if !result.layers.is_empty() {
-        let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));
+        let number = |ms: f64| if ms.is_nan() { "-".into() } else { format!("{ms:.3}") };
         let rows = result.layers.iter().map(|layer| {
-            let of = |way: Way| layer.ways.iter().find(|other| other.way == way);
-            let measured = |way: Way| of(way).and_then(|way| way.measured_ms);
-            let gain = measured(Way::Dense).zip(measured(layer.way)).map(|(dense, own)| dense / own);
+            let measured = |way: Way| layer.ms(|way| &way.measured_ms, |_| way);
+            let own = layer.ms(|way| &way.measured_ms, |pass| layer.chosen[pass]);
+            let predicted = layer.ms(|way| &way.predicted_ms, |pass| layer.chosen[pass]);
             let mut row = vec![layer.name.clone(), layer.shape.clone(), format!("{:.3}", layer.density)];
-            row.extend([layer.way.name().into(), (layer.bytes / 1024).to_string()]);
-            row.extend([number(of(layer.way).and_then(|way| way.predicted_ms)), number(measured(layer.way))]);
-            row.extend([number(gain)]);
+            row.extend(layer.chosen.iter().map(|way| way.name().to_owned()));
+            row.extend([(layer.bytes / 1024).to_string(), number(predicted), number(own)]);
+            row.push(format!("{:.2}", measured(Way::Dense) / own));
             row.extend(Way::ALL.map(|way| number(measured(way))));
             row
         });
@@ -296,7 +347,9 @@ fn to_table(result: &Measured) -> String {
             "layer",
             "shape",
             "density",
-            "way",
+            "forward",
+            "dx",
+            "dw",
             "KiB",
             "predicted ms",
             "measured ms",
@@ -320,12 +373,13 @@ fn to_table(result: &Measured) -> String {
     }
     text += &table(&columns, rows);
     text += &format!(
-        "\n\n{} at density {:.4}, batch {}, {} ({} threads); predictions are of one core\nmemory of training: {} and {} of lists",
+        "\n\n{} at density {:.4}, batch {}, {} ({} threads);{}\nmemory of training: {} and {} of lists",
         result.model,
         result.density,
         result.batch,
         result.device,
         result.threads,
+        if result.device.starts_with("host") { " predictions are of one core" } else { "" },
         mib(planned),
         mib(lists)
     );

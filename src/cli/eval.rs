@@ -95,9 +95,7 @@ impl Eval {
         let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
         let weights = fitted.with_context(|| self.weights.display().to_string())?;
         let mut network = Network::for_masks(&device, &model, &weights.masks, self.batch, Use::Evaluate)?;
-        if let Some(tuning) = self.common.tuning()? {
-            network.tune(&tuning);
-        }
+        network.set_planning(&self.common.planning()?);
         network.load(&weights)?;
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;

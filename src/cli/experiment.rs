@@ -64,14 +64,14 @@ impl Opened<'_> {
         if options.common.tune {
             settings["tune"] = json!(true);
         }
-        let tuning = options.common.tuning()?;
+        let planning = options.common.planning()?;
         let name = format!("{name}-{}-{}", short_name(&config.name), data.name);
         let allow = options.runs.allow_device_change;
         let folder = RunFolder::open(&options.runs.runs, &name, &settings, &machine(device), allow)?;
         let progress = options.common.progress();
         progress.say(&format!("run: {} on {}", folder.path().display(), device.description()));
-        let (folder, progress, tuning) = (&folder, &progress, tuning.as_ref());
-        let outcome = job(&Experiment { device, data, config, recipe, repetitions, folder, tuning, progress })?;
+        let (folder, progress, planning) = (&folder, &progress, &planning);
+        let outcome = job(&Experiment { device, data, config, recipe, repetitions, folder, planning, progress })?;
         options.common.print(&outcome, |outcome| format!("{}\n\nrun: {}", outcome.to_table(), outcome.run))
     }
 }

@@ -21,7 +21,7 @@ use dilt::data::{DataSet, Reading};
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
-use dilt::nn::paths::Tuning;
+use dilt::nn::paths::{Planning, Tuning};
 use dilt::nn::plan::OptimizerKind;
 use dilt::nn::weights::Weights;
 use dilt::report::progress::{Progress, Verbosity};
@@ -118,9 +118,9 @@ impl Common {
         Ok(device)
     }
 
-    /// Where times are kept, if they are asked for.
-    fn tuning(&self) -> dilt::Result<Option<Tuning>> {
-        self.tune.then(Tuning::of_user).transpose()
+    /// What layers choose by.
+    fn planning(&self) -> dilt::Result<Planning> {
+        if self.tune { Tuning::of_user().map(Planning::Times) } else { Ok(Planning::Table) }
     }
 
     fn precision(&self) -> &'static str {

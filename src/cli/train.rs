@@ -84,9 +84,7 @@ impl Train {
         let start = given.unwrap_or_else(|| init::draw(&model, self.common.seed));
         let mut network =
             Network::for_masks(&device, &model, &start.masks, recipe.batch, Use::Train(recipe.optimizer))?;
-        if let Some(tuning) = self.common.tuning()? {
-            network.tune(&tuning);
-        }
+        network.set_planning(&self.common.planning()?);
         network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
         let identity = serde_json::json!([

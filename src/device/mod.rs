@@ -166,7 +166,7 @@ impl Device {
     /// The launch of an elementwise kernel (`EACH`) over `count` elements.
     pub fn elementwise(&self, count: usize) -> Launch {
         let (threads, per_thread, most) = match self.0.policy {
-            Policy::Staged => (256, 4, 4096),
+            Policy::Staged => (256, 1, 4096),
             Policy::Direct => (1, 16_384, 1024),
         };
         Launch::new([count.div_ceil(threads * per_thread).clamp(1, most) as u32, 1, 1], threads as u32)

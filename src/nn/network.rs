@@ -7,16 +7,16 @@ use sha2::{Digest, Sha256};
 
 use super::compact::Compaction;
 use super::model::{Layer, Model, Parameter, ParameterId, ParameterKind, STATISTICS, ValueId};
-use super::paths::{Choice, Tuning, choose};
+use super::paths::{Choice, Planning, choose};
 use super::plan::{Fixed, Plan, Use};
-use super::ways::MaskedLayer;
+use super::ways::{Lists, MaskedLayer};
 use super::weights::Weights;
 use crate::device::{Buffer, Device, Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::ops::SAMPLE_ALIGNMENT;
-use crate::ops::conv_sparse::KeptWeights;
+use crate::ops::conv_sparse::Pass;
 use crate::ops::optimizer::{AdamW, Clip, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step};
 use crate::ops::prune::apply_mask;
 use crate::ops::row_map::RowMap;
@@ -85,12 +85,12 @@ pub struct Network {
     /// What layers keep for their backward pass beside values.
     pub(super) kept: Vec<Buffer<f32>>,
     pub(super) pool_indices: Vec<Buffer<u8>>,
-    /// Of each layer: its kept weights, where they alone are multiplied.
-    pub(super) paths: Vec<Option<KeptWeights>>,
+    /// Of each layer that multiplies under a mask: the lists of its kept weights.
+    pub(super) paths: Vec<Option<Lists>>,
     /// Of each layer that multiplies under a mask: how.
     choices: Vec<Option<Choice>>,
-    /// Where times are taken from that decide it; a table if there is none.
-    tuning: Option<Tuning>,
+    /// What decides that.
+    planning: Planning,
     /// Of each layer: which features of its values are which, where they differ.
     pub(super) maps: Vec<Option<RowMap>>,
     memory_for: Use,
@@ -183,7 +183,7 @@ impl Network {
             pool_indices,
             paths: model.layers.iter().map(|_| None).collect(),
             choices: vec![None; model.layers.len()],
-            tuning: None,
+            planning: Planning::default(),
             memory_for,
             plan,
             computed,
@@ -225,9 +225,9 @@ impl Network {
         &self.choices
     }
 
-    /// From now on [`Network::load`] chooses by times of this machine.
-    pub fn tune(&mut self, tuning: &Tuning) {
-        self.tuning = Some(tuning.clone());
+    /// What [`Network::load`] chooses by from now on.
+    pub fn set_planning(&mut self, planning: &Planning) {
+        self.planning = planning.clone();
     }
 
     /// A hash of how layers multiply: with the device, settings and data, what the bits of a training depend on.
@@ -235,14 +235,14 @@ impl Network {
         let mut hash = Sha256::new();
         for (choice, layer) in self.choices.iter().zip(&self.computed.layers) {
             let name = &self.computed.values[layer.output()].name;
-            hash.update(format!("{name}: {}\n", choice.as_ref().map_or("dense", |choice| choice.way.name())));
+            hash.update(format!("{name}: {}\n", choice.as_ref().map_or("dense".into(), Choice::name)));
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Bytes of the lists of kept weights, beside the plan's.
     pub fn list_bytes(&self) -> usize {
-        self.paths.iter().flatten().map(KeptWeights::bytes).sum()
+        self.paths.iter().flatten().map(Lists::bytes).sum()
     }
 
     /// Where the loader puts a batch.
@@ -415,7 +415,7 @@ impl Network {
     /// Chooses how each layer multiplies under its mask. Gradients of pruned weights are zero from now on.
     fn set_paths(&mut self, masks: &BTreeMap<String, Mask>) -> Result<()> {
         self.device.zero(self.gradients.view_mut())?;
-        let train = self.memory_for != Use::Evaluate;
+        let passes = if self.memory_for == Use::Evaluate { &Pass::ALL[..1] } else { &Pass::ALL };
         for (index, layer) in self.computed.layers.iter().enumerate() {
             (self.paths[index], self.choices[index]) = (None, None);
             let Layer::Conv { weight, .. } = *layer else { continue };
@@ -426,8 +426,8 @@ impl Network {
                 continue;
             }
             let layer = MaskedLayer::new(&self.computed.conv_shape(layer, self.n)?, &mask);
-            let choice = choose(&self.device, &layer, train, self.tuning.as_ref())?;
-            self.paths[index] = layer.lists(&self.device, choice.way, train)?;
+            let choice = choose(&self.device, &layer, passes, &self.planning)?;
+            self.paths[index] = Some(Lists::new(&self.device, &layer, &choice.ways)?);
             self.choices[index] = Some(choice);
         }
         Ok(())

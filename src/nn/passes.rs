@@ -3,11 +3,13 @@
 use super::model::{Layer, ParameterId, ValueId};
 use super::network::{Mode, Network};
 use super::plan::aligned;
+use super::ways::Lists;
 use crate::device::{Buffer, Slice, SliceMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
-use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
+use crate::ops::conv_sparse::{
+    KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{
@@ -81,12 +83,20 @@ impl Network {
             Layer::Conv { weight, bias, input, output, .. } => {
                 let columns = model.values[output].columns(n)?;
                 let bias = bias.map(|bias| Bias { bias: parameter(bias), columns, count });
-                if let Some(kept) = &mut paths[index] {
-                    kept.gather(device, parameter(weight))?;
-                    return conv_sparse_forward(device, kept, value(input), bias, y);
+                if let Some(lists) = &mut paths[index] {
+                    lists.gather(device, parameter(weight))?;
                 }
-                let shape = model.conv_shape(layer, n)?;
-                conv_forward(device, &shape, value(input), parameter(weight), bias, y)
+                match lists_of(paths, index, Pass::Forward) {
+                    Some(kept) => conv_sparse_forward(device, kept, value(input), bias, y),
+                    None => conv_forward(
+                        device,
+                        &model.conv_shape(layer, n)?,
+                        value(input),
+                        parameter(weight),
+                        bias,
+                        y,
+                    ),
+                }
             }
             Layer::Norm { scale, shift, statistics: own, input, residual, relu, .. } => {
                 let shape = model.norm_shape(input, n)?;
@@ -196,7 +206,7 @@ impl Network {
         match *layer {
             Layer::Conv { weight, bias, input, .. } => {
                 let (shape, x, dw) = (model.conv_shape(layer, n)?, value(input), gradients.slice_mut(range(weight)));
-                match &mut paths[index] {
+                match lists_of(paths, index, Pass::WeightGradient) {
                     Some(kept) => conv_sparse_weight_gradient(device, kept, x, dy, dw)?,
                     None => conv_weight_gradient(device, &shape, x, dy, scratch.view_mut(), dw)?,
                 }
@@ -207,7 +217,7 @@ impl Network {
                     return Ok(());
                 }
                 let dx = at(value_gradients, slot(input));
-                match &paths[index] {
+                match lists_of(paths, index, Pass::InputGradient) {
                     Some(kept) => conv_sparse_input_gradient(device, kept, dy, accumulate, dx),
                     None => conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, dx),
                 }
@@ -310,4 +320,9 @@ fn at(gradients: &mut [Buffer<f32>], slot: Option<usize>) -> SliceMut<'_, f32> {
 /// Where means and inverse deviations of so many columns lie in what a layer norm keeps.
 fn moments(columns: usize) -> [std::ops::Range<usize>; 2] {
     [0..columns, aligned(columns)..aligned(columns) + columns]
+}
+
+/// The lists that a pass of a layer multiplies with; none where it takes all weights.
+fn lists_of(paths: &mut [Option<Lists>], index: usize, pass: Pass) -> Option<&mut KeptWeights> {
+    paths[index].as_mut().and_then(|lists| lists.of(pass))
 }

@@ -1,4 +1,5 @@
-//! Which way each layer multiplies under its mask: from a table of measured rates, or from times taken on the spot.
+//! Which way each pass of a layer multiplies under its mask: from a table of measured rates, or from times taken on the
+//! spot.
 //!
 //! The bits of a training depend on the choice, so it is a function of shape, mask and policy alone; where it comes from
 //! times, these are kept in a file ([`Tuning`]) and taken from there ever after.
@@ -13,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::ways::{MaskedLayer, Trial, Way};
 use crate::device::{Device, Policy};
 use crate::error::{Error, Result};
-use crate::ops::conv_sparse::KeptWeights;
+use crate::ops::conv_sparse::{KeptWeights, Pass};
 
 /// What a way takes of one core.
 struct Rate {
@@ -46,81 +47,114 @@ const LINEAR: [Rate; 3] = [
     Rate::new(Way::Direct, [36.8, 41.0, 60.0], 270.0),
 ];
 
+/// Rates of a GPU.
+const GPU_FILTERS: [Rate; 3] = [
+    Rate::new(Way::Dense, [0.055, 0.06, 0.07], 0.0),
+    Rate::new(Way::Groups, [0.075, 0.075, 0.12], 0.6),
+    Rate::new(Way::Direct, [0.3, 0.3, 1.0], 0.6),
+];
+const GPU_LINEAR: [Rate; 3] = GPU_FILTERS;
+
 /// A way is not taken for less than a tenth of the dense one's predicted time.
 const WORTH: f64 = 0.9;
 
-/// A way that a layer can take.
-#[derive(Clone, Copy, Debug)]
+/// A way that the passes of a layer can take.
+#[derive(Clone, Debug)]
 pub struct Candidate {
     /// The way.
     pub way: Way,
-    /// Seconds of all passes by the table, on one core; none on a GPU, where none have been measured.
-    pub predicted: Option<f64>,
-    /// Seconds of all passes as they were measured here.
-    pub measured: Option<f64>,
+    /// Seconds of each pass by the table, on one core or on the GPU that it was measured on.
+    pub predicted: Vec<f64>,
+    /// Seconds of each pass as they were measured here; none if they were not.
+    pub measured: Vec<f64>,
 }
 
 /// How a layer multiplies.
 #[derive(Clone, Debug)]
 pub struct Choice {
-    /// The way that was chosen.
-    pub way: Way,
-    /// All ways, in the order of [`Way::ALL`].
+    /// The way of each pass, in the order of [`Pass::ALL`]; of evaluation, of the first alone.
+    pub ways: Vec<Way>,
+    /// What could be chosen, in the order of [`Way::ALL`].
     pub candidates: Vec<Candidate>,
 }
 
 impl Choice {
-    /// The best candidate: by measured times where there are any, else by predicted ones. Dense, unless another is
-    /// faster.
-    fn among(candidates: Vec<Candidate>) -> Self {
-        let seconds = |candidate: &Candidate| match (candidate.measured, candidate.predicted) {
-            (Some(measured), _) => measured,
-            (None, Some(predicted)) => predicted * if candidate.way == Way::Dense { WORTH } else { 1.0 },
-            (None, None) => f64::INFINITY,
+    /// Of each pass the best candidate: by measured times where there are any, else by predicted ones. Dense, unless
+    /// another is faster.
+    fn among(candidates: Vec<Candidate>, passes: &[Pass]) -> Self {
+        let seconds = |candidate: &Candidate, pass: usize| match candidate.measured.get(pass) {
+            Some(measured) => *measured,
+            None => candidate.predicted[pass] * if candidate.way == Way::Dense { WORTH } else { 1.0 },
         };
-        let faster = |best, other| if seconds(other) < seconds(best) { other } else { best };
-        let best = candidates.iter().reduce(faster).expect("dense is one");
-        Choice { way: best.way, candidates }
+        let best = |pass: usize| {
+            let faster = |best, other| if seconds(other, pass) < seconds(best, pass) { other } else { best };
+            candidates.iter().reduce(faster).expect("dense is one").way
+        };
+        Choice { ways: (0..passes.len()).map(best).collect(), candidates }
+    }
+
+    /// The ways as tables name them: of all passes, or one after the other.
+    pub fn name(&self) -> String {
+        let mut names: Vec<&str> = self.ways.iter().map(|way| way.name()).collect();
+        if names.iter().all(|name| *name == names[0]) {
+            names.truncate(1);
+        }
+        names.join(", ")
     }
 }
 
-/// The choice for a layer, by the table or by times of this machine.
-pub(super) fn choose(device: &Device, layer: &MaskedLayer, train: bool, tuning: Option<&Tuning>) -> Result<Choice> {
-    let candidate = |way| Candidate { way, predicted: predicted(device.policy(), layer, way, train), measured: None };
-    if !KeptWeights::reach(layer.shape()) {
-        return Ok(Choice::among(vec![candidate(Way::Dense)]));
+/// What layers choose by.
+#[derive(Clone, Default)]
+pub enum Planning {
+    /// A table of rates that were measured once.
+    #[default]
+    Table,
+    /// Times of this machine.
+    Times(Tuning),
+    /// Nothing: all weights are multiplied, pruned ones as zeros. What the other ways are compared with.
+    Dense,
+}
+
+/// The choice for a layer.
+pub(super) fn choose(device: &Device, layer: &MaskedLayer, passes: &[Pass], planning: &Planning) -> Result<Choice> {
+    let candidate = |way| {
+        let predicted = passes.iter().map(|pass| predicted(device.policy(), layer, way, *pass)).collect();
+        Candidate { way, predicted, measured: Vec::new() }
+    };
+    if matches!(planning, Planning::Dense) || !KeptWeights::reach(layer.shape()) {
+        return Ok(Choice::among(vec![candidate(Way::Dense)], passes));
     }
     let mut candidates: Vec<Candidate> = Way::ALL.into_iter().map(candidate).collect();
-    if let Some(tuning) = tuning {
-        for (candidate, seconds) in candidates.iter_mut().zip(tuning.seconds(device, layer, train)?) {
-            candidate.measured = Some(seconds);
+    if let Planning::Times(tuning) = planning {
+        for (candidate, seconds) in candidates.iter_mut().zip(tuning.seconds(device, layer, passes)?) {
+            candidate.measured = seconds;
         }
     }
-    Ok(Choice::among(candidates))
+    Ok(Choice::among(candidates, passes))
 }
 
-/// Seconds of one core for the passes of a layer.
-fn predicted(policy: Policy, layer: &MaskedLayer, way: Way, train: bool) -> Option<f64> {
-    if policy == Policy::Staged {
-        return None;
-    }
+/// Seconds of a pass of a layer.
+fn predicted(policy: Policy, layer: &MaskedLayer, way: Way, pass: Pass) -> f64 {
     let shape = layer.shape();
-    let table = if shape.weight_len() == shape.filters() * shape.channels() { &LINEAR } else { &FILTERS };
-    let rate = table.iter().find(|rate| rate.way == way)?;
-    let columns = shape.multiply_adds() / shape.weight_len();
-    let written = [shape.output_len(), shape.input_len(), 0];
-    let pass = |pass: usize| {
-        let multiply_adds = (layer.multiplied(way)[pass] * columns) as f64;
-        1e-12 * (multiply_adds * rate.multiply_adds[pass] + written[pass] as f64 * rate.written)
+    let linear = shape.weight_len() == shape.filters() * shape.channels();
+    let table = match (policy, linear) {
+        (Policy::Direct, false) => &FILTERS,
+        (Policy::Direct, true) => &LINEAR,
+        (Policy::Staged, false) => &GPU_FILTERS,
+        (Policy::Staged, true) => &GPU_LINEAR,
     };
-    Some((0..if train { 3 } else { 1 }).map(pass).sum())
+    let rate = table.iter().find(|rate| rate.way == way).expect("the table has every way");
+    let columns = shape.multiply_adds() / shape.weight_len();
+    let multiply_adds = layer.multiplied(way)[pass as usize] * columns;
+    let written = [shape.output_len(), shape.input_len(), 0][pass as usize];
+    1e-12 * (multiply_adds as f64 * rate.multiply_adds[pass as usize] + written as f64 * rate.written)
 }
 
-/// Seconds of all passes in each way, the least of several runs that alternate.
+/// Seconds of passes in each way, the least of several runs that alternate.
 ///
 /// # Errors
 /// [`Error::Device`] when memory runs out, [`Error::Launch`] if the device fails.
-pub fn measure(device: &Device, layer: &MaskedLayer, train: bool) -> Result<Vec<f64>> {
+pub fn measure(device: &Device, layer: &MaskedLayer, passes: &[Pass]) -> Result<Vec<Vec<f64>>> {
     /// Runs at most, after one that is not counted.
     const RUNS: usize = 5;
     /// A layer that has taken so long has one run that counts, and no more.
@@ -128,7 +162,7 @@ pub fn measure(device: &Device, layer: &MaskedLayer, train: bool) -> Result<Vec<
     let mut trial = Trial::new(device, layer.shape())?;
     let mut ways = Vec::new();
     for way in Way::ALL {
-        ways.push((layer.lists(device, way, train)?, f64::INFINITY));
+        ways.push((layer.lists(device, way, passes)?, vec![f64::INFINITY; passes.len()]));
     }
     let start = Instant::now();
     for run in 0..=RUNS {
@@ -136,9 +170,9 @@ pub fn measure(device: &Device, layer: &MaskedLayer, train: bool) -> Result<Vec<
             break;
         }
         for (lists, least) in &mut ways {
-            let seconds = trial.time(lists.as_mut(), train)?.iter().sum::<f64>();
+            let seconds = trial.time(lists.as_mut(), passes)?;
             if run > 0 {
-                *least = least.min(seconds);
+                least.iter_mut().zip(seconds).for_each(|(least, seconds)| *least = least.min(seconds));
             }
         }
     }
@@ -151,7 +185,8 @@ pub struct Tuning(Arc<Mutex<Times>>);
 
 struct Times {
     path: PathBuf,
-    taken: BTreeMap<String, BTreeMap<Way, f64>>,
+    /// Seconds of each pass.
+    taken: BTreeMap<String, BTreeMap<Way, Vec<f64>>>,
 }
 
 impl Tuning {
@@ -184,16 +219,17 @@ impl Tuning {
     }
 
     /// The times of a layer, taken now if they are not in the file.
-    fn seconds(&self, device: &Device, layer: &MaskedLayer, train: bool) -> Result<Vec<f64>> {
+    fn seconds(&self, device: &Device, layer: &MaskedLayer, passes: &[Pass]) -> Result<Vec<Vec<f64>>> {
         let mut times = self.0.lock().expect("no thread has panicked with it");
-        let key = key(device, layer, train);
+        let key = key(device, layer, passes);
         if !times.taken.contains_key(&key) {
-            let seconds = measure(device, layer, train)?;
+            let seconds = measure(device, layer, passes)?;
             times.taken.insert(key.clone(), Way::ALL.into_iter().zip(seconds).collect());
             times.save()?;
         }
         let taken = &times.taken[&key];
-        Way::ALL.map(|way| taken.get(&way).copied()).into_iter().collect::<Option<Vec<f64>>>().ok_or_else(|| {
+        let of = |way| taken.get(&way).filter(|seconds| seconds.len() == passes.len()).cloned();
+        Way::ALL.map(of).into_iter().collect::<Option<Vec<_>>>().ok_or_else(|| {
             Error::file(&times.path, format!("{key}: a way has no time; remove the file to take the times again"))
         })
     }
@@ -212,11 +248,11 @@ impl Times {
 }
 
 /// What times depend on: the device and its threads, the layer, the passes, and a hash of the mask.
-fn key(device: &Device, layer: &MaskedLayer, train: bool) -> String {
+fn key(device: &Device, layer: &MaskedLayer, passes: &[Pass]) -> String {
     let device = format!("{}, {:?}, {} threads", device.description(), device.policy(), rayon::current_num_threads());
     let mut hash = Sha256::new();
     layer.places().iter().for_each(|place| hash.update(place.to_le_bytes()));
     let mask: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let passes = if train { "training" } else { "evaluation" };
+    let passes = if passes.len() > 1 { "training" } else { "evaluation" };
     format!("{device}: {}, {passes}, mask {mask}", layer.shape())
 }

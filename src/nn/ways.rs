@@ -3,13 +3,13 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Slice};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::groups::group_rows;
 use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
-    GROUP_ROWS, KeptWeights, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    GROUP_ROWS, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 
 /// A way to multiply with the weights of a layer under a mask.
@@ -85,7 +85,7 @@ impl MaskedLayer {
         &self.kept
     }
 
-    /// Number of weights that each pass multiplies in a way: forward, input gradient, weight gradient.
+    /// Number of weights that each pass multiplies in a way, in the order of [`Pass::ALL`].
     pub fn multiplied(&self, way: Way) -> [usize; 3] {
         match way {
             Way::Dense => [self.shape.weight_len(); 3],
@@ -94,17 +94,61 @@ impl MaskedLayer {
         }
     }
 
-    /// The lists that a way needs on a device, for the weight and input gradient too if `train`.
+    /// The lists that a way needs on a device for some passes; none where all weights are multiplied.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
-    pub fn lists(&self, device: &Device, way: Way, train: bool) -> Result<Option<KeptWeights>> {
+    pub fn lists(&self, device: &Device, way: Way, passes: &[Pass]) -> Result<Option<KeptWeights>> {
         let groups = match way {
             Way::Dense => return Ok(None),
             Way::Groups => Some(&self.groups),
             Way::Direct => None,
         };
-        KeptWeights::new(device, &self.shape, &self.kept, groups, train).map(Some)
+        KeptWeights::new(device, &self.shape, &self.kept, groups, passes).map(Some)
+    }
+}
+
+/// The lists of a layer whose passes may each take another way.
+pub struct Lists {
+    ways: Vec<Way>,
+    groups: Option<KeptWeights>,
+    direct: Option<KeptWeights>,
+}
+
+impl Lists {
+    /// The lists for a way of each pass, in the order of [`Pass::ALL`]; of evaluation, one way.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when memory runs out.
+    pub fn new(device: &Device, layer: &MaskedLayer, ways: &[Way]) -> Result<Self> {
+        let lists = |way: Way| {
+            let own = Pass::ALL.into_iter().zip(ways).filter(|(_, own)| **own == way);
+            let passes: Vec<Pass> = own.map(|(pass, _)| pass).collect();
+            if passes.is_empty() { Ok(None) } else { layer.lists(device, way, &passes) }
+        };
+        Ok(Lists { ways: ways.to_vec(), groups: lists(Way::Groups)?, direct: lists(Way::Direct)? })
+    }
+
+    /// The lists that a pass multiplies with; none where it takes all weights.
+    pub fn of(&mut self, pass: Pass) -> Option<&mut KeptWeights> {
+        match self.ways[pass as usize] {
+            Way::Dense => None,
+            Way::Groups => self.groups.as_mut(),
+            Way::Direct => self.direct.as_mut(),
+        }
+    }
+
+    /// Takes the values of the kept weights from w, for the passes that follow.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if w is of another size.
+    pub fn gather(&mut self, device: &Device, w: Slice<f32>) -> Result<()> {
+        [&mut self.groups, &mut self.direct].into_iter().flatten().try_for_each(|lists| lists.gather(device, w))
+    }
+
+    /// Bytes that the lists take.
+    pub fn bytes(&self) -> usize {
+        [&self.groups, &self.direct].into_iter().flatten().map(KeptWeights::bytes).sum()
     }
 }
 
@@ -156,16 +200,16 @@ impl Trial {
         })
     }
 
-    /// Seconds that each pass takes with these lists, or with all weights: forward, and if `train` input gradient and
-    /// weight gradient. A pass that takes less than a millisecond is done several times in a row.
+    /// Seconds that passes take with these lists, or with all weights. A pass that takes less than a millisecond is done
+    /// several times in a row.
     ///
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails.
-    pub fn time(&mut self, mut lists: Option<&mut KeptWeights>, train: bool) -> Result<Vec<f64>> {
+    pub fn time(&mut self, mut lists: Option<&mut KeptWeights>, passes: &[Pass]) -> Result<Vec<f64>> {
         const LONG_MS: f64 = 1.0;
         const MOST_REPEATS: f64 = 20.0;
         let device = self.device.clone();
-        let mut time = |pass: usize, repeats: usize| {
+        let mut time = |pass: Pass, repeats: usize| {
             let begin = device.event()?;
             for _ in 0..repeats {
                 self.run(pass, lists.as_deref_mut())?;
@@ -173,7 +217,7 @@ impl Trial {
             Ok::<_, crate::error::Error>(device.event()?.elapsed_ms(&begin)? / repeats as f64)
         };
         let mut seconds = Vec::new();
-        for pass in 0..if train { 3 } else { 1 } {
+        for &pass in passes {
             let once = time(pass, 1)?;
             let repeats = (LONG_MS / once).min(MOST_REPEATS) as usize;
             seconds.push(1e-3 * if repeats > 1 { time(pass, repeats)? } else { once });
@@ -181,18 +225,26 @@ impl Trial {
         Ok(seconds)
     }
 
-    fn run(&mut self, pass: usize, lists: Option<&mut KeptWeights>) -> Result<()> {
+    fn run(&mut self, pass: Pass, lists: Option<&mut KeptWeights>) -> Result<()> {
         let Trial { device, x, dy, w, y, dx, dw, scratch, shape } = self;
         match (pass, lists) {
-            (0, None) => conv_forward(device, shape, x.view(), w.view(), None, y.view_mut()),
-            (1, None) => conv_input_gradient(device, shape, dy.view(), w.view(), false, dx.view_mut()),
-            (_, None) => conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()),
-            (0, Some(lists)) => {
+            (Pass::Forward, None) => conv_forward(device, shape, x.view(), w.view(), None, y.view_mut()),
+            (Pass::InputGradient, None) => {
+                conv_input_gradient(device, shape, dy.view(), w.view(), false, dx.view_mut())
+            }
+            (Pass::WeightGradient, None) => {
+                conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
+            }
+            (Pass::Forward, Some(lists)) => {
                 lists.gather(device, w.view())?;
                 conv_sparse_forward(device, lists, x.view(), None, y.view_mut())
             }
-            (1, Some(lists)) => conv_sparse_input_gradient(device, lists, dy.view(), false, dx.view_mut()),
-            (_, Some(lists)) => conv_sparse_weight_gradient(device, lists, x.view(), dy.view(), dw.view_mut()),
+            (Pass::InputGradient, Some(lists)) => {
+                conv_sparse_input_gradient(device, lists, dy.view(), false, dx.view_mut())
+            }
+            (Pass::WeightGradient, Some(lists)) => {
+                conv_sparse_weight_gradient(device, lists, x.view(), dy.view(), dw.view_mut())
+            }
         }
     }
 }

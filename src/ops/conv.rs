@@ -26,26 +26,44 @@ kernel_args! {
 layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs, ConvBiasGradientArgs);
 
 static FORWARD: Product = Product {
-    wide: Kernel::new("conv_forward_wide_f32"),
-    narrow: Kernel::new("conv_forward_narrow_f32"),
+    tiles: [
+        Kernel::new("conv_forward_16x256_f32"),
+        Kernel::new("conv_forward_32x256_f32"),
+        Kernel::new("conv_forward_64x64_f32"),
+        Kernel::new("conv_forward_64x128_f32"),
+        Kernel::new("conv_forward_128x128_f32"),
+    ],
+    pointwise: None,
     direct: Kernel::new("conv_forward_direct_f32"),
 };
 static INPUT_GRADIENT: Product = Product {
-    wide: Kernel::new("conv_input_gradient_wide_f32"),
-    narrow: Kernel::new("conv_input_gradient_narrow_f32"),
+    tiles: [
+        Kernel::new("conv_input_gradient_16x256_f32"),
+        Kernel::new("conv_input_gradient_32x256_f32"),
+        Kernel::new("conv_input_gradient_64x64_f32"),
+        Kernel::new("conv_input_gradient_64x128_f32"),
+        Kernel::new("conv_input_gradient_128x128_f32"),
+    ],
+    pointwise: Some([
+        Kernel::new("conv_input_gradient_pointwise_64x64_f32"),
+        Kernel::new("conv_input_gradient_pointwise_64x128_f32"),
+        Kernel::new("conv_input_gradient_pointwise_128x128_f32"),
+    ]),
     direct: Kernel::new("conv_input_gradient_direct_f32"),
 };
-static WEIGHT_GRADIENT_WIDE: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_wide_f32");
-static WEIGHT_GRADIENT_NARROW: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_narrow_f32");
+static WEIGHT_GRADIENT: [Kernel<ConvWeightGradientArgs>; 4] = [
+    Kernel::new("conv_weight_gradient_16x96_f32"),
+    Kernel::new("conv_weight_gradient_32x96_f32"),
+    Kernel::new("conv_weight_gradient_64x96_f32"),
+    Kernel::new("conv_weight_gradient_128x96_f32"),
+];
 static WEIGHT_GRADIENT_DIRECT: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_direct_f32");
 static SUM_SPLITS: Kernel<ConvSumArgs> = Kernel::new("conv_sum_splits_f32");
 static BIAS_GRADIENT: Kernel<ConvBiasGradientArgs> = Kernel::new("conv_bias_gradient_f32");
 
-/// Tile sizes of `kernels/conv.cu`.
-const WIDE: [usize; 2] = [64, 128];
-const NARROW: [usize; 2] = [16, 256];
-const WIDE_GRADIENT: [usize; 2] = [64, 64];
-const NARROW_GRADIENT: [usize; 2] = [16, 128];
+/// Tile sizes of `kernels/conv.cu`: rows x columns of the products, rows x taps of the weight gradients.
+const TILES: [[usize; 2]; 5] = [[16, 256], [32, 256], [64, 64], [64, 128], [128, 128]];
+const GRADIENT_TILES: [[usize; 2]; 4] = [[16, 96], [32, 96], [64, 96], [128, 96]];
 const THREADS: u32 = 256;
 const DIRECT_ROWS: usize = 64;
 const DIRECT_SAMPLES: usize = 64;
@@ -53,16 +71,31 @@ const DIRECT_GRADIENT: [usize; 2] = [4, 12];
 /// What a split of a direct weight gradient reads, about: its blocks follow each other, and find it in the second-level
 /// cache.
 const DIRECT_GRADIENT_BYTES: usize = 2 << 20;
-/// Most rows for which the narrow tiles waste less than the wide ones.
-const NARROW_ROWS: usize = 32;
 /// Blocks that a staged weight gradient aims for: two for each of 132 multiprocessors.
 const GRADIENT_BLOCKS: usize = 264;
+/// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
+const PRODUCT_BLOCKS: usize = 200;
 
 /// The tilings of one pass.
 struct Product {
-    wide: Kernel<ConvArgs>,
-    narrow: Kernel<ConvArgs>,
+    tiles: [Kernel<ConvArgs>; 5],
+    /// The last three for filters of one tap, where they are others.
+    pointwise: Option<[Kernel<ConvArgs>; 3]>,
     direct: Kernel<ConvArgs>,
+}
+
+/// Which of [`TILES`] a product of so many rows and columns takes.
+fn tile(rows: usize, columns: usize) -> usize {
+    let fills = |&tile: &usize| {
+        let [height, width] = TILES[tile];
+        rows.div_ceil(height) * columns.div_ceil(width) >= PRODUCT_BLOCKS
+    };
+    match rows {
+        ..=16 => 0,
+        ..=32 => 1,
+        ..=64 => [3].into_iter().find(fills).unwrap_or(2),
+        _ => [4, 3].into_iter().find(fills).unwrap_or(2),
+    }
 }
 
 impl std::fmt::Display for ConvShape {
@@ -150,10 +183,10 @@ impl ConvShape {
 
     /// Kernel, tap tiles, row tiles and splits of the weight gradient.
     fn gradient_plan(&self, policy: Policy) -> (&'static Kernel<ConvWeightGradientArgs>, [usize; 3]) {
+        let staged = || GRADIENT_TILES.iter().position(|tile| self.k as usize <= tile[0]).unwrap_or(3);
         let (kernel, [rows, taps]) = match policy {
             Policy::Direct => (&WEIGHT_GRADIENT_DIRECT, DIRECT_GRADIENT),
-            Policy::Staged if self.k as usize <= NARROW_ROWS => (&WEIGHT_GRADIENT_NARROW, NARROW_GRADIENT),
-            Policy::Staged => (&WEIGHT_GRADIENT_WIDE, WIDE_GRADIENT),
+            Policy::Staged => (&WEIGHT_GRADIENT[staged()], GRADIENT_TILES[staged()]),
         };
         let row_tiles = (self.k as usize).div_ceil(rows);
         let tap_tiles = ((self.c * self.r * self.s) as usize).div_ceil(taps);
@@ -179,16 +212,30 @@ impl ConvShape {
     }
 }
 
-fn product(device: &Device, kernels: &Product, rows: i32, pixels: i32, args: &ConvArgs) -> Result<()> {
-    let [rows, pixels, n] = [rows, pixels, args.shape.n].map(|x| x as usize);
+/// `to_image` of the result; `classes` of its pixels, by their remainder in each direction, are multiplied apart.
+fn product(
+    device: &Device,
+    kernels: &'static Product,
+    rows: i32,
+    to_image: [i32; 2],
+    classes: i32,
+    args: &ConvArgs,
+) -> Result<()> {
+    let [rows, n, classes] = [rows, args.shape.n, classes].map(|x| x as usize);
+    let [height, width] = to_image.map(|x| x as usize);
     let (kernel, grid, block) = match device.policy() {
         Policy::Direct => {
-            let grid = [pixels, n.div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
+            let grid = [height * width, n.div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
             (&kernels.direct, grid, 1)
         }
         Policy::Staged => {
-            let (kernel, tile) = if rows <= NARROW_ROWS { (&kernels.narrow, NARROW) } else { (&kernels.wide, WIDE) };
-            (kernel, [(pixels * n).div_ceil(tile[1]), rows.div_ceil(tile[0]), 1], THREADS)
+            // Of the largest class.
+            let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
+            let tile = tile(rows, columns * classes * classes);
+            let [tile_rows, tile_columns] = TILES[tile];
+            let grid = [columns.div_ceil(tile_columns), rows.div_ceil(tile_rows), classes * classes];
+            let of_one_tap = kernels.pointwise.as_ref().filter(|_| args.shape.r * args.shape.s == 1 && tile >= 2);
+            (of_one_tap.map_or(&kernels.tiles[tile], |others| &others[tile - 2]), grid, THREADS)
         }
     };
     // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape.
@@ -248,7 +295,7 @@ pub fn conv_forward(
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         accumulate: 0,
     };
-    product(device, &FORWARD, shape.k, shape.p * shape.q, &args)
+    product(device, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)
 }
 
 /// Input gradient: dy `[k, p, q, n]`, w `[k, c, r, s]`, dx `[c, h, w, n]`, overwritten or (`accumulate`) added to.
@@ -274,7 +321,7 @@ pub fn conv_input_gradient(
     let accumulate = i32::from(accumulate);
     let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
     let args = ConvArgs { from, w: w.ptr(), bias, to, count, shape: *shape, columns, accumulate };
-    product(device, &INPUT_GRADIENT, shape.c, shape.h * shape.w, &args)
+    product(device, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)
 }
 
 /// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten. `scratch` has

@@ -12,7 +12,7 @@ kernel_args! {
     }
     struct ConvSparseGradientArgs {
         x: Ptr<f32>, dy: Ptr<f32>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, places: Ptr<u32>,
-        chunks: Ptr<u32>, partial: Ptr<f32>, shape: ConvShape, entries: i32, chunk_count: i32, splits: i32,
+        chunks: Ptr<u32>, partial: Ptr<f32>, shape: ConvShape, entries: i32, chunk_count: i32, units: i32, splits: i32,
     }
     struct ConvSparseGatherArgs { w: Ptr<f32>, places: Ptr<u32>, values: Ptr<f32>, count: i64 }
     struct ConvSparseScatterArgs { partial: Ptr<f32>, places: Ptr<u32>, dw: Ptr<f32>, count: i64, splits: i32 }
@@ -45,18 +45,36 @@ const BLOCK_ROWS: usize = 64;
 const BLOCK_SAMPLES: usize = 128;
 const STAGED_COLUMNS: usize = 128;
 const THREADS: u32 = 256;
-const WARPS: usize = 8;
+const ROW_THREADS: u32 = 512;
 const WARP_ROWS: usize = 4;
+const WARP: u32 = 32;
 const CHUNK: usize = 64;
+const WARP_ENTRIES: usize = 8;
 const GROUP_WARP_ENTRIES: usize = 4;
 const NONE: u32 = u32::MAX;
 /// Entries of a chunk of a direct weight gradient of groups: whole tiles of every instruction set.
 const GROUP_CHUNK: usize = 24;
-/// Blocks that a staged weight gradient aims for: two for each of 132 multiprocessors.
-const GRADIENT_BLOCKS: usize = 264;
+/// Blocks that a staged weight gradient aims for: four for each of 132 multiprocessors.
+const GRADIENT_BLOCKS: usize = 528;
 /// What a split of a direct weight gradient reads, about: its blocks follow each other, and find it in the second-level
 /// cache.
 const DIRECT_GRADIENT_BYTES: usize = 1 << 20;
+
+/// The passes of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// y of x and w.
+    Forward,
+    /// dx of dy and w.
+    InputGradient,
+    /// dw of x and dy.
+    WeightGradient,
+}
+
+impl Pass {
+    /// All of a training, in this order; evaluation has the first alone.
+    pub const ALL: [Pass; 3] = [Pass::Forward, Pass::InputGradient, Pass::WeightGradient];
+}
 
 /// Which rows of a layer share their reads: groups of at most [`GROUP_ROWS`], each row in one.
 pub struct RowGroups {
@@ -77,17 +95,26 @@ impl RowGroups {
     }
 }
 
-/// The kept weights of a convolution, as lists on a device: for every pass where each of them reads.
+/// The kept weights of a convolution, as lists on a device: for each pass that they serve, where each of them reads.
 pub struct KeptWeights {
     shape: ConvShape,
     kept: usize,
-    forward: List,
-    /// None in a network that is not trained.
-    input_gradient: Option<List>,
-    /// Group, tap, first entry and the one after the last of each chunk of the forward list.
+    /// Rows of output channels: of the forward pass and the weight gradient.
+    outputs: Option<List>,
+    /// Rows of input channels: of the input gradient.
+    inputs: Option<List>,
+    /// Of the forward pass, whose values are gathered.
+    forward: bool,
+    weight_gradient: Option<Chunks>,
+}
+
+/// How the weight gradient is cut into blocks.
+struct Chunks {
+    /// Group, tap, first entry and the one after the last of each chunk of the list of output channels.
     chunks: Buffer<u32>,
-    /// Sums of the weight gradient's splits, `[splits, entries, rows of a group]`.
+    /// Sums of the splits, `[splits, entries, rows of a group]`.
     partial: Buffer<f32>,
+    units: usize,
     splits: usize,
 }
 
@@ -105,13 +132,14 @@ struct List {
 }
 
 impl List {
-    /// Rows are input channels (`transposed`) or output channels. `kept` are places in w.
+    /// Rows are input channels (`transposed`) or output channels. `kept` are places in w, whose values will be `gathered`.
     fn new(
         device: &Device,
         shape: &ConvShape,
         kept: &[u32],
         groups: Option<&[Vec<usize>]>,
         transposed: bool,
+        gathered: bool,
     ) -> Result<(Self, Vec<u32>)> {
         let [c, k, r, s] = [shape.c, shape.k, shape.r, shape.s].map(|size| size as usize);
         let (rows, stride) = if transposed { (c, shape.stride as usize) } else { (k, 1) };
@@ -167,7 +195,7 @@ impl List {
             starts: device.upload(&starts)?,
             offsets: device.upload(&offsets)?,
             places: device.upload(&places)?,
-            values: device.alloc(places.len())?,
+            values: device.alloc(if gathered { places.len() } else { 0 })?,
         };
         Ok((list, starts))
     }
@@ -192,8 +220,8 @@ impl KeptWeights {
         shape.input_len().max(shape.output_len()) < 1 << 30
     }
 
-    /// Lists of the weights of `[k, c, r, s]` that `kept` names by their places, ascending; for the input gradient too
-    /// if `train`. Rows are taken by themselves, or in groups.
+    /// Lists of the weights of `[k, c, r, s]` that `kept` names by their places, ascending, for some passes. Rows are
+    /// taken by themselves, or in groups.
     ///
     /// # Errors
     /// [`Error::Shape`] if the tensors are beyond [`KeptWeights::reach`], a place beyond the weights or not above the
@@ -204,7 +232,7 @@ impl KeptWeights {
         shape: &ConvShape,
         kept: &[u32],
         groups: Option<&RowGroups>,
-        train: bool,
+        passes: &[Pass],
     ) -> Result<Self> {
         let refuse = |what: &str, expected: String, got: String| {
             Err(Error::Shape { op: "convolution of kept weights", what: what.into(), expected, got })
@@ -232,16 +260,21 @@ impl KeptWeights {
                 }
             }
         }
-        let outputs = groups.map(|groups| &groups.outputs[..]);
-        let (forward, starts) = List::new(device, shape, kept, outputs, false)?;
-        let input_gradient = match groups.map(|groups| &groups.inputs[..]) {
-            inputs if train => Some(List::new(device, shape, kept, inputs, true)?.0),
-            _ => None,
-        };
-        let (chunks, splits) = chunks(shape, &forward, &starts, device.policy());
-        let partial = device.alloc(if train { splits * forward.places.len() } else { 0 })?;
-        let chunks = device.upload(&chunks)?;
-        Ok(KeptWeights { shape: *shape, kept: kept.len(), forward, input_gradient, chunks, partial, splits })
+        let [forward, input, weight] = Pass::ALL.map(|pass| passes.contains(&pass));
+        let (mut outputs, mut inputs, mut weight_gradient) = (None, None, None);
+        if forward || weight {
+            let groups = groups.map(|groups| &groups.outputs[..]);
+            let (list, starts) = List::new(device, shape, kept, groups, false, forward)?;
+            if weight {
+                weight_gradient = Some(Chunks::new(device, shape, &list, &starts)?);
+            }
+            outputs = Some(list);
+        }
+        if input {
+            let groups = groups.map(|groups| &groups.inputs[..]);
+            inputs = Some(List::new(device, shape, kept, groups, true, true)?.0);
+        }
+        Ok(KeptWeights { shape: *shape, kept: kept.len(), outputs, inputs, forward, weight_gradient })
     }
 
     /// The convolution.
@@ -254,15 +287,17 @@ impl KeptWeights {
         self.kept
     }
 
-    /// Number of weights that the forward pass multiplies: kept ones, and zeros that stand in groups beside them.
-    pub fn multiplied(&self) -> usize {
-        self.forward.places.len()
+    /// Number of weights that a pass multiplies which the lists serve: kept ones, and zeros that stand in groups beside
+    /// them.
+    pub fn multiplied(&self, pass: Pass) -> usize {
+        let list = if pass == Pass::InputGradient { &self.inputs } else { &self.outputs };
+        list.as_ref().map_or(0, |list| list.places.len())
     }
 
     /// Bytes that the lists take.
     pub fn bytes(&self) -> usize {
-        let lists = [Some(&self.forward), self.input_gradient.as_ref()];
-        lists.into_iter().flatten().map(List::bytes).sum::<usize>() + 4 * (self.chunks.len() + self.partial.len())
+        let lists = [&self.outputs, &self.inputs].into_iter().flatten().map(List::bytes).sum::<usize>();
+        lists + self.weight_gradient.as_ref().map_or(0, |own| 4 * (own.chunks.len() + own.partial.len()))
     }
 
     /// Takes the values of the kept weights from w `[k, c, r, s]`, for the passes that follow.
@@ -274,39 +309,57 @@ impl KeptWeights {
         if self.kept == 0 {
             return Ok(());
         }
-        self.forward.gather(device, w)?;
-        self.input_gradient.as_mut().map_or(Ok(()), |list| list.gather(device, w))
+        let forward = self.outputs.as_mut().filter(|_| self.forward);
+        forward.into_iter().chain(self.inputs.as_mut()).try_for_each(|list| list.gather(device, w))
+    }
+
+    /// The list of a pass.
+    fn list(&self, op: &'static str, pass: Pass) -> Result<&List> {
+        let list = match pass {
+            Pass::Forward => self.outputs.as_ref().filter(|_| self.forward),
+            Pass::InputGradient => self.inputs.as_ref(),
+            Pass::WeightGradient => self.outputs.as_ref().filter(|_| self.weight_gradient.is_some()),
+        };
+        list.ok_or_else(|| {
+            let (expected, got) = (format!("lists for the pass {pass:?}"), "lists for others".into());
+            Error::Shape { op, what: "kept weights".into(), expected, got }
+        })
     }
 }
 
-/// Chunks of the forward list, and splits of the weight gradient: a function of shape, mask and policy alone.
-fn chunks(shape: &ConvShape, list: &List, starts: &[u32], policy: Policy) -> (Vec<u32>, usize) {
-    let taps = (shape.r * shape.s) as usize;
-    // Chunks of groups have one tap.
-    let (step, length) = match (list.size, policy) {
-        (1, _) => (taps, CHUNK),
-        (_, Policy::Direct) => (1, GROUP_CHUNK),
-        (_, Policy::Staged) => (1, GROUP_WARP_ENTRIES),
-    };
-    let mut chunks = Vec::new();
-    for slot in (0..list.groups * taps).step_by(step) {
-        let end = starts[slot + step];
-        let begins = (starts[slot]..end).step_by(length);
-        let (group, tap) = ((slot / taps) as u32, (slot % taps) as u32);
-        chunks.extend(begins.flat_map(|begin| [group, tap, begin, end.min(begin + length as u32)]));
+impl Chunks {
+    /// Chunks of the list and splits: a function of shape, mask and policy alone.
+    fn new(device: &Device, shape: &ConvShape, list: &List, starts: &[u32]) -> Result<Self> {
+        let taps = (shape.r * shape.s) as usize;
+        // Chunks of groups have one tap.
+        let (step, length) = match (list.size, device.policy()) {
+            (1, Policy::Direct) => (taps, CHUNK),
+            (1, Policy::Staged) => (taps, WARP_ENTRIES),
+            (_, Policy::Direct) => (1, GROUP_CHUNK),
+            (_, Policy::Staged) => (1, GROUP_WARP_ENTRIES),
+        };
+        let mut chunks = Vec::new();
+        for slot in (0..list.groups * taps).step_by(step) {
+            let end = starts[slot + step];
+            let begins = (starts[slot]..end).step_by(length);
+            let (group, tap) = ((slot / taps) as u32, (slot % taps) as u32);
+            chunks.extend(begins.flat_map(|begin| [group, tap, begin, end.min(begin + length as u32)]));
+        }
+        let bytes = (shape.input_len() + shape.output_len()) * size_of::<f32>();
+        let rows = shape.p as usize * (shape.n as usize).div_ceil(BLOCK_SAMPLES);
+        let (units, splits) = match device.policy() {
+            Policy::Direct => (rows, bytes / DIRECT_GRADIENT_BYTES),
+            Policy::Staged => (rows * shape.q as usize, GRADIENT_BLOCKS / staged_blocks(chunks.len() / 4).max(1)),
+        };
+        let splits = splits.clamp(1, units);
+        let partial = device.alloc(splits * list.places.len())?;
+        Ok(Chunks { chunks: device.upload(&chunks)?, partial, units, splits })
     }
-    let units = shape.p as usize * (shape.n as usize).div_ceil(BLOCK_SAMPLES);
-    let bytes = (shape.input_len() + shape.output_len()) * size_of::<f32>();
-    let splits = match policy {
-        Policy::Direct => bytes / DIRECT_GRADIENT_BYTES,
-        Policy::Staged => GRADIENT_BLOCKS / gradient_blocks(list, chunks.len() / 4, policy).max(1),
-    };
-    (chunks, splits.clamp(1, units))
 }
 
-/// Blocks of the weight gradient of a split.
-fn gradient_blocks(list: &List, chunks: usize, policy: Policy) -> usize {
-    if list.size > 1 && policy == Policy::Staged { chunks.div_ceil(WARPS) } else { chunks }
+/// Blocks of a split of a staged weight gradient.
+fn staged_blocks(chunks: usize) -> usize {
+    chunks.div_ceil((THREADS / WARP) as usize)
 }
 
 fn product(
@@ -323,18 +376,14 @@ fn product(
             (direct, [pixels, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / list.size)], 1)
         }
         Policy::Staged => {
-            let groups = WARPS * if list.size == 1 { WARP_ROWS } else { 1 };
-            (staged, [(pixels * n).div_ceil(STAGED_COLUMNS), list.groups.div_ceil(groups), 1], THREADS)
+            let (threads, groups) = if list.size == 1 { (ROW_THREADS, WARP_ROWS) } else { (THREADS, 1) };
+            let rows = list.groups.div_ceil((threads / WARP) as usize * groups);
+            (staged, [(pixels * n).div_ceil(STAGED_COLUMNS), rows, 1], threads)
         }
     };
     // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape; rows, offsets
     // and starts are those of the shape.
     unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), args) }
-}
-
-fn made_for_evaluation(op: &'static str) -> Error {
-    let (expected, got) = ("lists for training".into(), "lists for evaluation".into());
-    Error::Shape { op, what: "kept weights".into(), expected, got }
 }
 
 /// Forward, as [`conv_forward`](super::conv::conv_forward), with the values that [`KeptWeights::gather`] took.
@@ -354,7 +403,7 @@ pub fn conv_sparse_forward(
     if let Some(b) = bias {
         b.check(op, &shape)?;
     }
-    let list = &weights.forward;
+    let list = weights.list(op, Pass::Forward)?;
     let args = ConvSparseArgs {
         from: x.ptr(),
         rows: list.rows.view().ptr(),
@@ -376,7 +425,7 @@ pub fn conv_sparse_forward(
 /// [`KeptWeights::gather`] took.
 ///
 /// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got, lists made without `train` too.
+/// [`Error::Shape`] names the argument, what was expected and what it got, lists for other passes too.
 pub fn conv_sparse_input_gradient(
     device: &Device,
     weights: &KeptWeights,
@@ -387,7 +436,7 @@ pub fn conv_sparse_input_gradient(
     let (op, shape) = ("conv_sparse_input_gradient", weights.shape);
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
-    let list = weights.input_gradient.as_ref().ok_or_else(|| made_for_evaluation(op))?;
+    let list = weights.list(op, Pass::InputGradient)?;
     let args = ConvSparseArgs {
         from: dy.ptr(),
         rows: list.rows.view().ptr(),
@@ -409,7 +458,7 @@ pub fn conv_sparse_input_gradient(
 /// in dw `[k, c, r, s]` are not written.
 ///
 /// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got, lists made without `train` too.
+/// [`Error::Shape`] names the argument, what was expected and what it got, lists for other passes too.
 pub fn conv_sparse_weight_gradient(
     device: &Device,
     weights: &mut KeptWeights,
@@ -421,15 +470,13 @@ pub fn conv_sparse_weight_gradient(
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dw", dw.len(), shape.weight_len())?;
-    if weights.input_gradient.is_none() {
-        return Err(made_for_evaluation(op));
-    }
-    let chunks = weights.chunks.len() / 4;
+    weights.list(op, Pass::WeightGradient)?;
+    let (Some(list), Some(own)) = (&weights.outputs, &mut weights.weight_gradient) else { return Ok(()) };
+    let chunks = own.chunks.len() / 4;
     if chunks == 0 {
         return Ok(());
     }
-    let (splits, partial) = (weights.splits, weights.partial.view_mut().ptr());
-    let list = &weights.forward;
+    let partial = own.partial.view_mut().ptr();
     let args = ConvSparseGradientArgs {
         x: x.ptr(),
         dy: dy.ptr(),
@@ -437,25 +484,25 @@ pub fn conv_sparse_weight_gradient(
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
         places: list.places.view().ptr(),
-        chunks: weights.chunks.view().ptr(),
+        chunks: own.chunks.view().ptr(),
         partial,
         shape,
         entries: list.offsets.len() as i32,
         chunk_count: chunks as i32,
-        splits: splits as i32,
+        units: own.units as i32,
+        splits: own.splits as i32,
     };
     let [staged, direct] = &WEIGHT_GRADIENT[usize::from(list.size > 1)];
-    let (kernel, block) = match device.policy() {
-        Policy::Direct => (direct, 1),
-        Policy::Staged => (staged, THREADS),
+    let (kernel, blocks, block) = match device.policy() {
+        Policy::Direct => (direct, chunks, 1),
+        Policy::Staged => (staged, staged_blocks(chunks), THREADS),
     };
-    let blocks = gradient_blocks(list, chunks, device.policy());
-    let launch = Launch::new([blocks as u32, splits as u32, 1], block);
+    let launch = Launch::new([blocks as u32, own.splits as u32, 1], block);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
     // list.
     unsafe { device.launch(kernel, launch, &args)? };
     let (places, count) = (list.places.view().ptr(), list.places.len());
-    let args = ConvSparseScatterArgs { partial, places, dw: dw.ptr(), count: count as i64, splits: splits as i32 };
+    let args = ConvSparseScatterArgs { partial, places, dw: dw.ptr(), count: count as i64, splits: own.splits as i32 };
     // SAFETY: the first `splits * count` sums were just written; places are below the length of dw, or marks.
     unsafe { device.launch(&SCATTER, device.elementwise(count), &args) }
 }

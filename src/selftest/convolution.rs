@@ -5,33 +5,48 @@ use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
-    KeptWeights, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 
 /// The checks, each of as few kernels as its operation allows.
 pub(super) const CHECKS: &[Check] = &[
     |t| convolution(t, &few_channels()?, Columns::samples(SAMPLES)?),
     |t| convolution(t, &many_channels()?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &ConvShape::new([6, 5, 7], 20, [3, 3], 1, 1, SAMPLES)?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &large_image(3, 50)?, Columns::samples(SAMPLES)?),
+    |t| convolution(t, &large_image(2, 100)?, Columns::samples(SAMPLES)?),
     |t| convolution(t, &linear()?, linear_columns()?),
     |t| convolution_input_gradient(t, &few_channels()?),
     |t| convolution_input_gradient(t, &many_channels()?),
+    |t| convolution_input_gradient(t, &ConvShape::new([20, 9, 7], 6, [3, 3], 3, 1, SAMPLES)?),
+    |t| convolution_input_gradient(t, &large_image(50, 3)?),
+    |t| convolution_input_gradient(t, &large_image(100, 2)?),
     |t| convolution_input_gradient(t, &linear()?),
+    |t| convolution_input_gradient(t, &ConvShape::new([50, 56, 58], 3, [1, 1], 1, 0, SAMPLES)?),
+    |t| convolution_input_gradient(t, &ConvShape::new([100, 56, 58], 3, [1, 1], 1, 0, SAMPLES)?),
     |t| convolution_weight_gradient(t, &few_channels()?),
     |t| convolution_weight_gradient(t, &many_channels()?),
+    |t| convolution_weight_gradient(t, &ConvShape::new([6, 5, 7], 20, [3, 3], 1, 1, SAMPLES)?),
+    |t| convolution_weight_gradient(t, &ConvShape::new([3, 7, 7], 50, [3, 3], 1, 1, SAMPLES)?),
     |t| convolution_weight_gradient(t, &linear()?),
     |t| convolution_bias_gradient(t, &few_channels()?),
     |t| kept_weights(t, &few_channels()?),
     |t| kept_weights(t, &many_channels()?),
 ];
 
-/// Takes the narrow tiles, and two splits of the weight gradient.
+/// Takes the smallest tiles, and two splits of the weight gradient.
 fn few_channels() -> Result<ConvShape> {
     ConvShape::new([5, 13, 11], 7, [3, 3], 2, 1, SAMPLES)
 }
 
-/// Takes the wide tiles.
+/// More rows than the larger tiles have, too few columns for them.
 fn many_channels() -> Result<ConvShape> {
     ConvShape::new([37, 5, 6], 70, [3, 3], 1, 1, SAMPLES)
+}
+
+/// Enough columns for the larger tiles.
+fn large_image(channels: usize, filters: usize) -> Result<ConvShape> {
+    ConvShape::new([channels, 56, 58], filters, [3, 3], 1, 1, SAMPLES)
 }
 
 /// More steps than a block packs at a time, more rows than it owns, and two splits.
@@ -77,7 +92,7 @@ fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let places: Vec<u32> = (0..shape.weight_len() as u32).step_by(5).collect();
     let (w, x, dy) = (t.floats(shape.weight_len())?, t.samples(shape.input_len())?, t.samples(shape.output_len())?);
     for groups in [None, Some(RowGroups::neighbours(shape))] {
-        let mut weights = KeptWeights::new(t.device, shape, &places, groups.as_ref(), true)?;
+        let mut weights = KeptWeights::new(t.device, shape, &places, groups.as_ref(), &Pass::ALL)?;
         weights.gather(t.device, w.view())?;
         let mut y = t.unwritten(shape.output_len())?;
         conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;

@@ -19,7 +19,7 @@ use crate::nn::config::ModelConfig;
 use crate::nn::init;
 use crate::nn::model::Model;
 use crate::nn::network::Network;
-use crate::nn::paths::Tuning;
+use crate::nn::paths::Planning;
 use crate::nn::plan::Use;
 use crate::nn::weights::Weights;
 use crate::report::progress::Progress;
@@ -47,8 +47,8 @@ pub struct Experiment<'a> {
     pub repetitions: &'a Repetitions,
     /// Where everything is kept.
     pub folder: &'a RunFolder,
-    /// Where times are taken from that decide how layers multiply; a table if there is none.
-    pub tuning: Option<&'a Tuning>,
+    /// What decides how layers multiply.
+    pub planning: &'a Planning,
     /// Is told how far it is.
     pub progress: &'a Progress,
 }
@@ -57,9 +57,7 @@ impl Experiment<'_> {
     /// A network of a model with these weights.
     fn network(&self, model: &Model, weights: &Weights, memory_for: Use, only: Option<&MaskSet>) -> Result<Network> {
         let mut network = Network::for_masks(self.device, model, &weights.masks, self.recipe.batch, memory_for)?;
-        if let Some(tuning) = self.tuning {
-            network.tune(tuning);
-        }
+        network.set_planning(self.planning);
         if let Some(only) = only {
             network.train_only(only)?;
         }

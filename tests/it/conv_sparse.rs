@@ -1,14 +1,16 @@
 //! Convolution with kept weights alone, against the same convolution with zeros in their places, which has its goldens.
 
-use dilt::device::{Device, HostOptions, Policy};
+use dilt::device::{Device, HostOptions};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
+use dilt::nn::network::Network;
+use dilt::nn::paths::{Choice, Planning};
 use dilt::nn::ways::Way;
 use dilt::ops::Columns;
 use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{
-    GROUP_ROWS, KeptWeights, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    GROUP_ROWS, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 use dilt::train::Recipe;
 use rand::{Rng, SeedableRng};
@@ -103,7 +105,7 @@ fn compare(
     what: &str,
 ) -> Vec<Vec<f32>> {
     let [x, dy, bias, w] = [x, dy, bias, w].map(|values| device.upload(values).unwrap());
-    let mut weights = KeptWeights::new(device, shape, kept, groups, true).unwrap();
+    let mut weights = KeptWeights::new(device, shape, kept, groups, &Pass::ALL).unwrap();
     weights.gather(device, w.view()).unwrap();
     let mut results = Vec::new();
 
@@ -146,18 +148,18 @@ fn compare(
 fn lists_that_make_no_sense_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = ConvShape::new([2, 3, 3], 3, [2, 2], 1, 0, 8).unwrap();
-    let refused = |kept: &[u32]| KeptWeights::new(&device, &shape, kept, None, true).err().unwrap().to_string();
+    let refused = |kept: &[u32]| KeptWeights::new(&device, &shape, kept, None, &Pass::ALL).err().unwrap().to_string();
     assert!(refused(&[3, 3]).contains("ascending"), "{}", refused(&[3, 3]));
     assert!(refused(&[5, 24]).contains("below 24"), "{}", refused(&[5, 24]));
     let far = ConvShape::new([600, 128, 128], 3, [1, 1], 1, 0, 128).unwrap();
-    let error = KeptWeights::new(&device, &far, &[0], None, true).err().unwrap().to_string();
+    let error = KeptWeights::new(&device, &far, &[0], None, &Pass::ALL).err().unwrap().to_string();
     assert!(error.contains("2^30"), "{error}");
 
     let missing = RowGroups { outputs: vec![vec![0, 2]], inputs: vec![vec![0, 1]] };
-    let error = KeptWeights::new(&device, &shape, &[0], Some(&missing), true).err().unwrap().to_string();
+    let error = KeptWeights::new(&device, &shape, &[0], Some(&missing), &Pass::ALL).err().unwrap().to_string();
     assert!(error.contains("groups of output channels: expected each of 3"), "{error}");
 
-    let mut weights = KeptWeights::new(&device, &shape, &[0, 5], None, false).unwrap();
+    let mut weights = KeptWeights::new(&device, &shape, &[0, 5], None, &[Pass::Forward]).unwrap();
     let mut dx = device.alloc(shape.input_len()).unwrap();
     let (short, dy) = (device.alloc::<f32>(3).unwrap(), device.alloc(shape.output_len()).unwrap());
     let error = weights.gather(&device, short.view()).unwrap_err().to_string();
@@ -172,7 +174,7 @@ fn lists_that_make_no_sense_are_refused_by_name() {
 #[test]
 #[cfg_attr(dilt_sanitize, ignore = "minutes, and the kernels are those of the test above")]
 fn ten_steps_with_kept_weights_alone_are_those_with_zeros_in_their_place() {
-    let device = |policy| Device::host(HostOptions { policy, ..HostOptions::default() }).unwrap();
+    let device = Device::host(HostOptions::default()).unwrap();
     let vit = ["image=[3,16,16]", "patch=4", "dim=24", "depth=2", "heads=3", "classes=7"];
     let bottlenecks = ["classes=3", "image=[2,16,16]", "widths=[8,16]", "stages=[2,1]"];
     for (name, set) in [("resnet8", &[][..]), ("resnet18", &bottlenecks), ("resnet50", &bottlenecks), ("vit", &vit)] {
@@ -194,9 +196,12 @@ fn ten_steps_with_kept_weights_alone_are_those_with_zeros_in_their_place() {
         let batches: Vec<_> = (0..10).map(|_| batch()).collect();
         let optimizer = Recipe::default().optimizer();
         let descent = Descent { model: &model, weights: &weights, samples, steps: 10, rate: 0.05, optimizer };
-        let [kept, masked] = [Policy::Direct, Policy::Staged].map(|policy| {
-            let (losses, network) = descent.run(&device(policy), |step| batches[step].clone(), |_, _| {});
-            let sparse = network.choices().iter().flatten().filter(|choice| choice.way != Way::Dense).count();
+        let [kept, masked] = [Planning::Table, Planning::Dense].map(|planning| {
+            let mut network = Network::new(&device, &model, samples, descent.memory()).unwrap();
+            network.set_planning(&planning);
+            let (losses, network) = descent.run_in(network, |step| batches[step].clone(), |_, _| {});
+            let is_sparse = |choice: &&Choice| choice.ways.iter().any(|way| *way != Way::Dense);
+            let sparse = network.choices().iter().flatten().filter(is_sparse).count();
             (losses, sparse, network.weights().unwrap())
         });
         // In resnet8, one layer is too small for its list to pay.

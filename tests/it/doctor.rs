@@ -6,10 +6,11 @@ use dilt::device::{embedded_images, kernel_files};
 use dilt::selftest;
 use serde_json::Value;
 
+use crate::command::program;
 use crate::support::devices;
 
 fn doctor(arguments: &[&str]) -> Output {
-    assert_cmd::cargo::cargo_bin_cmd!("dilt").arg("doctor").args(arguments).output().unwrap()
+    std::process::Command::new(program()).arg("doctor").args(arguments).output().unwrap()
 }
 
 fn stderr(output: &Output) -> String {
