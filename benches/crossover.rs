@@ -89,7 +89,7 @@ fn measure(
     layer: &MaskedLayer,
     runs: usize,
 ) -> dilt::Result<Vec<(Way, Vec<f64>)>> {
-    let lists = Way::ALL.map(|way| layer.lists(device, way, &Pass::ALL));
+    let lists = Way::ALL.map(|way| layer.lists(device, way, &Pass::ALL, false));
     let mut ways = Vec::new();
     for (way, lists) in Way::ALL.into_iter().zip(lists) {
         ways.push((way, lists?, vec![f64::INFINITY; 3]));

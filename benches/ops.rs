@@ -15,7 +15,7 @@ use dilt::ops::augment::{
 };
 use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{
-    KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    Kept, KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
@@ -83,7 +83,8 @@ impl Bench<'_> {
         for sparsity in [0.5, 0.75, 0.9, 0.95, 0.98] {
             let mut rng = ChaCha8Rng::seed_from_u64(7);
             let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|_| !rng.random_bool(sparsity)).collect();
-            let mut kept = KeptWeights::new(&self.device, &shape, &places, None, &Pass::ALL)?;
+            let mut kept =
+                KeptWeights::new(&self.device, &shape, &Kept { places: &places, packed: false }, None, &Pass::ALL)?;
             let flop = Throughput::Elements(2 * (shape.multiply_adds() / shape.weight_len() * places.len()) as u64);
             let name = format!("{name}, {}% pruned", sparsity * 100.0);
             self.time(&format!("sparse {name}: forward"), flop.clone(), |device| {

@@ -20,6 +20,7 @@ use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
 use dilt::nn::model::Model;
 use dilt::nn::network::Network;
+use dilt::nn::paths::Planning;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::Weights;
 use dilt::report::progress::{Progress, Verbosity};
@@ -108,7 +109,7 @@ impl Case {
         let recipe = Recipe { batch: self.batch, steps, lr, augment, ..Recipe::from_table(&config.train)? };
         let weights = self.weights(&model)?;
         let memory_for = Use::Train(recipe.optimizer);
-        let mut network = Network::for_masks(device, &model, &weights.masks, self.batch, memory_for)?;
+        let mut network = Network::for_masks(device, &model, &weights.masks, self.batch, memory_for, &Planning::Table)?;
         network.load(&weights)?;
         let mut examples = self.data.train.clone();
         examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch

@@ -37,7 +37,7 @@ struct ConvSparseGradientArgs {
     const uint32_t* rows;     // of the forward pass, as the next four
     const uint32_t* starts;
     const int32_t* offsets;
-    const uint32_t* places;   // [entries, R], in w, or NONE
+    const uint32_t* taps;     // [entries] of rows by themselves, staged: r S + s of each
     const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 8: of all entries), first entry, and the one after the last
     float* partial;           // [splits, entries, R]
     ConvShape shape;
@@ -45,8 +45,8 @@ struct ConvSparseGradientArgs {
 };
 
 struct ConvSparseGatherArgs {
-    const float* w;          // [K, C, R, S]
-    const uint32_t* places;  // [count], or NONE
+    const float* w;          // [K, C, R, S], or its kept weights alone
+    const uint32_t* places;  // [count] in w, or NONE
     float* values;           // [count]
     int64_t count;
 };
@@ -54,7 +54,7 @@ struct ConvSparseGatherArgs {
 struct ConvSparseScatterArgs {
     const float* partial;    // [splits, count]
     const uint32_t* places;
-    float* dw;               // [K, C, R, S]; written where a weight is kept
+    float* dw;               // as w; written where a weight is kept
     int64_t count;
     int32_t splits;
 };
@@ -95,10 +95,23 @@ DEVICE uint32_t row_of(const Args& a, int group, int i) {
     return R == 1 ? uint32_t(group) : a.rows[group * R + i];
 }
 
+// Writes V vectors of a row's samples at a pixel.
+template <bool GRADIENT, int V, int L>
+DEVICE void finish(const ConvSparseArgs& a, uint32_t row, int pixel, int n, const uint32_t (&live)[V],
+                   Samples<L> (&sum)[V]) {
+    using Pass = Taps<GRADIENT>;
+    const ConvShape& d = a.shape;
+    float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
+    UNROLL for (int v = 0; v < V; ++v) {
+        if (a.bias) sum[v] = kept<L>(sum[v], live[v]);
+        if (a.accumulate) sum[v] += load<L>(to + v * L);
+        store<L>(to + v * L, sum[v]);
+    }
+}
+
 // V vectors of samples of a group of R rows at a pixel.
 template <bool GRADIENT, int R, int V, int L>
 DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pixel, int n, const uint32_t (&live)[V]) {
-    using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
     const float* from = a.from + n;
     const uint32_t* starts = a.starts + int64_t(group) * d.r * d.s + at.first;
@@ -120,12 +133,7 @@ DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pi
     UNROLL for (int i = 0; i < R; ++i) {
         const uint32_t row = row_of<R>(a, group, i);
         if (row == NONE) break;
-        float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
-        UNROLL for (int v = 0; v < V; ++v) {
-            if (a.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
-            if (a.accumulate) sum[i][v] += load<L>(to + v * L);
-            store<L>(to + v * L, sum[i][v]);
-        }
+        finish<GRADIENT, V, L>(a, row, pixel, n, live, sum[i]);
     }
 }
 
@@ -182,6 +190,34 @@ struct Place {
     }
 };
 
+// Entries whose reads a thread has under way at a time: one after the other, each takes 20 ns from the nearest cache.
+constexpr int AHEAD = 4;
+
+// Adds the entries to the sums of R rows, AHEAD at a time; at the end the last is read again, and multiplied by zero.
+template <int R>
+DEVICE void add_entries(const ConvSparseArgs& a, const float* from, int64_t origin, uint32_t entry, uint32_t end,
+                        Samples<4> (&sum)[R][1]) {
+    for (; entry < end; entry += AHEAD) {
+        Samples<4> read[AHEAD];
+        float value[AHEAD][R];
+        UNROLL for (int t = 0; t < AHEAD; ++t) {
+            const bool there = entry + t < end;
+            const uint32_t at = there ? entry + t : end - 1;
+            read[t] = load<4>(from + (origin + a.offsets[at]));
+            if constexpr (R == 1) {
+                value[t][0] = there ? a.values[at] : 0.0f;
+            } else {
+                UNROLL for (int i = 0; i < R; i += 4) {
+                    const Samples<4> four = load<4>(a.values + (int64_t(at) * R + i));
+                    UNROLL for (int lane = 0; lane < 4; ++lane) value[t][i + lane] = there ? four[lane] : 0.0f;
+                }
+            }
+        }
+        UNROLL for (int t = 0; t < AHEAD; ++t)
+            UNROLL for (int i = 0; i < R; ++i) sum[i][0] += read[t] * value[t][i];
+    }
+}
+
 // A group of its warp.
 template <bool GRADIENT>
 DEVICE void staged_group(const ConvSparseArgs& a, int thread, int column_tile, int row_tile) {
@@ -189,7 +225,20 @@ DEVICE void staged_group(const ConvSparseArgs& a, int thread, int column_tile, i
     const Place<GRADIENT> place(d, (column_tile * 32 + thread % 32) * 4);
     const int group = row_tile * (THREADS / 32) + thread / 32;
     if (!place.there || group >= a.groups) return;
-    groups<GRADIENT, GROUP_ROWS, 1, 4>(a, place.window_of(d), group, group + 1, place.pixel, place.n);
+    const Window at = place.window_of(d);
+    const uint32_t live[1] = {a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0};
+    Samples<4> sum[GROUP_ROWS][1];
+    UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
+        const uint32_t row = row_of<GROUP_ROWS>(a, group, i);
+        sum[i][0] = splat<4>(a.bias && row != NONE ? a.bias[row] : 0.0f);
+    }
+    const uint32_t* starts = a.starts + (int64_t(group) * d.r * d.s + at.first);
+    for (int run = 0; run < at.runs; ++run, starts += d.s)
+        add_entries<GROUP_ROWS>(a, a.from + place.n, at.origin, starts[0], starts[at.taps], sum);
+    UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
+        const uint32_t row = row_of<GROUP_ROWS>(a, group, i);
+        if (row != NONE) finish<GRADIENT, 1, 4>(a, row, place.pixel, place.n, live, sum[i]);
+    }
 }
 
 // What all warps of a block read of x at a time, in bytes: it stays in the first-level cache.
@@ -204,31 +253,23 @@ DEVICE void staged_rows(const ConvSparseArgs& a, int thread, int column_tile, in
     const int row = (row_tile * (ROW_THREADS / 32) + thread / 32) * WARP_ROWS;
     if (!place.there || row >= a.groups) return;
     const Window at = place.window_of(d);
-    const float* from = a.from + place.n;
+    const uint32_t live[1] = {a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0};
     const int taps = d.r * d.s, piece = int(max64(1, PIECE_BYTES / (int64_t(Pass::channels(d)) * 512)));
-    Samples<4> sum[WARP_ROWS];
+    Samples<4> sum[WARP_ROWS][1][1];
     UNROLL for (int i = 0; i < WARP_ROWS; ++i)
-        sum[i] = splat<4>(a.bias ? a.bias[min32(row + i, a.groups - 1)] : 0.0f);
+        sum[i][0][0] = splat<4>(a.bias ? a.bias[min32(row + i, a.groups - 1)] : 0.0f);
     for (int run = 0; run < at.runs; ++run) {
         for (int tap = 0; tap < at.taps; tap += piece) {
             const int last = min32(tap + piece, at.taps);
             UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
                 if (row + i >= a.groups) break;
                 const uint32_t* starts = a.starts + (int64_t(row + i) * taps + at.first + run * d.s);
-                const uint32_t end = starts[last];
-                for (uint32_t entry = starts[tap]; entry < end; ++entry)
-                    sum[i] += load<4>(from + (at.origin + a.offsets[entry])) * a.values[entry];
+                add_entries<1>(a, a.from + place.n, at.origin, starts[tap], starts[last], sum[i]);
             }
         }
     }
-    const uint32_t live = a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0;
-    UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
-        if (row + i >= a.groups) break;
-        float* to = a.to + ((int64_t(row + i) * Pass::to_height(d) * Pass::to_width(d) + place.pixel) * d.n + place.n);
-        if (a.bias) sum[i] = kept<4>(sum[i], live);
-        if (a.accumulate) sum[i] += load<4>(to);
-        store<4>(to, sum[i]);
-    }
+    UNROLL for (int i = 0; i < WARP_ROWS; ++i)
+        if (row + i < a.groups) finish<GRADIENT, 1, 4>(a, row + i, place.pixel, place.n, live, sum[i][0]);
 }
 
 // ------------------------------------------------------------------------------------------------- weight gradient
@@ -318,10 +359,10 @@ DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
     float sum[WARP_ENTRIES];
     UNROLL for (int i = 0; i < WARP_ENTRIES; ++i) {
         const bool there = chunk.begin + i < chunk.end;
-        const uint32_t at = there ? a.places[chunk.begin + i] : 0;
+        const int tap = there ? int(a.taps[chunk.begin + i]) : 0;
         // A row that is above every image has no sum.
-        r[i] = there ? int(at / d.s % d.r) : -(1 << 30);
-        s[i] = int(at % d.s);
+        r[i] = there ? tap / d.s : -(1 << 30);
+        s[i] = tap % d.s;
         offset[i] = there ? a.offsets[chunk.begin + i] : 0;
         sum[i] = 0.0f;
     }

@@ -97,7 +97,7 @@ steps() {
     local model batch sparsity
     while read -r model batch; do
         for sparsity in 0.5 0.8 0.9 0.95 0.98 0.99; do
-            "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 --plan --kernels -q --json \
+            "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 --kernels -q --json \
                 --device cuda | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' || return 1
         done
     done <<<"resnet20 128

@@ -212,15 +212,9 @@ impl Bench {
     }
 
     /// A network with weights and a batch of random numbers.
-    fn network(
-        &self,
-        device: &Device,
-        model: &Model,
-        weights: &Weights,
-        memory_for: Use,
-    ) -> anyhow::Result<Network> {
-        let mut network = Network::for_masks(device, model, &weights.masks, self.batch, memory_for)?;
-        network.set_planning(&self.common.planning()?);
+    fn network(&self, device: &Device, model: &Model, weights: &Weights, memory_for: Use) -> anyhow::Result<Network> {
+        let planning = self.common.planning()?;
+        let mut network = Network::for_masks(device, model, &weights.masks, self.batch, memory_for, &planning)?;
         network.load(weights)?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.common.seed);
         let mut random = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
@@ -285,7 +279,9 @@ impl Bench {
             let shape = network.computed().conv_shape(layer, self.batch.next_multiple_of(8))?;
             let own = MaskedLayer::new(&shape, &mask);
             let measured = measure(device, &own, &Pass::ALL)?;
-            let lists = Lists::new(device, &own, &choice.ways)?;
+            let packed = !choice.ways.contains(&Way::Dense);
+            let weight_bytes = 4 * if packed { mask.count() } else { mask.len() };
+            let lists = Lists::new(device, &own, &choice.ways, packed)?;
             let ms = |seconds: &[f64]| seconds.iter().map(|seconds| 1e3 * seconds).collect();
             let ways = choice.candidates.iter().zip(measured).map(|(candidate, measured)| WayPlan {
                 way: candidate.way,
@@ -297,7 +293,7 @@ impl Bench {
                 shape: shape.to_string(),
                 density: mask.density(),
                 chosen: choice.ways.clone(),
-                bytes: 4 * mask.len() + lists.bytes(),
+                bytes: weight_bytes + lists.bytes(),
                 ways: ways.collect(),
             });
             bar.show(layers.len(), 0.0);

@@ -94,8 +94,8 @@ impl Eval {
         let fitted = self.target.renamed(weights, &config, &model);
         let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
         let weights = fitted.with_context(|| self.weights.display().to_string())?;
-        let mut network = Network::for_masks(&device, &model, &weights.masks, self.batch, Use::Evaluate)?;
-        network.set_planning(&self.common.planning()?);
+        let planning = self.common.planning()?;
+        let mut network = Network::for_masks(&device, &model, &weights.masks, self.batch, Use::Evaluate, &planning)?;
         network.load(&weights)?;
         let split = self.split.of(&data);
         let images = Images::new(&device, &data, split)?;

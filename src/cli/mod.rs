@@ -192,20 +192,25 @@ struct ModelAndData {
     resident: u64,
 }
 
+/// The model that is asked for, or else the one that a weights file says it is of (`named`), or resnet8.
+fn model_config(asked: Option<&str>, named: Option<&str>, set: &[String]) -> dilt::Result<ModelConfig> {
+    let model = match (asked, named) {
+        (Some(model), _) => model,
+        // A file is not to choose which other file is read.
+        (None, Some(named)) if !ModelConfig::is_embedded(named) => {
+            return Err(dilt::Error::Usage(format!(
+                "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
+            )));
+        }
+        (None, named) => named.unwrap_or("resnet8"),
+    };
+    ModelConfig::load(model, set)
+}
+
 impl ModelAndData {
     /// Reads model file and data set. `named` is the model that a weights file says it is of.
     fn load(&self, named: Option<&str>, progress: &Progress) -> dilt::Result<(ModelConfig, DataSet)> {
-        let model = match (self.model.as_deref(), named) {
-            (Some(model), _) => model,
-            // A file is not to choose which other file is read.
-            (None, Some(named)) if !ModelConfig::is_embedded(named) => {
-                return Err(dilt::Error::Usage(format!(
-                    "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
-                )));
-            }
-            (None, named) => named.unwrap_or("resnet8"),
-        };
-        let mut config = ModelConfig::load(model, &self.set)?;
+        let mut config = model_config(self.model.as_deref(), named, &self.set)?;
         config = match *self.image_size {
             [] => config,
             [size] => config.with_image_size(size, size)?,

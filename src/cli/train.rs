@@ -5,18 +5,17 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
-use dilt::device::Device;
-use dilt::nn::compact::Compaction;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
+use dilt::nn::layout::Layout;
 use dilt::nn::model::Model;
 use dilt::nn::network::Network;
-use dilt::nn::plan::{Group, Plan, Use};
+use dilt::nn::plan::{Group, Use};
 use dilt::nn::weights::Weights;
 use dilt::report::table::table;
 use dilt::ticket::experiment::{Saver, resume};
 use dilt::ticket::run::TrainingFolder;
-use dilt::train::{Images, Labelled, Recipe, Training, evaluate};
+use dilt::train::{Images, Labelled, Training, evaluate};
 use serde::Serialize;
 
 use super::{Common, ModelAndData, RecipeOptions, machine};
@@ -73,7 +72,9 @@ impl Train {
         let device = self.common.open()?;
         if self.dry_run {
             let masks = given.map(|weights| weights.masks).unwrap_or_default();
-            return self.show_plan(&device, &Compaction::new(&model, &masks).0, &recipe);
+            let (memory_for, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
+            let layout = Layout::new(&device, &model, &masks, recipe.batch, memory_for, &planning)?;
+            return self.show_plan(&layout, layout.list_bytes(&device)?, recipe.batch);
         }
         let out = self.out.as_ref().expect("required by clap");
         let folder = TrainingFolder::open(out)?;
@@ -82,9 +83,8 @@ impl Train {
         let images = Images::new(&device, &data, split)?;
         let examples = Labelled::all(&device, &images, split, data.classes)?;
         let start = given.unwrap_or_else(|| init::draw(&model, self.common.seed));
-        let mut network =
-            Network::for_masks(&device, &model, &start.masks, recipe.batch, Use::Train(recipe.optimizer))?;
-        network.set_planning(&self.common.planning()?);
+        let (memory_for, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
+        let mut network = Network::for_masks(&device, &model, &start.masks, recipe.batch, memory_for, &planning)?;
         network.load(&start)?;
         // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
         let identity = serde_json::json!([
@@ -149,8 +149,8 @@ impl Train {
         Ok(weights)
     }
 
-    fn show_plan(&self, device: &Device, model: &Model, recipe: &Recipe) -> anyhow::Result<()> {
-        let plan = Plan::new(device, model, recipe.batch, Use::Train(recipe.optimizer))?;
+    fn show_plan(&self, layout: &Layout, list_bytes: usize, batch: usize) -> anyhow::Result<()> {
+        let Layout { computed: model, plan, .. } = layout;
         #[derive(Serialize)]
         struct Row<'a> {
             name: &'a str,
@@ -164,6 +164,7 @@ impl Train {
             parameters: usize,
             batch: usize,
             bytes: usize,
+            list_bytes: usize,
             tensors: Vec<Row<'a>>,
         }
         let row = |tensor: &'_ dilt::nn::plan::PlannedTensor| (format!("{:?}", tensor.group), tensor.clone());
@@ -177,8 +178,9 @@ impl Train {
         let result = DryRun {
             model: &model.name,
             parameters: model.parameter_count(),
-            batch: recipe.batch,
+            batch,
             bytes: plan.bytes,
+            list_bytes,
             tensors: tensors.collect(),
         };
         self.common.print(&result, |result| {
@@ -201,8 +203,8 @@ impl Train {
             text += &format!("\n\n{}", table(&["group", "bytes"], sums));
             let (model, parameters, batch) = (result.model, result.parameters, result.batch);
             text + &format!(
-                "\n\n{model}: {parameters} parameters; {} bytes in one arena at batch {batch}",
-                result.bytes
+                "\n\n{model}: {parameters} parameters; {} bytes in one arena at batch {batch}, {} of lists of kept weights",
+                result.bytes, result.list_bytes
             )
         })
     }

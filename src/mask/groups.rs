@@ -7,23 +7,28 @@
 /// Greedy: a group begins with the row that keeps most of those left, and takes in turn the row whose columns are kept
 /// by the largest share of the group. Ties go to the lowest row.
 pub fn group_rows(rows: &[Vec<u32>], columns: usize, size: usize) -> Vec<Vec<usize>> {
+    // Which rows keep a column: a row that joins a group changes the affinity of these alone.
+    let mut keepers = vec![Vec::new(); columns];
+    for (row, own) in rows.iter().enumerate() {
+        own.iter().for_each(|&column| keepers[column as usize].push(row));
+    }
     let mut left: Vec<usize> = (0..rows.len()).collect();
     let mut groups = Vec::new();
+    // How often the columns of each row are kept in the group.
+    let mut shared = vec![0u32; rows.len()];
     while !left.is_empty() {
-        let mut counts = vec![0u32; columns];
+        shared.fill(0);
         let mut group = Vec::new();
         while group.len() < size && !left.is_empty() {
             let affinity = |row: usize| match group.is_empty() {
                 true => rows[row].len() as f64,
-                false => {
-                    let shared: u64 = rows[row].iter().map(|&column| u64::from(counts[column as usize])).sum();
-                    shared as f64 / rows[row].len().max(1) as f64
-                }
+                false => f64::from(shared[row]) / rows[row].len().max(1) as f64,
             };
-            let scores: Vec<f64> = left.iter().map(|&row| affinity(row)).collect();
-            let best = (0..left.len()).reduce(|best, i| if scores[i] > scores[best] { i } else { best });
-            let row = left.remove(best.expect("rows are left"));
-            rows[row].iter().for_each(|&column| counts[column as usize] += 1);
+            let better = |best: usize, i: usize| if affinity(left[i]) > affinity(left[best]) { i } else { best };
+            let row = left.remove((0..left.len()).reduce(better).expect("rows are left"));
+            for &column in &rows[row] {
+                keepers[column as usize].iter().for_each(|&keeper| shared[keeper] += 1);
+            }
             group.push(row);
         }
         group.sort_unstable();

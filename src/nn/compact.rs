@@ -8,8 +8,11 @@
 
 use std::collections::BTreeMap;
 
+use ndarray::ArrayD;
+
 use super::liveness::{Liveness, shortcut_source};
-use super::model::{Layer, Model, Parameter, Shape, ValueId};
+use super::model::{Layer, Model, Parameter, STATISTICS, Shape, ValueId};
+use super::weights::Weights;
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
@@ -22,27 +25,53 @@ pub struct Compaction {
     features: Vec<Vec<u32>>,
     /// Of each parameter, the place that each element that is left has in the whole one; none where all are left.
     places: Vec<Option<Vec<u32>>>,
+    /// The same of the elements that memory holds: all that are left, or the kept ones alone.
+    stored: Vec<Option<Vec<u32>>>,
 }
 
 /// Sets of features of values while they are found.
 struct Keep {
     features: Vec<Vec<bool>>,
+    /// Whether norms and shortcuts write all features that they are added to.
+    plain: bool,
 }
 
 impl Compaction {
     /// What is left of a model under masks, as a model of its own; what has no mask is kept.
     pub fn new(model: &Model, masks: &BTreeMap<String, Mask>) -> (Model, Self) {
-        let keep = Keep::new(model, &Liveness::new(model, masks));
+        Self::keeping(model, masks, false)
+    }
+
+    /// What is left as a network of ordinary layers, which any framework can build: where residual branches write some
+    /// features of a sum alone, they write all of them, zeros too.
+    pub fn plain(model: &Model, masks: &BTreeMap<String, Mask>) -> (Model, Self) {
+        Self::keeping(model, masks, true)
+    }
+
+    fn keeping(model: &Model, masks: &BTreeMap<String, Mask>, plain: bool) -> (Model, Self) {
+        let keep = Keep::new(model, &Liveness::new(model, masks), plain);
         let listed = |keep: &Vec<bool>| (0u32..).zip(keep).filter(|(_, keep)| **keep).map(|(i, _)| i).collect();
         let features: Vec<Vec<u32>> = keep.features.iter().map(listed).collect();
         let places = places(model, &features);
-        let compaction = Compaction { features, places };
+        let compaction = Compaction { features, stored: places.clone(), places };
         (compaction.model(model), compaction)
     }
 
-    /// Whether all of a model is left.
+    /// Whether all of a model is left and stored.
     pub fn is_whole(&self) -> bool {
-        self.places.iter().all(Option::is_none)
+        self.stored.iter().all(Option::is_none)
+    }
+
+    /// Stores of what is left of a parameter these elements alone.
+    pub(super) fn pack(&mut self, parameter: usize, kept: &[u32]) {
+        let places = self.places[parameter].as_ref();
+        let whole = |&place: &u32| places.map_or(place, |places| places[place as usize]);
+        self.stored[parameter] = Some(kept.iter().map(whole).collect());
+    }
+
+    /// Number of elements of a parameter that memory holds, of so many that are left.
+    pub(super) fn stored_len(&self, parameter: usize, left: usize) -> usize {
+        self.stored[parameter].as_ref().map_or(left, Vec::len)
     }
 
     /// The features of a value that are left.
@@ -50,19 +79,27 @@ impl Compaction {
         &self.features[value]
     }
 
-    /// What is left of the elements of a parameter.
+    /// What memory holds of the elements of a parameter.
     pub(super) fn gather<T: Copy>(&self, parameter: usize, whole: &[T]) -> Vec<T> {
-        match &self.places[parameter] {
+        match &self.stored[parameter] {
             Some(places) => places.iter().map(|&place| whole[place as usize]).collect(),
             None => whole.to_vec(),
         }
     }
 
-    /// Puts what is left of a parameter in its places.
+    /// Puts what memory holds of a parameter in its places.
     pub(super) fn scatter<T: Copy>(&self, parameter: usize, left: &[T], whole: &mut [T]) {
-        match &self.places[parameter] {
+        match &self.stored[parameter] {
             Some(places) => places.iter().zip(left).for_each(|(&place, value)| whole[place as usize] = *value),
             None => whole.copy_from_slice(left),
+        }
+    }
+
+    /// The mask of what memory holds of a parameter, element by element.
+    pub(super) fn stored_mask(&self, parameter: usize, whole: &Mask) -> Mask {
+        match &self.stored[parameter] {
+            Some(places) => Mask::from_fn(&[places.len()], |i| whole.get(places[i] as usize)),
+            None => whole.clone(),
         }
     }
 
@@ -72,6 +109,35 @@ impl Compaction {
             Some(places) => Mask::from_fn(shape, |i| whole.get(places[i] as usize)),
             None => whole.clone(),
         }
+    }
+
+    /// The weights of what is left, pruned ones as zeros, without masks.
+    ///
+    /// # Errors
+    /// As [`Weights::check_against`], if they are not those of the whole model.
+    pub fn weights(&self, whole: &Model, left: &Model, weights: &Weights) -> Result<Weights> {
+        weights.check_against(&whole.file_tensors())?;
+        let mut small = Weights { metadata: weights.metadata.clone(), ..Weights::default() };
+        let mut put = |name: &str, parameter: usize, shape: &[usize]| {
+            let mut values: Vec<f32> = weights.tensors[name].iter().copied().collect();
+            if let Some(mask) = weights.masks.get(name) {
+                values.iter_mut().zip(mask.iter()).filter(|(_, keep)| !keep).for_each(|(value, _)| *value = 0.0);
+            }
+            let values = self.gather(parameter, &values);
+            let array = ArrayD::from_shape_vec(shape.to_vec(), values).expect("as many as are left");
+            small.tensors.insert(name.to_owned(), array);
+        };
+        for (id, parameter) in left.parameters.iter().enumerate() {
+            put(&parameter.name, id, &parameter.shape);
+        }
+        for layer in &left.layers {
+            let Layer::Norm { statistics, scale, .. } = *layer else { continue };
+            let statistics = &left.statistics[statistics];
+            STATISTICS.iter().for_each(|kind| {
+                put(&format!("{}.{kind}", statistics.name), scale, &[statistics.features]);
+            });
+        }
+        Ok(small)
     }
 
     /// For each layer that joins values with other features left in them: which is which.
@@ -140,11 +206,11 @@ impl Compaction {
 }
 
 impl Keep {
-    fn new(model: &Model, liveness: &Liveness) -> Self {
+    fn new(model: &Model, liveness: &Liveness, plain: bool) -> Self {
         let matters = |value: ValueId| {
             (0..model.values[value].features()).map(|feature| liveness.matters(value, feature)).collect()
         };
-        let mut keep = Keep { features: (0..model.values.len()).map(matters).collect() };
+        let mut keep = Keep { features: (0..model.values.len()).map(matters).collect(), plain };
         keep.features[0].fill(true);
         keep.features[model.output()].fill(true);
         // Sets only grow, and each layer's demands are met by growing: this comes to an end.
@@ -168,10 +234,17 @@ impl Keep {
             self.features[output][0] = true;
         }
         match *layer {
+            Layer::Shortcut { input, .. } if self.plain => {
+                self.features[input].fill(true);
+                self.features[output].fill(true);
+            }
             Layer::Conv { .. } | Layer::Shortcut { .. } => {}
             // It writes what it reads among what else there is; what it is added to has the features of the sum.
             Layer::Norm { input, residual, .. } => {
                 residual.into_iter().for_each(|residual| self.tie(residual, output));
+                if self.plain {
+                    self.tie(input, output);
+                }
                 if !self.features[input].contains(&true) {
                     let first = self.features[output].iter().position(|keep| *keep).expect("one is kept");
                     self.features[input][first] = true;

@@ -1,7 +1,8 @@
 //! Networks: what they are made of, their memory and passes, and the files their weights live in.
 //!
 //! [`config`] reads a model file, `resnet` and `vit` turn it into a [`model::Model`] (a list of layers), [`liveness`] says
-//! which features matter under masks, [`compact`] leaves out the others, [`plan`] finds the tensors a place in one arena,
+//! which features matter under masks, [`compact`] leaves out the others, [`ways`] are those to multiply with kept weights,
+//! among which [`paths`] choose, [`plan`] finds the tensors a place in one arena, [`layout`] is all of that together,
 //! [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
 //! and writes them, [`names`] matches the names of a file to those of a model, [`positions`] fits position embeddings to
 //! images of another size.
@@ -11,6 +12,7 @@ pub mod compact;
 pub mod config;
 mod container;
 pub mod init;
+pub mod layout;
 pub mod liveness;
 pub mod model;
 pub mod names;

@@ -6,17 +6,17 @@ use ndarray::ArrayD;
 use sha2::{Digest, Sha256};
 
 use super::compact::Compaction;
+use super::layout::{Layout, PlannedLayer, plan_layers};
 use super::model::{Layer, Model, Parameter, ParameterId, ParameterKind, STATISTICS, ValueId};
-use super::paths::{Choice, Planning, choose};
+use super::paths::{Choice, Planning};
 use super::plan::{Fixed, Plan, Use};
-use super::ways::{Lists, MaskedLayer};
+use super::ways::Lists;
 use super::weights::Weights;
 use crate::device::{Buffer, Device, Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::ops::SAMPLE_ALIGNMENT;
-use crate::ops::conv_sparse::Pass;
 use crate::ops::optimizer::{AdamW, Clip, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step};
 use crate::ops::prune::apply_mask;
 use crate::ops::row_map::RowMap;
@@ -125,12 +125,13 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
     pub fn new(device: &Device, model: &Model, batch: usize, memory_for: Use) -> Result<Self> {
-        Self::for_masks(device, model, &BTreeMap::new(), batch, memory_for)
+        Self::for_masks(device, model, &BTreeMap::new(), batch, memory_for, &Planning::Table)
     }
 
-    /// Allocates a network for weights under these masks, without the features that do not matter under them
-    /// ([`Compaction`]): it computes the same outputs, and the same gradients of all weights that matter. Those that do
-    /// not keep the values that were loaded, weight decay included.
+    /// Allocates a network for weights under these masks: without the features that do not matter under them
+    /// ([`super::compact`]), each layer multiplying in a way that suits its mask ([`super::paths`]). It computes the same
+    /// outputs, and the same gradients of all weights that matter. Weights that do not keep the values that were loaded,
+    /// weight decay included.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
@@ -140,9 +141,10 @@ impl Network {
         masks: &BTreeMap<String, Mask>,
         batch: usize,
         memory_for: Use,
+        planning: &Planning,
     ) -> Result<Self> {
-        let (computed, compaction) = Compaction::new(model, masks);
-        let plan = Plan::new(device, &computed, batch, memory_for)?;
+        let Layout { computed, compaction, plan, layers } =
+            Layout::new(device, model, masks, batch, memory_for, planning)?;
         let arena = device.alloc::<u32>(plan.bytes / 4)?;
         let mut pieces = arena.split(&plan.pieces);
         let mut rest = pieces.split_off(Fixed::Pieces as usize);
@@ -165,7 +167,7 @@ impl Network {
             mask: piece(Fixed::Mask),
             decay: piece(Fixed::Decay),
             trainable: None,
-            masks: BTreeMap::new(),
+            masks: masks.clone(),
             statistics: piece(Fixed::Statistics).cast(),
             saved: piece(Fixed::Saved).cast(),
             scratch: piece(Fixed::Scratch).cast(),
@@ -181,15 +183,16 @@ impl Network {
             value_gradients,
             kept,
             pool_indices,
-            paths: model.layers.iter().map(|_| None).collect(),
-            choices: vec![None; model.layers.len()],
-            planning: Planning::default(),
+            paths: Vec::new(),
+            choices: Vec::new(),
+            planning: planning.clone(),
             memory_for,
             plan,
             computed,
         };
         let everything = network.bits(|_| true);
         device.write(&everything, network.mask.view_mut())?;
+        network.set_paths(&layers)?;
         network.set_heads(&BTreeMap::new())?;
         network.set_statistics(|_| None)?;
         Ok(network)
@@ -220,14 +223,9 @@ impl Network {
         &self.plan
     }
 
-    /// How each layer multiplies that has a mask, as [`Network::load`] has chosen.
+    /// How each layer multiplies that has a mask.
     pub fn choices(&self) -> &[Option<Choice>] {
         &self.choices
-    }
-
-    /// What [`Network::load`] chooses by from now on.
-    pub fn set_planning(&mut self, planning: &Planning) {
-        self.planning = planning.clone();
     }
 
     /// A hash of how layers multiply: with the device, settings and data, what the bits of a training depend on.
@@ -306,9 +304,9 @@ impl Network {
     /// A bit for each element of the parameters that `keep` says yes to; the gaps between parameters are 0.
     fn bits(&self, keep: impl Fn(ParameterKind) -> bool) -> Vec<u32> {
         let mut words = vec![0; self.plan.parameter_len / 32];
-        for (parameter, offset) in self.computed.parameters.iter().zip(&self.plan.parameters) {
+        for (id, (parameter, offset)) in self.computed.parameters.iter().zip(&self.plan.parameters).enumerate() {
             if keep(parameter.kind) {
-                let ones = Mask::ones(&parameter.shape);
+                let ones = Mask::ones(&[self.plan.lengths[id]]);
                 words[offset / 32..][..ones.words().len()].copy_from_slice(ones.words());
             }
         }
@@ -327,9 +325,9 @@ impl Network {
         self.device.write(&bits, self.decay.view_mut())
     }
 
-    /// Puts what is computed of a parameter's mask where its bits lie.
+    /// Puts what is stored of a parameter's mask where its bits lie.
     fn put_mask(&self, id: ParameterId, mask: &Mask, words: &mut [u32]) {
-        let mask = self.compaction.mask(id, &self.computed.parameters[id].shape, mask);
+        let mask = self.compaction.stored_mask(id, mask);
         words[self.plan.parameters[id] / 32..][..mask.words().len()].copy_from_slice(mask.words());
     }
 
@@ -339,7 +337,7 @@ impl Network {
         for (id, parameter) in self.computed.parameters.iter().enumerate() {
             let whole: Vec<f32> = tensors[&parameter.name].iter().copied().collect();
             let left = self.compaction.gather(id, &whole);
-            values[self.plan.range(&self.computed, id)].copy_from_slice(&left);
+            values[self.plan.range(id)].copy_from_slice(&left);
         }
         values
     }
@@ -348,7 +346,7 @@ impl Network {
     fn take_tensors(&self, values: &[f32], rest: &BTreeMap<String, ArrayD<f32>>) -> BTreeMap<String, ArrayD<f32>> {
         let take = |(id, parameter): (ParameterId, &Parameter)| {
             let mut whole = rest.get(&parameter.name).cloned().unwrap_or_else(|| ArrayD::zeros(&parameter.shape[..]));
-            let left = &values[self.plan.range(&self.computed, id)];
+            let left = &values[self.plan.range(id)];
             self.compaction.scatter(id, left, whole.as_slice_mut().expect("of standard layout"));
             (parameter.name.clone(), whole)
         };
@@ -378,11 +376,10 @@ impl Network {
     /// [`crate::Error::Usage`] with the full list of what is missing, unexpected or of another shape.
     pub fn load(&mut self, weights: &Weights) -> Result<()> {
         weights.check_against(&self.model.file_tensors())?;
-        if !self.compaction.is_whole() && Compaction::new(&self.model, &weights.masks).1 != self.compaction {
-            return Err(Error::Usage(
-                "the masks leave other features than those that this network was made for; make one for these masks"
-                    .into(),
-            ));
+        let same_masks = weights.masks == self.masks;
+        if !same_masks && !self.compaction.is_whole() {
+            let problem = "the masks are others than those that this network was made for; make one for these masks";
+            return Err(Error::Usage(problem.into()));
         }
         let mut words = self.bits(|_| true);
         for (id, parameter) in self.computed.parameters.iter().enumerate() {
@@ -391,10 +388,15 @@ impl Network {
             }
         }
         self.device.write(&self.put_tensors(&weights.tensors), self.parameters.view_mut())?;
+        self.device.write(&words, self.mask.view_mut())?;
         // A captured step holds the addresses of what belongs to the masks: the same ones stay where they are.
-        if self.device.read(self.mask.view())? != words {
-            self.device.write(&words, self.mask.view_mut())?;
-            self.set_paths(&weights.masks)?;
+        if !same_masks {
+            // Gradients of pruned weights are zero from now on.
+            self.device.zero(self.gradients.view_mut())?;
+            let (computed, compaction) = (&self.computed, &self.compaction);
+            let (masks, planning) = (&weights.masks, &self.planning);
+            let layers = plan_layers(&self.device, computed, compaction, masks, self.n, self.memory_for, planning)?;
+            self.set_paths(&layers)?;
         }
         apply_mask(&self.device, self.mask.view(), self.parameters.view_mut())?;
         self.moments.iter_mut().try_for_each(|moment| self.device.zero(moment.view_mut()))?;
@@ -412,24 +414,10 @@ impl Network {
         self.set_statistics(|name| weights.tensors.get(name).map(|tensor| tensor.iter().copied().collect()))
     }
 
-    /// Chooses how each layer multiplies under its mask. Gradients of pruned weights are zero from now on.
-    fn set_paths(&mut self, masks: &BTreeMap<String, Mask>) -> Result<()> {
-        self.device.zero(self.gradients.view_mut())?;
-        let passes = if self.memory_for == Use::Evaluate { &Pass::ALL[..1] } else { &Pass::ALL };
-        for (index, layer) in self.computed.layers.iter().enumerate() {
-            (self.paths[index], self.choices[index]) = (None, None);
-            let Layer::Conv { weight, .. } = *layer else { continue };
-            let parameter = &self.computed.parameters[weight];
-            let Some(mask) = masks.get(&parameter.name) else { continue };
-            let mask = self.compaction.mask(weight, &parameter.shape, mask);
-            if mask.count() == mask.len() {
-                continue;
-            }
-            let layer = MaskedLayer::new(&self.computed.conv_shape(layer, self.n)?, &mask);
-            let choice = choose(&self.device, &layer, passes, &self.planning)?;
-            self.paths[index] = Some(Lists::new(&self.device, &layer, &choice.ways)?);
-            self.choices[index] = Some(choice);
-        }
+    fn set_paths(&mut self, layers: &[Option<PlannedLayer>]) -> Result<()> {
+        self.choices = layers.iter().map(|layer| layer.as_ref().map(|layer| layer.choice.clone())).collect();
+        let lists = |layer: &Option<PlannedLayer>| layer.as_ref().map(|layer| layer.lists(&self.device)).transpose();
+        self.paths = layers.iter().map(lists).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -556,7 +544,7 @@ impl Network {
         let Some(id) = self.computed.parameters.iter().position(|parameter| parameter.name == name) else {
             return Ok(None);
         };
-        let left = self.device.read(self.gradients.slice(self.plan.range(&self.computed, id)))?;
+        let left = self.device.read(self.gradients.slice(self.plan.range(id)))?;
         let mut whole = vec![0.0; self.model.parameters[id].elements()];
         self.compaction.scatter(id, &left, &mut whole);
         Ok(Some(whole))

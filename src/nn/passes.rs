@@ -9,7 +9,8 @@ use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
-    KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
+    KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{
@@ -70,7 +71,7 @@ impl Network {
         } = self;
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
-        let parameter = |id: ParameterId| parameters.slice(plan.range(model, id));
+        let parameter = |id: ParameterId| parameters.slice(plan.range(id));
         let count = count.view();
         // Nothing is left out in evaluation.
         let draw = |rate: f32| Draw {
@@ -88,14 +89,9 @@ impl Network {
                 }
                 match lists_of(paths, index, Pass::Forward) {
                     Some(kept) => conv_sparse_forward(device, kept, value(input), bias, y),
-                    None => conv_forward(
-                        device,
-                        &model.conv_shape(layer, n)?,
-                        value(input),
-                        parameter(weight),
-                        bias,
-                        y,
-                    ),
+                    None => {
+                        conv_forward(device, &model.conv_shape(layer, n)?, value(input), parameter(weight), bias, y)
+                    }
                 }
             }
             Layer::Norm { scale, shift, statistics: own, input, residual, relu, .. } => {
@@ -198,8 +194,8 @@ impl Network {
         } = self;
         let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
-        let parameter = |id: ParameterId| parameters.slice(plan.range(model, id));
-        let range = |id: ParameterId| plan.range(model, id);
+        let parameter = |id: ParameterId| parameters.slice(plan.range(id));
+        let range = |id: ParameterId| plan.range(id);
         let slot = |id: ValueId| plan.gradient_slots[id];
         let count = count.view();
         let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };

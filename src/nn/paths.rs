@@ -16,44 +16,61 @@ use crate::device::{Device, Policy};
 use crate::error::{Error, Result};
 use crate::ops::conv_sparse::{KeptWeights, Pass};
 
-/// What a way takes of one core.
+/// What a way takes in each pass: of one core, or of a GPU.
 struct Rate {
     way: Way,
-    /// Picoseconds of a multiply-add: forward, input gradient, weight gradient.
-    multiply_adds: [f64; 3],
-    /// Picoseconds of a value that a forward pass or an input gradient writes.
-    written: f64,
+    costs: [Cost; 3],
 }
 
-impl Rate {
-    const fn new(way: Way, multiply_adds: [f64; 3], written: f64) -> Self {
-        Rate { way, multiply_adds, written }
+/// Picoseconds of each multiply-add, of each value that is written, of the launch, and of each step that has to wait for
+/// the one before it: what an output row multiplies.
+struct Cost {
+    multiply_add: f64,
+    written: f64,
+    launch: f64,
+    step: f64,
+}
+
+/// The costs of the three passes, each in the order of [`Cost`]'s fields.
+const fn rate(way: Way, [forward, input, weight]: [[f64; 4]; 3]) -> Rate {
+    const fn cost([multiply_add, written, launch, step]: [f64; 4]) -> Cost {
+        Cost { multiply_add, written, launch, step }
     }
+    Rate { way, costs: [cost(forward), cost(input), cost(weight)] }
 }
 
 /// The host's rates for filters of several taps: least squares of relative errors over benches/crossover.rs on one core
 /// of a Xeon with AVX-512 (benches/results/crossover-host-2026-11-24.csv). Single layers are up to half off, but the
 /// order of the ways is that of the measured times.
 const FILTERS: [Rate; 3] = [
-    Rate::new(Way::Dense, [17.3, 18.3, 18.9], 0.0),
-    Rate::new(Way::Groups, [19.1, 17.5, 22.2], 370.0),
-    Rate::new(Way::Direct, [42.3, 44.2, 55.9], 290.0),
+    rate(Way::Dense, [[17.3, 0.0, 0.0, 0.0], [18.3, 0.0, 0.0, 0.0], [18.9, 0.0, 0.0, 0.0]]),
+    rate(Way::Groups, [[19.1, 370.0, 0.0, 0.0], [17.5, 370.0, 0.0, 0.0], [22.2, 0.0, 0.0, 0.0]]),
+    rate(Way::Direct, [[42.3, 290.0, 0.0, 0.0], [44.2, 290.0, 0.0, 0.0], [55.9, 0.0, 0.0, 0.0]]),
 ];
 
 /// The same for filters of one tap.
 const LINEAR: [Rate; 3] = [
-    Rate::new(Way::Dense, [13.6, 13.3, 15.8], 490.0),
-    Rate::new(Way::Groups, [20.6, 17.4, 28.7], 340.0),
-    Rate::new(Way::Direct, [36.8, 41.0, 60.0], 270.0),
+    rate(Way::Dense, [[13.6, 490.0, 0.0, 0.0], [13.3, 490.0, 0.0, 0.0], [15.8, 0.0, 0.0, 0.0]]),
+    rate(Way::Groups, [[20.6, 340.0, 0.0, 0.0], [17.4, 340.0, 0.0, 0.0], [28.7, 0.0, 0.0, 0.0]]),
+    rate(Way::Direct, [[36.8, 270.0, 0.0, 0.0], [41.0, 270.0, 0.0, 0.0], [60.0, 0.0, 0.0, 0.0]]),
 ];
 
-/// Rates of a GPU.
+/// The same of an H100 (benches/results/crossover-h100-2026-11-26.csv).
 const GPU_FILTERS: [Rate; 3] = [
-    Rate::new(Way::Dense, [0.055, 0.06, 0.07], 0.0),
-    Rate::new(Way::Groups, [0.075, 0.075, 0.12], 0.6),
-    Rate::new(Way::Direct, [0.3, 0.3, 1.0], 0.6),
+    rate(Way::Dense, [[0.0466, 7.888, 0.0, 25690.0], [0.0516, 4.332, 5.61e6, 17480.0], [0.0594, 0.0, 19.67e6, 0.0]]),
+    rate(Way::Groups, [[0.057, 2.01, 6.53e6, 62810.0], [0.0504, 3.072, 3.94e6, 59550.0], [0.1341, 0.0, 0.0, 0.0]]),
+    rate(Way::Direct, [[0.1848, 2.973, 6.67e6, 169160.0], [0.1783, 3.764, 4.69e6, 168070.0], [0.61, 0.0, 0.0, 0.0]]),
 ];
-const GPU_LINEAR: [Rate; 3] = GPU_FILTERS;
+
+/// The same for filters of one tap.
+const GPU_LINEAR: [Rate; 3] = [
+    rate(Way::Dense, [[0.0844, 0.0, 0.0, 27600.0], [0.0741, 0.0, 3.5e6, 27630.0], [0.0031, 0.0, 34.29e6, 0.0]]),
+    rate(Way::Groups, [[0.0358, 0.524, 9.17e6, 93920.0], [0.0406, 0.013, 7.16e6, 91630.0], [0.1444, 0.0, 9.2e6, 0.0]]),
+    rate(
+        Way::Direct,
+        [[0.0646, 1.27, 9.06e6, 273440.0], [0.1714, 0.653, 7.2e6, 259440.0], [0.5679, 0.0, 11.72e6, 0.0]],
+    ),
+];
 
 /// A way is not taken for less than a tenth of the dense one's predicted time.
 const WORTH: f64 = 0.9;
@@ -145,9 +162,15 @@ fn predicted(policy: Policy, layer: &MaskedLayer, way: Way, pass: Pass) -> f64 {
     };
     let rate = table.iter().find(|rate| rate.way == way).expect("the table has every way");
     let columns = shape.multiply_adds() / shape.weight_len();
-    let multiply_adds = layer.multiplied(way)[pass as usize] * columns;
-    let written = [shape.output_len(), shape.input_len(), 0][pass as usize];
-    1e-12 * (multiply_adds as f64 * rate.multiply_adds[pass as usize] + written as f64 * rate.written)
+    let multiplied = layer.multiplied(way)[pass as usize];
+    let (written, rows) = match pass {
+        Pass::Forward => (shape.output_len(), shape.filters()),
+        Pass::InputGradient => (shape.input_len(), shape.channels()),
+        Pass::WeightGradient => (0, shape.filters()),
+    };
+    let Cost { multiply_add, written: value, launch, step } = rate.costs[pass as usize];
+    let steps = multiplied as f64 / rows as f64;
+    1e-12 * ((multiplied * columns) as f64 * multiply_add + written as f64 * value + launch + steps * step)
 }
 
 /// Seconds of passes in each way, the least of several runs that alternate.
@@ -162,7 +185,7 @@ pub fn measure(device: &Device, layer: &MaskedLayer, passes: &[Pass]) -> Result<
     let mut trial = Trial::new(device, layer.shape())?;
     let mut ways = Vec::new();
     for way in Way::ALL {
-        ways.push((layer.lists(device, way, passes)?, vec![f64::INFINITY; passes.len()]));
+        ways.push((layer.lists(device, way, passes, false)?, vec![f64::INFINITY; passes.len()]));
     }
     let start = Instant::now();
     for run in 0..=RUNS {

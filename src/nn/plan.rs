@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::model::{Layer, Model, ParameterId, ValueId};
+use super::model::{Layer, Model, Parameter, ParameterId, ValueId};
 use crate::device::Device;
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
@@ -93,6 +93,8 @@ pub struct Plan {
     pub(super) pieces: Vec<Piece>,
     /// Offset of each parameter among the parameters, in elements; the same among gradients, velocity and mask bits.
     pub(super) parameters: Vec<usize>,
+    /// Elements of each parameter that memory holds.
+    pub(super) lengths: Vec<usize>,
     /// Offset of each norm's running mean among the statistics; its variance follows after `features`, aligned.
     pub(super) statistics: Vec<usize>,
     /// Number of parameters, gaps included.
@@ -173,9 +175,21 @@ impl Plan {
     /// # Errors
     /// [`crate::Error`] if a layer's shape cannot be computed.
     pub fn new(device: &Device, model: &Model, batch: usize, memory_for: Use) -> Result<Self> {
+        let lengths = model.parameters.iter().map(Parameter::elements).collect();
+        Self::with_lengths(device, model, lengths, batch, memory_for)
+    }
+
+    /// The same where memory holds so many elements of each parameter.
+    pub(super) fn with_lengths(
+        device: &Device,
+        model: &Model,
+        lengths: Vec<usize>,
+        batch: usize,
+        memory_for: Use,
+    ) -> Result<Self> {
         let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
         let train = memory_for != Use::Evaluate;
-        let (parameters, parameter_len) = offsets(model.parameters.iter().map(|p| p.elements()));
+        let (parameters, parameter_len) = offsets(lengths.iter().copied());
         let (statistics, statistics_len) = offsets(model.statistics.iter().map(|s| 2 * aligned(s.features)));
         let masks = parameter_len / 32;
         let when = |used: bool, words: usize| if used { words } else { 0 };
@@ -183,8 +197,8 @@ impl Plan {
         let mut carve = Carver::default();
         let start = carve.end;
         carve.reserve(parameter_len);
-        for (parameter, offset) in model.parameters.iter().zip(&parameters) {
-            carve.place(Group::Parameters, &parameter.name, start + offset, parameter.elements());
+        for ((parameter, offset), length) in model.parameters.iter().zip(&parameters).zip(&lengths) {
+            carve.place(Group::Parameters, &parameter.name, start + offset, *length);
         }
         carve.piece(Group::Gradients, "gradients of parameters", when(train, parameter_len));
         carve.piece(Group::Optimizer, "velocity or first moment", when(memory_for.moments() > 0, parameter_len));
@@ -223,6 +237,7 @@ impl Plan {
             bytes: carve.end * 4,
             pieces: carve.pieces,
             parameters,
+            lengths,
             statistics,
             parameter_len,
             statistics_len,
@@ -236,9 +251,9 @@ impl Plan {
     }
 
     /// Where a parameter lies among the parameters.
-    pub(super) fn range(&self, model: &Model, id: ParameterId) -> Range<usize> {
+    pub(super) fn range(&self, id: ParameterId) -> Range<usize> {
         let start = self.parameters[id];
-        start..start + model.parameters[id].elements()
+        start..start + self.lengths[id]
     }
 
     /// Where running mean and variance of a batch norm lie among the statistics.

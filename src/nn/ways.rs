@@ -9,7 +9,8 @@ use crate::mask::Mask;
 use crate::mask::groups::group_rows;
 use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
-    GROUP_ROWS, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    GROUP_ROWS, Kept, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient,
+    conv_sparse_weight_gradient,
 };
 
 /// A way to multiply with the weights of a layer under a mask.
@@ -38,8 +39,8 @@ impl Way {
     }
 }
 
-/// Comparisons of rows, times what they compare, that finding groups may take; layers beyond group neighbours.
-const MOST_COMPARED: usize = 1 << 27;
+/// Steps that finding groups may take, about a second; layers beyond group neighbours.
+const MOST_COMPARED: usize = 1 << 29;
 
 /// A layer under a mask.
 pub struct MaskedLayer {
@@ -63,7 +64,9 @@ impl MaskedLayer {
             by_output[output].push((input * taps + tap) as u32);
             by_input[input].push((output * taps + tap) as u32);
         }
-        let group = |rows: &[Vec<u32>], columns: usize| match rows.len() * kept.len() <= MOST_COMPARED {
+        // Each row is compared with those left, and joined with those that keep one of its columns.
+        let compared = |rows: usize, columns: usize| rows * rows + kept.len() / columns * kept.len();
+        let group = |rows: &[Vec<u32>], columns: usize| match compared(rows.len(), columns) <= MOST_COMPARED {
             true => group_rows(rows, columns, GROUP_ROWS),
             false => {
                 let order: Vec<usize> = (0..rows.len()).collect();
@@ -94,17 +97,18 @@ impl MaskedLayer {
         }
     }
 
-    /// The lists that a way needs on a device for some passes; none where all weights are multiplied.
+    /// The lists that a way needs on a device for some passes; none where all weights are multiplied. Memory holds the
+    /// kept weights alone (`packed`) or all of them.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
-    pub fn lists(&self, device: &Device, way: Way, passes: &[Pass]) -> Result<Option<KeptWeights>> {
+    pub fn lists(&self, device: &Device, way: Way, passes: &[Pass], packed: bool) -> Result<Option<KeptWeights>> {
         let groups = match way {
             Way::Dense => return Ok(None),
             Way::Groups => Some(&self.groups),
             Way::Direct => None,
         };
-        KeptWeights::new(device, &self.shape, &self.kept, groups, passes).map(Some)
+        KeptWeights::new(device, &self.shape, &Kept { places: &self.kept, packed }, groups, passes).map(Some)
     }
 }
 
@@ -116,15 +120,16 @@ pub struct Lists {
 }
 
 impl Lists {
-    /// The lists for a way of each pass, in the order of [`Pass::ALL`]; of evaluation, one way.
+    /// The lists for a way of each pass, in the order of [`Pass::ALL`]; of evaluation, one way. Memory holds the kept
+    /// weights alone (`packed`) or all of them.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
-    pub fn new(device: &Device, layer: &MaskedLayer, ways: &[Way]) -> Result<Self> {
+    pub fn new(device: &Device, layer: &MaskedLayer, ways: &[Way], packed: bool) -> Result<Self> {
         let lists = |way: Way| {
             let own = Pass::ALL.into_iter().zip(ways).filter(|(_, own)| **own == way);
             let passes: Vec<Pass> = own.map(|(pass, _)| pass).collect();
-            if passes.is_empty() { Ok(None) } else { layer.lists(device, way, &passes) }
+            if passes.is_empty() { Ok(None) } else { layer.lists(device, way, &passes, packed) }
         };
         Ok(Lists { ways: ways.to_vec(), groups: lists(Way::Groups)?, direct: lists(Way::Direct)? })
     }

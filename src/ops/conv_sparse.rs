@@ -11,7 +11,7 @@ kernel_args! {
         to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, columns: Columns, groups: i32, accumulate: i32,
     }
     struct ConvSparseGradientArgs {
-        x: Ptr<f32>, dy: Ptr<f32>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, places: Ptr<u32>,
+        x: Ptr<f32>, dy: Ptr<f32>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, taps: Ptr<u32>,
         chunks: Ptr<u32>, partial: Ptr<f32>, shape: ConvShape, entries: i32, chunk_count: i32, units: i32, splits: i32,
     }
     struct ConvSparseGatherArgs { w: Ptr<f32>, places: Ptr<u32>, values: Ptr<f32>, count: i64 }
@@ -95,10 +95,21 @@ impl RowGroups {
     }
 }
 
+/// Which weights of `[k, c, r, s]` are kept.
+#[derive(Clone, Copy)]
+pub struct Kept<'a> {
+    /// Their places, ascending.
+    pub places: &'a [u32],
+    /// Whether memory holds them alone, one after the other, or all of w and dw.
+    pub packed: bool,
+}
+
 /// The kept weights of a convolution, as lists on a device: for each pass that they serve, where each of them reads.
 pub struct KeptWeights {
     shape: ConvShape,
     kept: usize,
+    /// Whether w and dw hold the kept weights alone.
+    packed: bool,
     /// Rows of output channels: of the forward pass and the weight gradient.
     outputs: Option<List>,
     /// Rows of input channels: of the input gradient.
@@ -114,8 +125,18 @@ struct Chunks {
     chunks: Buffer<u32>,
     /// Sums of the splits, `[splits, entries, rows of a group]`.
     partial: Buffer<f32>,
+    /// The filter tap of each entry, where a staged kernel asks for it.
+    taps: Buffer<u32>,
     units: usize,
     splits: usize,
+}
+
+/// What a list is for: its rows are input channels (`transposed`) or output channels, by themselves or in groups; its
+/// values will be gathered, or not.
+struct ListRequest<'a> {
+    groups: Option<&'a [Vec<usize>]>,
+    transposed: bool,
+    gathered: bool,
 }
 
 /// The kept weights by groups of rows, a group by taps.
@@ -132,15 +153,14 @@ struct List {
 }
 
 impl List {
-    /// Rows are input channels (`transposed`) or output channels. `kept` are places in w, whose values will be `gathered`.
+    /// The list of these kept weights, where its slots of group and tap start, and the tap of each entry.
     fn new(
         device: &Device,
         shape: &ConvShape,
-        kept: &[u32],
-        groups: Option<&[Vec<usize>]>,
-        transposed: bool,
-        gathered: bool,
-    ) -> Result<(Self, Vec<u32>)> {
+        kept: &Kept,
+        request: ListRequest,
+    ) -> Result<(Self, Vec<u32>, Vec<u32>)> {
+        let ListRequest { groups, transposed, gathered } = request;
         let [c, k, r, s] = [shape.c, shape.k, shape.r, shape.s].map(|size| size as usize);
         let (rows, stride) = if transposed { (c, shape.stride as usize) } else { (k, 1) };
         let [height, width] = if transposed { [shape.p, shape.q] } else { [shape.h, shape.w] }.map(i64::from);
@@ -158,28 +178,30 @@ impl List {
             let rest = tap % stride;
             rest * (filter / stride) + rest.min(filter % stride) + tap / stride
         };
-        // Slot of group and tap, where it reads, which row of the group, place in w.
-        let mut entries: Vec<(u32, i32, u32, u32)> = kept
-            .iter()
-            .map(|&at| {
+        // Slot of group and tap, where it reads, which row of the group, place in memory, tap.
+        let mut entries: Vec<(u32, i32, u32, u32, u32)> = (0u32..)
+            .zip(kept.places)
+            .map(|(rank, &at)| {
                 let place = at as usize;
                 let [k, c, r0, s0] = [place / (c * r * s), place / (r * s) % c, place / s % r, place % s];
                 let (row, channel) = if transposed { (c, k) } else { (k, c) };
                 let (group, lane) = homes[row];
-                let slot = group * r * s + order(r0, r) * s + order(s0, s);
+                let (slot, tap) = (group * r * s + order(r0, r) * s + order(s0, s), r0 * s + s0);
                 let [r0, s0] = [r0, s0].map(|tap| if transposed { -((tap / stride) as i64) } else { tap as i64 });
                 let offset = ((channel as i64 * height + r0) * width + s0) * i64::from(shape.n);
-                (slot as u32, i32::try_from(offset).expect("refused before"), lane as u32, at)
+                let stored = if kept.packed { rank } else { at };
+                (slot as u32, i32::try_from(offset).expect("refused before"), lane as u32, stored, tap as u32)
             })
             .collect();
         entries.sort_unstable();
         let mut starts = vec![0u32; groups * r * s + 1];
-        let (mut offsets, mut places) = (Vec::new(), Vec::new());
+        let (mut offsets, mut places, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         let mut last = None;
-        for (slot, offset, lane, place) in entries {
+        for (slot, offset, lane, place, tap) in entries {
             if last.replace((slot, offset)) != Some((slot, offset)) {
                 starts[slot as usize + 1] += 1;
                 offsets.push(offset);
+                taps.push(tap);
                 places.resize(places.len() + size, NONE);
             }
             let first = places.len() - size;
@@ -197,7 +219,7 @@ impl List {
             places: device.upload(&places)?,
             values: device.alloc(if gathered { places.len() } else { 0 })?,
         };
-        Ok((list, starts))
+        Ok((list, starts, taps))
     }
 
     fn gather(&mut self, device: &Device, w: Slice<f32>) -> Result<()> {
@@ -220,8 +242,7 @@ impl KeptWeights {
         shape.input_len().max(shape.output_len()) < 1 << 30
     }
 
-    /// Lists of the weights of `[k, c, r, s]` that `kept` names by their places, ascending, for some passes. Rows are
-    /// taken by themselves, or in groups.
+    /// Lists of kept weights of `[k, c, r, s]` for some passes. Rows are taken by themselves, or in groups.
     ///
     /// # Errors
     /// [`Error::Shape`] if the tensors are beyond [`KeptWeights::reach`], a place beyond the weights or not above the
@@ -230,7 +251,7 @@ impl KeptWeights {
     pub fn new(
         device: &Device,
         shape: &ConvShape,
-        kept: &[u32],
+        kept: &Kept,
         groups: Option<&RowGroups>,
         passes: &[Pass],
     ) -> Result<Self> {
@@ -241,10 +262,10 @@ impl KeptWeights {
             let len = shape.input_len().max(shape.output_len());
             return refuse("elements of a tensor", "fewer than 2^30".into(), len.to_string());
         }
-        if let Some(pair) = kept.windows(2).find(|pair| pair[0] >= pair[1]) {
+        if let Some(pair) = kept.places.windows(2).find(|pair| pair[0] >= pair[1]) {
             return refuse("places of kept weights", "ascending ones".into(), format!("{pair:?}"));
         }
-        if let Some(&last) = kept.last().filter(|&&last| last as usize >= shape.weight_len()) {
+        if let Some(&last) = kept.places.last().filter(|&&last| last as usize >= shape.weight_len()) {
             return refuse("place of a kept weight", format!("one below {}", shape.weight_len()), last.to_string());
         }
         if let Some(groups) = groups {
@@ -264,17 +285,19 @@ impl KeptWeights {
         let (mut outputs, mut inputs, mut weight_gradient) = (None, None, None);
         if forward || weight {
             let groups = groups.map(|groups| &groups.outputs[..]);
-            let (list, starts) = List::new(device, shape, kept, groups, false, forward)?;
+            let request = ListRequest { groups, transposed: false, gathered: forward };
+            let (list, starts, taps) = List::new(device, shape, kept, request)?;
             if weight {
-                weight_gradient = Some(Chunks::new(device, shape, &list, &starts)?);
+                weight_gradient = Some(Chunks::new(device, shape, &list, &starts, &taps)?);
             }
             outputs = Some(list);
         }
         if input {
             let groups = groups.map(|groups| &groups.inputs[..]);
-            inputs = Some(List::new(device, shape, kept, groups, true, true)?.0);
+            inputs = Some(List::new(device, shape, kept, ListRequest { groups, transposed: true, gathered: true })?.0);
         }
-        Ok(KeptWeights { shape: *shape, kept: kept.len(), outputs, inputs, forward, weight_gradient })
+        let (shape, packed, kept) = (*shape, kept.packed, kept.places.len());
+        Ok(KeptWeights { shape, kept, packed, outputs, inputs, forward, weight_gradient })
     }
 
     /// The convolution.
@@ -297,15 +320,21 @@ impl KeptWeights {
     /// Bytes that the lists take.
     pub fn bytes(&self) -> usize {
         let lists = [&self.outputs, &self.inputs].into_iter().flatten().map(List::bytes).sum::<usize>();
-        lists + self.weight_gradient.as_ref().map_or(0, |own| 4 * (own.chunks.len() + own.partial.len()))
+        lists
+            + self.weight_gradient.as_ref().map_or(0, |own| 4 * (own.chunks.len() + own.taps.len() + own.partial.len()))
     }
 
-    /// Takes the values of the kept weights from w `[k, c, r, s]`, for the passes that follow.
+    /// Elements of w and dw.
+    pub fn weight_len(&self) -> usize {
+        if self.packed { self.kept } else { self.shape.weight_len() }
+    }
+
+    /// Takes the values of the kept weights from w, for the passes that follow.
     ///
     /// # Errors
     /// [`Error::Shape`] if w is of another size.
     pub fn gather(&mut self, device: &Device, w: Slice<f32>) -> Result<()> {
-        check_len("conv_sparse_gather", "w", w.len(), self.shape.weight_len())?;
+        check_len("conv_sparse_gather", "w", w.len(), self.weight_len())?;
         if self.kept == 0 {
             return Ok(());
         }
@@ -329,7 +358,7 @@ impl KeptWeights {
 
 impl Chunks {
     /// Chunks of the list and splits: a function of shape, mask and policy alone.
-    fn new(device: &Device, shape: &ConvShape, list: &List, starts: &[u32]) -> Result<Self> {
+    fn new(device: &Device, shape: &ConvShape, list: &List, starts: &[u32], entry_taps: &[u32]) -> Result<Self> {
         let taps = (shape.r * shape.s) as usize;
         // Chunks of groups have one tap.
         let (step, length) = match (list.size, device.policy()) {
@@ -353,7 +382,9 @@ impl Chunks {
         };
         let splits = splits.clamp(1, units);
         let partial = device.alloc(splits * list.places.len())?;
-        Ok(Chunks { chunks: device.upload(&chunks)?, partial, units, splits })
+        let asked = list.size == 1 && device.policy() == Policy::Staged;
+        let taps = device.upload(if asked { entry_taps } else { &[] })?;
+        Ok(Chunks { chunks: device.upload(&chunks)?, partial, taps, units, splits })
     }
 }
 
@@ -376,9 +407,12 @@ fn product(
             (direct, [pixels, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / list.size)], 1)
         }
         Policy::Staged => {
-            let (threads, groups) = if list.size == 1 { (ROW_THREADS, WARP_ROWS) } else { (THREADS, 1) };
-            let rows = list.groups.div_ceil((threads / WARP) as usize * groups);
-            (staged, [(pixels * n).div_ceil(STAGED_COLUMNS), rows, 1], threads)
+            let (most, groups) = if list.size == 1 { (ROW_THREADS, WARP_ROWS) } else { (THREADS, 1) };
+            // Fewer warps where there are fewer rows.
+            let warps = list.groups.div_ceil(groups);
+            let threads = most.min(warps as u32 * WARP);
+            let columns = (pixels * n).div_ceil(STAGED_COLUMNS);
+            (staged, [columns, warps.div_ceil((threads / WARP) as usize), 1], threads)
         }
     };
     // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape; rows, offsets
@@ -455,7 +489,7 @@ pub fn conv_sparse_input_gradient(
 }
 
 /// Weight gradient, as [`conv_weight_gradient`](super::conv::conv_weight_gradient), of kept weights: the others' places
-/// in dw `[k, c, r, s]` are not written.
+/// in dw `[k, c, r, s]`, where it has them, are not written.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got, lists for other passes too.
@@ -469,7 +503,7 @@ pub fn conv_sparse_weight_gradient(
     let (op, shape) = ("conv_sparse_weight_gradient", weights.shape);
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "dy", dy.len(), shape.output_len())?;
-    check_len(op, "dw", dw.len(), shape.weight_len())?;
+    check_len(op, "dw", dw.len(), weights.weight_len())?;
     weights.list(op, Pass::WeightGradient)?;
     let (Some(list), Some(own)) = (&weights.outputs, &mut weights.weight_gradient) else { return Ok(()) };
     let chunks = own.chunks.len() / 4;
@@ -483,7 +517,7 @@ pub fn conv_sparse_weight_gradient(
         rows: list.rows.view().ptr(),
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
-        places: list.places.view().ptr(),
+        taps: own.taps.view().ptr(),
         chunks: own.chunks.view().ptr(),
         partial,
         shape,

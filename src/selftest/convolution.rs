@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
-    KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    Kept, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
 
 /// The checks, each of as few kernels as its operation allows.
@@ -92,7 +92,8 @@ fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let places: Vec<u32> = (0..shape.weight_len() as u32).step_by(5).collect();
     let (w, x, dy) = (t.floats(shape.weight_len())?, t.samples(shape.input_len())?, t.samples(shape.output_len())?);
     for groups in [None, Some(RowGroups::neighbours(shape))] {
-        let mut weights = KeptWeights::new(t.device, shape, &places, groups.as_ref(), &Pass::ALL)?;
+        let mut weights =
+            KeptWeights::new(t.device, shape, &Kept { places: &places, packed: false }, groups.as_ref(), &Pass::ALL)?;
         weights.gather(t.device, w.view())?;
         let mut y = t.unwritten(shape.output_len())?;
         conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;

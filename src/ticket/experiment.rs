@@ -56,8 +56,8 @@ pub struct Experiment<'a> {
 impl Experiment<'_> {
     /// A network of a model with these weights.
     fn network(&self, model: &Model, weights: &Weights, memory_for: Use, only: Option<&MaskSet>) -> Result<Network> {
-        let mut network = Network::for_masks(self.device, model, &weights.masks, self.recipe.batch, memory_for)?;
-        network.set_planning(self.planning);
+        let (batch, planning) = (self.recipe.batch, self.planning);
+        let mut network = Network::for_masks(self.device, model, &weights.masks, batch, memory_for, planning)?;
         if let Some(only) = only {
             network.train_only(only)?;
         }

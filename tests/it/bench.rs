@@ -23,12 +23,18 @@ fn a_ticket_s_plan_and_its_gain_are_shown_and_times_are_taken_once() {
             ways.iter().map(|way| way["way"].as_str().unwrap()).collect::<Vec<_>>(),
             ["dense", "groups", "direct"]
         );
-        assert!(ways.iter().all(|way| way["measured_ms"].as_array().unwrap().iter().all(|ms| ms.as_f64().unwrap() > 0.0)), "{ways:?}");
+        assert!(
+            ways.iter().all(|way| way["measured_ms"].as_array().unwrap().iter().all(|ms| ms.as_f64().unwrap() > 0.0)),
+            "{ways:?}"
+        );
         let name = layer["name"].as_str().unwrap();
         assert!(name.ends_with(".weight"), "{name}");
     }
     let rows = result["rows"].as_array().unwrap();
-    assert_eq!(rows.iter().map(|row| row["name"].as_str().unwrap()).collect::<Vec<_>>(), ["training step", "evaluation"]);
+    assert_eq!(
+        rows.iter().map(|row| row["name"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["training step", "evaluation"]
+    );
     for row in rows {
         assert_eq!(keys(row), ["dense_ms", "images_per_second", "ms", "name"]);
         assert!(row.as_object().unwrap().values().all(|value| value.as_f64().is_none_or(|value| value > 0.0)), "{row}");

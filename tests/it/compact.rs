@@ -11,6 +11,7 @@ use dilt::nn::init;
 use dilt::nn::liveness::Liveness;
 use dilt::nn::model::{Layer, Model};
 use dilt::nn::network::{Mode, Network};
+use dilt::nn::paths::Planning;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::Weights;
 use dilt::ticket::structure::{Scores, Structure, Structuring};
@@ -164,13 +165,21 @@ fn ten_steps_without_what_does_not_matter_are_those_of_the_masked_dense_network(
                 (losses, gradients, logits, network)
             };
             let (losses, gradients, logits, dense) =
-                run(Network::new(&staged, &model, SAMPLES, descent.memory()).unwrap());
+                run(Network::for_masks(&staged, &model, &BTreeMap::new(), SAMPLES, descent.memory(), &Planning::Dense)
+                    .unwrap());
             let trained = dense.weights().unwrap();
             let matter = matter(&model, &weights.masks);
             for case in default_devices() {
                 let name = format!("{name} on {}", case.label);
-                let network =
-                    Network::for_masks(&case.device, &model, &weights.masks, SAMPLES, descent.memory()).unwrap();
+                let network = Network::for_masks(
+                    &case.device,
+                    &model,
+                    &weights.masks,
+                    SAMPLES,
+                    descent.memory(),
+                    &Planning::Table,
+                )
+                .unwrap();
                 // Where features are dropped at random all are computed, but for heads.
                 let dropout = model.layers.iter().any(|layer| matches!(layer, Layer::Dropout { .. }));
                 assert!(dropout || !network.compaction().is_whole(), "{name}: everything is computed");
@@ -242,12 +251,12 @@ fn a_compact_network_refuses_other_masks_and_keeps_its_state() {
     let model = model("resnet8", &[]);
     let (_, weights) = tickets(&model).swap_remove(1);
     let memory = Use::Train(dilt::nn::plan::OptimizerKind::Sgd);
-    let mut network = Network::for_masks(&device, &model, &weights.masks, 8, memory).unwrap();
+    let mut network = Network::for_masks(&device, &model, &weights.masks, 8, memory, &Planning::Table).unwrap();
     network.load(&weights).unwrap();
     let mut other = weights.clone();
     other.masks.clear();
     let error = network.load(&other).unwrap_err().to_string();
-    assert!(error.contains("other features"), "{error}");
+    assert!(error.contains("made for"), "{error}");
     // What is loaded comes back, what does not matter too, and a checkpoint is whole.
     let back = network.weights().unwrap();
     for (name, tensor) in &weights.tensors {
@@ -260,7 +269,7 @@ fn a_compact_network_refuses_other_masks_and_keeps_its_state() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint");
     Checkpoint::take(&network, 3, "x").unwrap().save(&path).unwrap();
-    let mut again = Network::for_masks(&device, &model, &weights.masks, 8, memory).unwrap();
+    let mut again = Network::for_masks(&device, &model, &weights.masks, 8, memory, &Planning::Table).unwrap();
     Checkpoint::load(&path).unwrap().restore(&mut again).unwrap();
     assert_eq!(again.weights().unwrap(), back);
     assert_eq!(again.moments().unwrap()[0].tensors["conv1.weight"].shape(), &model.parameters[0].shape[..]);

@@ -1,6 +1,6 @@
 //! Convolution with kept weights alone, against the same convolution with zeros in their places, which has its goldens.
 
-use dilt::device::{Device, HostOptions};
+use dilt::device::{Buffer, Device, HostOptions};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
@@ -10,7 +10,8 @@ use dilt::nn::ways::Way;
 use dilt::ops::Columns;
 use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{
-    GROUP_ROWS, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
+    GROUP_ROWS, Kept, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient,
+    conv_sparse_weight_gradient,
 };
 use dilt::train::Recipe;
 use rand::{Rng, SeedableRng};
@@ -105,7 +106,7 @@ fn compare(
     what: &str,
 ) -> Vec<Vec<f32>> {
     let [x, dy, bias, w] = [x, dy, bias, w].map(|values| device.upload(values).unwrap());
-    let mut weights = KeptWeights::new(device, shape, kept, groups, &Pass::ALL).unwrap();
+    let mut weights = KeptWeights::new(device, shape, &all(kept), groups, &Pass::ALL).unwrap();
     weights.gather(device, w.view()).unwrap();
     let mut results = Vec::new();
 
@@ -133,6 +134,7 @@ fn compare(
 
     let mut dw = device.alloc(shape.weight_len()).unwrap();
     conv_sparse_weight_gradient(device, &mut weights, x.view(), dy.view(), dw.view_mut()).unwrap();
+    same_packed(device, shape, kept, groups, [&x, &dy, &w, &dw], &results, what);
     let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
     let mut dense = unwritten(device, shape.weight_len());
     conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dense.view_mut()).unwrap();
@@ -144,28 +146,60 @@ fn compare(
     results
 }
 
+fn all(places: &[u32]) -> Kept<'_> {
+    Kept { places, packed: false }
+}
+
+/// Where memory holds the kept weights alone, the results are the same bit by bit: y, dx, dw.
+fn same_packed(
+    device: &Device,
+    shape: &ConvShape,
+    kept: &[u32],
+    groups: Option<&RowGroups>,
+    [x, dy, w, dw]: [&Buffer<f32>; 4],
+    results: &[Vec<f32>],
+    what: &str,
+) {
+    let of_kept = |buffer: &Buffer<f32>| -> Vec<f32> {
+        let whole = device.read(buffer.view()).unwrap();
+        kept.iter().map(|&place| whole[place as usize]).collect()
+    };
+    let packed = Kept { places: kept, packed: true };
+    let mut weights = KeptWeights::new(device, shape, &packed, groups, &Pass::ALL).unwrap();
+    assert_eq!(weights.weight_len(), kept.len());
+    weights.gather(device, device.upload(&of_kept(w)).unwrap().view()).unwrap();
+    let (mut y, mut dx) = (unwritten(device, shape.output_len()), unwritten(device, shape.input_len()));
+    let mut own = unwritten(device, kept.len());
+    conv_sparse_forward(device, &weights, x.view(), None, y.view_mut()).unwrap();
+    conv_sparse_input_gradient(device, &weights, dy.view(), false, dx.view_mut()).unwrap();
+    conv_sparse_weight_gradient(device, &mut weights, x.view(), dy.view(), own.view_mut()).unwrap();
+    assert!(read(device, y.view()) == results[0] && read(device, dx.view()) == results[2], "{what}: packed");
+    assert_eq!(read(device, own.view()), of_kept(dw), "{what}: packed dw");
+}
+
 #[test]
 fn lists_that_make_no_sense_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = ConvShape::new([2, 3, 3], 3, [2, 2], 1, 0, 8).unwrap();
-    let refused = |kept: &[u32]| KeptWeights::new(&device, &shape, kept, None, &Pass::ALL).err().unwrap().to_string();
+    let refused =
+        |kept: &[u32]| KeptWeights::new(&device, &shape, &all(kept), None, &Pass::ALL).err().unwrap().to_string();
     assert!(refused(&[3, 3]).contains("ascending"), "{}", refused(&[3, 3]));
     assert!(refused(&[5, 24]).contains("below 24"), "{}", refused(&[5, 24]));
     let far = ConvShape::new([600, 128, 128], 3, [1, 1], 1, 0, 128).unwrap();
-    let error = KeptWeights::new(&device, &far, &[0], None, &Pass::ALL).err().unwrap().to_string();
+    let error = KeptWeights::new(&device, &far, &all(&[0]), None, &Pass::ALL).err().unwrap().to_string();
     assert!(error.contains("2^30"), "{error}");
 
     let missing = RowGroups { outputs: vec![vec![0, 2]], inputs: vec![vec![0, 1]] };
-    let error = KeptWeights::new(&device, &shape, &[0], Some(&missing), &Pass::ALL).err().unwrap().to_string();
+    let error = KeptWeights::new(&device, &shape, &all(&[0]), Some(&missing), &Pass::ALL).err().unwrap().to_string();
     assert!(error.contains("groups of output channels: expected each of 3"), "{error}");
 
-    let mut weights = KeptWeights::new(&device, &shape, &[0, 5], None, &[Pass::Forward]).unwrap();
+    let mut weights = KeptWeights::new(&device, &shape, &all(&[0, 5]), None, &[Pass::Forward]).unwrap();
     let mut dx = device.alloc(shape.input_len()).unwrap();
     let (short, dy) = (device.alloc::<f32>(3).unwrap(), device.alloc(shape.output_len()).unwrap());
     let error = weights.gather(&device, short.view()).unwrap_err().to_string();
     assert!(error.contains("w: expected 24, got 3"), "{error}");
     let error = conv_sparse_input_gradient(&device, &weights, dy.view(), false, dx.view_mut()).unwrap_err().to_string();
-    assert!(error.contains("lists for training"), "{error}");
+    assert!(error.contains("expected lists for the pass InputGradient"), "{error}");
     let error = conv_sparse_forward(&device, &weights, short.view(), None, dx.view_mut()).unwrap_err().to_string();
     assert!(error.contains("x: expected"), "{error}");
 }
@@ -197,8 +231,8 @@ fn ten_steps_with_kept_weights_alone_are_those_with_zeros_in_their_place() {
         let optimizer = Recipe::default().optimizer();
         let descent = Descent { model: &model, weights: &weights, samples, steps: 10, rate: 0.05, optimizer };
         let [kept, masked] = [Planning::Table, Planning::Dense].map(|planning| {
-            let mut network = Network::new(&device, &model, samples, descent.memory()).unwrap();
-            network.set_planning(&planning);
+            let masks = &weights.masks;
+            let network = Network::for_masks(&device, &model, masks, samples, descent.memory(), &planning).unwrap();
             let (losses, network) = descent.run_in(network, |step| batches[step].clone(), |_, _| {});
             let is_sparse = |choice: &&Choice| choice.ways.iter().any(|way| *way != Way::Dense);
             let sparse = network.choices().iter().flatten().filter(is_sparse).count();

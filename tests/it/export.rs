@@ -3,6 +3,12 @@
 use std::path::Path;
 use std::process::Command;
 
+use dilt::device::Device;
+use dilt::nn::compact::Compaction;
+use dilt::nn::config::ModelConfig;
+use dilt::nn::model::Model;
+use dilt::nn::network::{Mode, Network};
+use dilt::nn::plan::Use;
 use dilt::nn::weights::Weights;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -155,4 +161,53 @@ torch.save([1, 2], 'list.pth')
     assert!(fits || says.contains("--trust"), "{says}");
     assert_eq!(python(&[script, "--trust", "number.pth", "number.safetensors"]), (true, String::new()));
     assert_eq!(Weights::load(&folder.path().join("number.safetensors")).unwrap(), weights);
+}
+
+#[test]
+fn a_structured_ticket_is_written_as_a_smaller_network_of_the_same_outputs() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let ticket = ticket(folder);
+    let small = ["--set", "widths=[4,8,16]"];
+    json(folder, &["structure", "--method", "refill", "--ticket", "t", "--out", "s", "-q", small[0], small[1]]);
+    let compact =
+        |from: &'static str| [&["export", "--compact", "--weights", from, "--out", "small"], &small[..]].concat();
+    let report = json(folder, &compact("s"));
+    assert_eq!(keys(&report), ["bytes", "layers", "model", "of", "out", "parameters"]);
+    assert!(report["parameters"].as_u64() < report["of"].as_u64(), "{report}");
+    assert!(!report["layers"].as_array().unwrap().is_empty());
+    assert!(output(folder, &compact("s")).contains("left"));
+
+    // The network of those shapes, without masks, has the ticket's outputs.
+    let structured = Weights::load(&folder.join("s")).unwrap();
+    let model = ModelConfig::load("resnet8", &[small[1].into()]).unwrap().build().unwrap();
+    let (left, _) = Compaction::plain(&model, &structured.masks);
+    let device = Device::open("host").unwrap();
+    let logits = |model: &Model, weights: &Weights| {
+        let mut network = Network::new(&device, model, 8, Use::Evaluate).unwrap();
+        network.load(weights).unwrap();
+        let batch = network.batch();
+        let x: Vec<f32> = (0..batch.x.len()).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+        device.write(&x, batch.x).unwrap();
+        device.write(&[8], batch.current.count).unwrap();
+        network.forward(Mode::Evaluate).unwrap();
+        device.read(network.head().logits).unwrap()
+    };
+    let exported = Weights::load(&folder.join("small")).unwrap();
+    assert!(exported.masks.is_empty());
+    let (got, want) = (logits(&left, &exported), logits(&model, &structured));
+    let largest = want.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    let far = got.iter().zip(&want).find(|(got, want)| (**got - **want).abs() > 2e-6 * largest);
+    assert_eq!(far, None, "the largest is {largest}");
+
+    // A ticket of single weights has no smaller network; plain weights neither.
+    assert!(ticket.masks.values().all(|mask| mask.count() > 0));
+    fails(folder, &compact("w/weights.safetensors"), 1, &["no smaller network", "dilt structure"]);
+    fails(folder, &["export", "--weights", "t", "--out", "x"], 2, &["--form"]);
+    fails(
+        folder,
+        &["export", "--weights", "t", "--out", "x", "--form", "plain", "--model", "resnet8"],
+        2,
+        &["--compact"],
+    );
 }
