@@ -31,7 +31,8 @@ const RUNS: usize = 7;
 /// A cell that has taken so long has two runs at least, and no more.
 const LONG: Duration = Duration::from_secs(1);
 
-/// The 3x3 convolutions of ResNet-20 and ResNet-18 on 32x32 images at batch 128, and DeiT-Ti's linear layers at batch 8.
+/// The 3x3 convolutions of ResNet-20 and ResNet-18 on 32x32 images at batch 128, linear layers of DeiT-Ti at batch 8 and of
+/// ViT-S at batch 64.
 fn layers() -> dilt::Result<Vec<(String, ConvShape)>> {
     let mut layers = Vec::new();
     for (channels, image, filters, stride) in [
@@ -48,10 +49,12 @@ fn layers() -> dilt::Result<Vec<(String, ConvShape)>> {
         let by = if stride == 1 { String::new() } else { format!(" by {stride}") };
         layers.push((format!("conv 3x3 {channels}x{image}x{image} to {filters}{by}"), shape));
     }
-    for (inputs, outputs) in [(192, 576), (192, 768), (768, 192)] {
-        let columns = Columns::tokens(8, 197)?.len();
+    for (inputs, outputs, samples) in
+        [(192, 576, 8), (192, 768, 8), (768, 192, 8), (384, 1152, 64), (384, 1536, 64), (1536, 384, 64)]
+    {
+        let columns = Columns::tokens(samples, 197)?.len();
         layers.push((
-            format!("linear {inputs} to {outputs}"),
+            format!("linear {inputs} to {outputs}, {samples} samples"),
             ConvShape::new([inputs, 1, 1], outputs, [1, 1], 1, 0, columns)?,
         ));
     }

@@ -29,6 +29,9 @@ use dilt::train::{Augmentation, Chunk, Images, Labelled, Observer, Recipe, Train
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Steps of an epoch, which are done in one go.
+const STEPS: usize = 4;
+
 /// A model, its batch and the data that it steps over.
 struct Case {
     name: &'static str,
@@ -69,7 +72,7 @@ fn cases() -> Vec<Case> {
     let digits =
         dilt::data::load("digits", &Reading::default(), &Progress::new(Verbosity::Quiet)).expect("part of the program");
     let case = |name, model, batch, data: &DataSet, ticket| Case { name, model, batch, data: data.clone(), ticket };
-    let (small, large) = (random_images(128, 32, 10), random_images(16, 224, 1000));
+    let (small, large) = (random_images(STEPS * 128, 32, 10), random_images(STEPS * 16, 224, 1000));
     let deit = "deit_tiny_patch16_224";
     vec![
         case("resnet20_batch128", "resnet20", 128, &small, Ticket::Dense),
@@ -101,7 +104,7 @@ impl Case {
         Ok(weights)
     }
 
-    /// Gives `work` a function that does so many steps, and the bytes that the plan holds.
+    /// Gives `work` a function that does so many epochs, and the bytes that the plan holds.
     fn run(&self, device: &Device, work: impl FnOnce(&mut dyn FnMut(usize) -> Duration, usize)) -> dilt::Result<()> {
         let config = ModelConfig::load(self.model, &[])?;
         let model = config.build()?;
@@ -112,30 +115,30 @@ impl Case {
         let mut network = Network::for_masks(device, &model, &weights.masks, self.batch, memory_for, &Planning::Table)?;
         network.load(&weights)?;
         let mut examples = self.data.train.clone();
-        examples.truncate(self.batch, self.data.shape.iter().product()); // one step an epoch
+        examples.truncate(STEPS * self.batch, self.data.shape.iter().product());
         let images = Images::new(device, &self.data, &examples)?;
         let labelled = Labelled::all(device, &images, &examples, self.data.classes)?;
         let bytes = network.plan().bytes;
         let mut training = Training::new(&mut network, &labelled, &recipe, 0)?;
         let mut from = 0;
-        let mut steps = |count: usize| {
-            let mut clock = Clock { begin: None, steps: count, device: device.clone(), time: Duration::ZERO };
-            // The first step is let go by: the clock starts at its end. Stopping is an error of the observer.
+        let mut epochs = |count: usize| {
+            let mut clock = Clock { begin: None, epochs: count, device: device.clone(), time: Duration::ZERO };
+            // The first epoch is let go by: the clock starts at its end. Stopping is an error of the observer.
             let stopped = training.run(&mut network, from, &mut clock);
-            assert!(clock.steps == 0, "{:?}", stopped.err());
-            from += count + 1;
+            assert!(clock.epochs == 0, "{:?}", stopped.err());
+            from += (count + 1) * STEPS;
             clock.time
         };
-        steps(2);
-        work(&mut steps, bytes);
+        epochs(1);
+        work(&mut epochs, bytes);
         Ok(())
     }
 }
 
-/// Stops a training after some steps, and measures them.
+/// Stops a training after some epochs, and measures them.
 struct Clock {
     begin: Option<dilt::device::Event>,
-    steps: usize,
+    epochs: usize,
     device: Device,
     time: Duration,
 }
@@ -147,8 +150,8 @@ impl Observer for Clock {
             self.begin = Some(now);
             return Ok(());
         };
-        self.steps -= 1;
-        if self.steps > 0 {
+        self.epochs -= 1;
+        if self.epochs > 0 {
             return Ok(());
         }
         self.time = Duration::from_secs_f64(now.elapsed_ms(begin)? / 1e3);
@@ -168,14 +171,14 @@ fn json(device: &Device) -> dilt::Result<()> {
         // Linux: the peak of the case before is forgotten.
         let _ = std::fs::write("/proc/self/clear_refs", "5");
         let before = resident_mib("VmRSS:");
-        case.run(device, |steps, planned| {
-            let repeats = if case.model == "resnet8" { 50 } else { 10 };
+        case.run(device, |epochs, planned| {
+            let repeats = if case.model == "resnet8" { 50 } else { 6 };
             let mut wall = Vec::new();
             let mut cpu = f64::INFINITY;
             for _ in 0..repeats {
-                let (begin, count) = (cpu_time(), 2);
-                wall.push(steps(count).as_secs_f64() * 1e3 / count as f64);
-                cpu = cpu.min((cpu_time() - begin).as_secs_f64() * 1e3 / (count + 1) as f64);
+                let begin = cpu_time();
+                wall.push(epochs(1).as_secs_f64() * 1e3 / STEPS as f64);
+                cpu = cpu.min((cpu_time() - begin).as_secs_f64() * 1e3 / (2 * STEPS) as f64);
             }
             wall.sort_by(f64::total_cmp);
             let planned = planned as f64 / 1048576.0;
@@ -209,9 +212,11 @@ fn main() {
     let mut group = criterion.benchmark_group(format!("step, {}", device.description()));
     for case in cases() {
         let _ = std::fs::write("/proc/self/clear_refs", "5");
-        case.run(&device, |steps, planned| {
+        case.run(&device, |epochs, planned| {
             group.throughput(Throughput::Elements(case.batch as u64));
-            group.bench_function(case.name, |bencher| bencher.iter_custom(|count| steps(count as usize)));
+            group.bench_function(case.name, |bencher| {
+                bencher.iter_custom(|count| epochs(count as usize) / STEPS as u32)
+            });
             let planned = planned as f64 / 1048576.0;
             let peak = resident_mib("VmHWM:");
             println!("{}: planned {planned:.1} MiB, peak of the process {peak:.1} MiB", case.name);

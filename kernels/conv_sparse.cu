@@ -190,31 +190,15 @@ struct Place {
     }
 };
 
-// Entries whose reads a thread has under way at a time: one after the other, each takes 20 ns from the nearest cache.
-constexpr int AHEAD = 4;
-
-// Adds the entries to the sums of R rows, AHEAD at a time; at the end the last is read again, and multiplied by zero.
+// Adds the entries to the sums of R rows. nvcc unrolls this by four; reading four entries ahead by hand, the last again at
+// the end, took up to a quarter more of an H100's time.
 template <int R>
 DEVICE void add_entries(const ConvSparseArgs& a, const float* from, int64_t origin, uint32_t entry, uint32_t end,
                         Samples<4> (&sum)[R][1]) {
-    for (; entry < end; entry += AHEAD) {
-        Samples<4> read[AHEAD];
-        float value[AHEAD][R];
-        UNROLL for (int t = 0; t < AHEAD; ++t) {
-            const bool there = entry + t < end;
-            const uint32_t at = there ? entry + t : end - 1;
-            read[t] = load<4>(from + (origin + a.offsets[at]));
-            if constexpr (R == 1) {
-                value[t][0] = there ? a.values[at] : 0.0f;
-            } else {
-                UNROLL for (int i = 0; i < R; i += 4) {
-                    const Samples<4> four = load<4>(a.values + (int64_t(at) * R + i));
-                    UNROLL for (int lane = 0; lane < 4; ++lane) value[t][i + lane] = there ? four[lane] : 0.0f;
-                }
-            }
-        }
-        UNROLL for (int t = 0; t < AHEAD; ++t)
-            UNROLL for (int i = 0; i < R; ++i) sum[i][0] += read[t] * value[t][i];
+    for (; entry < end; ++entry) {
+        const Samples<4> read = load<4>(from + (origin + a.offsets[entry]));
+        const auto value = load_uniform<R>(a.values + int64_t(entry) * R);
+        UNROLL for (int i = 0; i < R; ++i) sum[i][0] += read * value[i];
     }
 }
 

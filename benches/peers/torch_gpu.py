@@ -22,12 +22,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from torch_cpu import ResNet20  # the same network on both devices
 
-# Channels, image, filters, stride of 3x3 convolutions at batch 128; inputs and outputs of linear layers on 8 x 197 tokens.
+# Channels, image, filters, stride of 3x3 convolutions at batch 128; inputs, outputs and samples of linear layers, of 197
+# tokens each.
 CONVOLUTIONS = [
     (16, 32, 16, 1), (32, 16, 32, 1), (64, 8, 64, 1), (64, 32, 64, 1), (128, 16, 128, 1), (256, 8, 256, 1),
     (512, 4, 512, 1), (64, 32, 128, 2),
 ]
-LINEAR = [(192, 576), (192, 768), (768, 192)]
+LINEAR = [(192, 576, 8), (192, 768, 8), (768, 192, 8), (384, 1152, 64), (384, 1536, 64), (1536, 384, 64)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -145,9 +146,9 @@ def convolution(channels, image, filters, stride, memory_format):
     return passes(x, w, y, arguments)
 
 
-def linear(inputs, outputs, _):
-    x, w = torch.randn(8 * 197, inputs, device="cuda"), torch.randn(outputs, inputs, device="cuda")
-    y = torch.randn(8 * 197, outputs, device="cuda")
+def linear(inputs, outputs, samples, _):
+    x, w = torch.randn(samples * 197, inputs, device="cuda"), torch.randn(outputs, inputs, device="cuda")
+    y = torch.randn(samples * 197, outputs, device="cuda")
     return {"forward": lambda: x @ w.T, "input_gradient": lambda: y @ w, "weight_gradient": lambda: y.T @ x}
 
 
@@ -156,8 +157,8 @@ def layers():
         by = "" if stride == 1 else f" by {stride}"
         yield (f"conv 3x3 {channels}x{image}x{image} to {filters}{by}",
                lambda f, a=(channels, image, filters, stride): convolution(*a, f))
-    for inputs, outputs in LINEAR:
-        yield f"linear {inputs} to {outputs}", lambda f, a=(inputs, outputs): linear(*a, f)
+    for inputs, outputs, samples in LINEAR:
+        yield f"linear {inputs} to {outputs}, {samples} samples", lambda f, a=(inputs, outputs, samples): linear(*a, f)
 
 
 def precise(tf32):

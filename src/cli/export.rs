@@ -30,10 +30,10 @@ pub struct Export {
     #[arg(long, conflicts_with = "form")]
     compact: bool,
     /// With --compact, the model: one of models/ by name, or a .toml file; if not given, the one that the weights name.
-    #[arg(long, requires = "compact")]
+    #[arg(long, conflicts_with = "form")]
     model: Option<String>,
     /// With --compact, a field of the model file.
-    #[arg(long, value_name = "KEY=VALUE", requires = "compact")]
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with = "form")]
     set: Vec<String>,
     /// Type of the weights in the file; a weight that is too large for it is an error.
     #[arg(long, value_enum, default_value = "f32")]

@@ -58,7 +58,7 @@ pub struct Network {
     pub(super) parameters: Buffer<f32>,
     pub(super) gradients: Buffer<f32>,
     /// The optimizer's state: velocity or first moment, second moment.
-    moments: [Buffer<f32>; 2],
+    pub(super) moments: [Buffer<f32>; 2],
     /// One bit per parameter: 0 where it is pruned.
     mask: Buffer<u32>,
     /// One bit per parameter: 1 where weight decay applies.

@@ -1,13 +1,13 @@
 //! The training loop.
 
 use super::batches::Batches;
-use super::checkpoint::Checkpoint;
 use super::feed::Feed;
 use super::labelled::Labelled;
 use super::recipe::Recipe;
 use crate::device::{Buffer, Device, Graph};
 use crate::error::{Error, Result};
 use crate::nn::network::{Mode, Network};
+use crate::nn::snapshot::Snapshot;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepTables, step_begin, step_end};
 
@@ -126,15 +126,15 @@ impl<'a> Training<'a> {
     pub fn run(&mut self, network: &mut Network, from: usize, observer: &mut dyn Observer) -> Result<()> {
         let (total, per_epoch) = (self.total_steps(), self.recipe.steps_per_epoch(self.data.len()));
         self.feed.begin(self.batches(from))?;
-        let mut step = from;
+        let (mut step, mut before) = (from, Snapshot::new(network)?);
         while step < total {
             let epoch = step / per_epoch;
             let rows = self.rows.min(total - step).min((epoch + 1) * per_epoch - step);
-            let before = Checkpoint::take(network, step, "")?;
+            before.take(network)?;
             let chunk = self.chunk(network, step, rows)?;
             step += rows;
             if let Some(row) = chunk.loss.iter().position(|loss| !loss.is_finite()) {
-                let layer = self.first_not_finite(network, &before, row)?;
+                let layer = self.first_not_finite(network, &before, chunk.first_step, row)?;
                 return Err(Error::Run(format!(
                     "training diverged: the loss of step {} (epoch {epoch}) is {}; the first layer with such a value \
                      is {layer}; try a smaller --lr, a longer --warmup or --clip-norm",
@@ -149,10 +149,16 @@ impl<'a> Training<'a> {
 
     /// Does the steps of the last chunk again up to step `row`, whose loss is not finite, and names the first layer whose
     /// value is not: after that step every layer's would be.
-    fn first_not_finite(&mut self, network: &mut Network, before: &Checkpoint, row: usize) -> Result<String> {
+    fn first_not_finite(
+        &mut self,
+        network: &mut Network,
+        before: &Snapshot,
+        first_step: usize,
+        row: usize,
+    ) -> Result<String> {
         before.restore(network)?;
-        self.device.write(&[0, before.step as u32], self.tables.state.view_mut())?;
-        self.feed.begin(self.batches(before.step))?;
+        self.device.write(&[0, first_step as u32], self.tables.state.view_mut())?;
+        self.feed.begin(self.batches(first_step))?;
         self.feed.chunk(row + 1)?;
         for _ in 0..row {
             self.feed.step()?;
