@@ -54,7 +54,7 @@ fn layers() -> dilt::Result<Vec<(String, ConvShape)>> {
     {
         let columns = Columns::tokens(samples, 197)?.len();
         layers.push((
-            format!("linear {inputs} to {outputs}, {samples} samples"),
+            format!("linear {inputs} to {outputs} ({samples} samples)"),
             ConvShape::new([inputs, 1, 1], outputs, [1, 1], 1, 0, columns)?,
         ));
     }

@@ -158,7 +158,7 @@ def layers():
         yield (f"conv 3x3 {channels}x{image}x{image} to {filters}{by}",
                lambda f, a=(channels, image, filters, stride): convolution(*a, f))
     for inputs, outputs, samples in LINEAR:
-        yield f"linear {inputs} to {outputs}, {samples} samples", lambda f, a=(inputs, outputs, samples): linear(*a, f)
+        yield f"linear {inputs} to {outputs} ({samples} samples)", lambda f, a=(inputs, outputs, samples): linear(*a, f)
 
 
 def precise(tf32):

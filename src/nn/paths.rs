@@ -55,25 +55,36 @@ const LINEAR: [Rate; 3] = [
     rate(Way::Direct, [[36.8, 270.0, 0.0, 0.0], [41.0, 270.0, 0.0, 0.0], [60.0, 0.0, 0.0, 0.0]]),
 ];
 
-/// The same of an H100 (benches/results/crossover-h100-2026-11-26.csv).
+/// The same of an H200 (benches/results/gpu-2026-11-26/crossover.csv).
 const GPU_FILTERS: [Rate; 3] = [
-    rate(Way::Dense, [[0.0466, 7.888, 0.0, 25690.0], [0.0516, 4.332, 5.61e6, 17480.0], [0.0594, 0.0, 19.67e6, 0.0]]),
-    rate(Way::Groups, [[0.057, 2.01, 6.53e6, 62810.0], [0.0504, 3.072, 3.94e6, 59550.0], [0.1341, 0.0, 0.0, 0.0]]),
-    rate(Way::Direct, [[0.1848, 2.973, 6.67e6, 169160.0], [0.1783, 3.764, 4.69e6, 168070.0], [0.61, 0.0, 0.0, 0.0]]),
+    rate(Way::Dense, [[0.0464, 7.968, 0.0, 25_840.0], [0.0512, 4.454, 5.36e6, 17_860.0], [0.0596, 0.0, 19.5e6, 0.0]]),
+    rate(
+        Way::Groups,
+        [[0.0632, 1.285, 5.46e6, 96_660.0], [0.0594, 1.665, 3.51e6, 98_220.0], [0.1354, 0.0, 0.1e6, 0.0]],
+    ),
+    rate(
+        Way::Direct,
+        [[0.1824, 2.299, 5.91e6, 178_810.0], [0.1733, 2.917, 3.73e6, 197_240.0], [0.58, 0.0, 0.1e6, 0.0]],
+    ),
 ];
 
 /// The same for filters of one tap.
 const GPU_LINEAR: [Rate; 3] = [
-    rate(Way::Dense, [[0.0844, 0.0, 0.0, 27600.0], [0.0741, 0.0, 3.5e6, 27630.0], [0.0031, 0.0, 34.29e6, 0.0]]),
-    rate(Way::Groups, [[0.0358, 0.524, 9.17e6, 93920.0], [0.0406, 0.013, 7.16e6, 91630.0], [0.1444, 0.0, 9.2e6, 0.0]]),
+    rate(Way::Dense, [[0.0687, 0.0, 2.13e6, 31_480.0], [0.0725, 0.0, 3.23e6, 29_640.0], [0.0593, 0.0, 22.2e6, 0.0]]),
+    rate(
+        Way::Groups,
+        [[0.0711, 1.272, 8.92e6, 120_170.0], [0.077, 1.471, 6.04e6, 133_300.0], [0.1289, 0.0, 10.0e6, 0.0]],
+    ),
     rate(
         Way::Direct,
-        [[0.0646, 1.27, 9.06e6, 273440.0], [0.1714, 0.653, 7.2e6, 259440.0], [0.5679, 0.0, 11.72e6, 0.0]],
+        [[0.207, 1.926, 8.71e6, 204_720.0], [0.2384, 3.17, 5.89e6, 252_290.0], [0.5331, 0.0, 11.7e6, 0.0]],
     ),
 ];
 
-/// A way is not taken for less than a tenth of the dense one's predicted time.
+/// A way is taken if its predicted time is below this share of the dense one's: on the host, where the table is closer,
+/// and on a GPU.
 const WORTH: f64 = 0.9;
+const WORTH_ON_GPU: f64 = 0.85;
 
 /// A way that the passes of a layer can take.
 #[derive(Clone, Debug)]
@@ -98,10 +109,11 @@ pub struct Choice {
 impl Choice {
     /// Of each pass the best candidate: by measured times where there are any, else by predicted ones. Dense, unless
     /// another is faster.
-    fn among(candidates: Vec<Candidate>, passes: &[Pass]) -> Self {
+    fn among(candidates: Vec<Candidate>, passes: &[Pass], policy: Policy) -> Self {
+        let worth = if policy == Policy::Staged { WORTH_ON_GPU } else { WORTH };
         let seconds = |candidate: &Candidate, pass: usize| match candidate.measured.get(pass) {
             Some(measured) => *measured,
-            None => candidate.predicted[pass] * if candidate.way == Way::Dense { WORTH } else { 1.0 },
+            None => candidate.predicted[pass] * if candidate.way == Way::Dense { worth } else { 1.0 },
         };
         let best = |pass: usize| {
             let faster = |best, other| if seconds(other, pass) < seconds(best, pass) { other } else { best };
@@ -139,7 +151,7 @@ pub(super) fn choose(device: &Device, layer: &MaskedLayer, passes: &[Pass], plan
         Candidate { way, predicted, measured: Vec::new() }
     };
     if matches!(planning, Planning::Dense) || !KeptWeights::reach(layer.shape()) {
-        return Ok(Choice::among(vec![candidate(Way::Dense)], passes));
+        return Ok(Choice::among(vec![candidate(Way::Dense)], passes, device.policy()));
     }
     let mut candidates: Vec<Candidate> = Way::ALL.into_iter().map(candidate).collect();
     if let Planning::Times(tuning) = planning {
@@ -147,7 +159,7 @@ pub(super) fn choose(device: &Device, layer: &MaskedLayer, passes: &[Pass], plan
             candidate.measured = seconds;
         }
     }
-    Ok(Choice::among(candidates, passes))
+    Ok(Choice::among(candidates, passes, device.policy()))
 }
 
 /// Seconds of a pass of a layer.
