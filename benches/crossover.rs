@@ -2,11 +2,11 @@
 //! a layer can be multiplied, beside the dense one. Masks are random, or those of groups of 32 rows that keep the same
 //! columns, as `dilt structure --method regroup` makes them.
 //!
-//! `cargo bench --bench crossover [-- --out FOLDER] [-- --quick]`, on the device that `DILT_BENCH_DEVICE` names (auto,
+//! `cargo bench --bench crossover [-- --out FOLDER] [--only TEXT] [--quick]`, on the device that `DILT_BENCH_DEVICE` names (auto,
 //! host, cuda; auto if not set), writes FOLDER/crossover.csv (for each layer, mask, sparsity and way: milliseconds of
 //! the three passes, least of several runs in turn with the others) and FOLDER/crossover.svg (the speed of all three, as
-//! a multiple of the dense way's: what lies below 1 loses). FOLDER is target/crossover if it is not given. `--quick`
-//! takes two layers, three sparsities and one run.
+//! a multiple of the dense way's: what lies below 1 loses). FOLDER is target/crossover if it is not given. `--only`
+//! takes the layers whose names contain TEXT; `--quick` two layers, three sparsities and one run.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -116,11 +116,15 @@ fn main() -> anyhow::Result<()> {
     rayon::ThreadPoolBuilder::new().use_current_thread().build_global().expect("nothing has run yet");
     let arguments: Vec<String> = std::env::args().collect();
     let quick = arguments.iter().any(|argument| argument == "--quick");
-    let out = arguments.iter().position(|argument| argument == "--out").and_then(|at| arguments.get(at + 1));
-    let out = out.map_or("target/crossover", String::as_str);
+    let value = |name: &str| {
+        let at = arguments.iter().position(|argument| argument == name);
+        at.and_then(|at| arguments.get(at + 1)).map(String::as_str)
+    };
+    let (out, only) = (value("--out").unwrap_or("target/crossover"), value("--only").unwrap_or(""));
     let device = Device::open(&std::env::var("DILT_BENCH_DEVICE").unwrap_or_else(|_| "auto".into()))?;
     let mut cells = Vec::new();
-    for (name, shape) in layers()?.into_iter().take(if quick { 2 } else { usize::MAX }) {
+    let layers = layers()?.into_iter().filter(|(name, _)| name.contains(only));
+    for (name, shape) in layers.take(if quick { 2 } else { usize::MAX }) {
         let mut trial = Trial::new(&device, &shape)?;
         for sparsity in SPARSITIES.into_iter().step_by(if quick { 4 } else { 1 }) {
             for kind in MASKS {

@@ -4,8 +4,8 @@
     /usr/bin/python3 benches/peers/torch_cpu.py [--model resnet20|deit_tiny] --threads 2 --steps 10 [--layers]
 
 ResNet-20 is that of akamaster/pytorch_resnet_cifar10: 3x3 stem, shortcuts that subsample and pad channels, SGD with momentum
-0.9 and weight decay 1e-4; --layers also times its 3x3 convolutions. DeiT-Ti is torchvision's VisionTransformer of that size
-with AdamW. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
+0.9 and weight decay 1e-4; --layers also times its 3x3 convolutions and those of ResNet-18 on images of that size. DeiT-Ti is
+torchvision's VisionTransformer of that size with AdamW. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--batch", type=int, help="128 of ResNet-20, 16 of DeiT-Ti, if not given")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each memory format")
-    parser.add_argument("--layers", action="store_true", help="also time the 3x3 convolutions of the three stages")
+    parser.add_argument("--layers", action="store_true", help="also time the 3x3 convolutions of ResNet-20 and ResNet-18")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batch = options.batch or MODELS[options.model][1]
@@ -162,7 +162,7 @@ def main():
     }
     if options.layers:
         result["layers"] = {}
-        for channels, size in [(16, 32), (32, 16), (64, 8)]:
+        for channels, size in [(16, 32), (32, 16), (64, 8), (64, 32), (128, 16), (256, 8), (512, 4)]:
             forward = fastest(lambda f, c=channels, s=size: layer(batch, c, s, f)[0], options.steps)
             backward = fastest(lambda f, c=channels, s=size: layer(batch, c, s, f)[1], options.steps)
             flop = 2 * batch * channels * channels * 9 * size * size

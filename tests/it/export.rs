@@ -208,6 +208,6 @@ fn a_structured_ticket_is_written_as_a_smaller_network_of_the_same_outputs() {
         folder,
         &["export", "--weights", "t", "--out", "x", "--form", "plain", "--model", "resnet8"],
         2,
-        &["--compact"],
+        &["cannot be used with"],
     );
 }
