@@ -1,4 +1,5 @@
-// conv.cuh - what the kernels of convolutions share: the shape, and which input a filter tap reads.
+// conv.cuh - what the kernels of convolutions share: the shape, which input a filter tap reads, and the arguments of
+// conv.cu and conv_direct.cu.
 #pragma once
 #include "kernels/lib/device.cuh"
 
@@ -44,17 +45,24 @@ struct Taps {
         const int last = int(min64(filter, extent - origin));
         return {first, 1, origin + first, 1, last > first ? last - first : 0};
     }
+};
 
-    // The input coordinate that one tap reads, or -1 where there is none.
-    static DEVICE int source(int o, int tap, int extent, const ConvShape& d) {
-        int at;
-        if (GRADIENT) {
-            const int reach = o + d.pad - tap;
-            if (reach < 0 || reach % d.stride != 0) return -1;
-            at = reach / d.stride;
-        } else {
-            at = o * d.stride - d.pad + tap;
-        }
-        return at >= 0 && at < extent ? at : -1;
-    }
+// Forward: x to y. Input gradient: dy to dx; bias is null.
+struct ConvArgs {
+    const float* from;
+    const float* w;
+    const float* bias;     // [K], or null
+    float* to;
+    const uint32_t* count; // number of true samples; read only where there is a bias, since padded columns stay zero
+    ConvShape shape;
+    Columns columns;       // what the shape's N is made of; read only where there is a bias
+    int32_t accumulate;    // add to what `to` holds
+};
+
+struct ConvWeightGradientArgs {
+    const float* x;
+    const float* dy;
+    float* partial;    // [splits, K, C*R*S]; dw itself if there is one split
+    ConvShape shape;
+    int32_t splits;    // ranges of columns (p,q,n), summed apart
 };

@@ -91,9 +91,9 @@ fn tile(rows: usize, columns: usize) -> usize {
         rows.div_ceil(height) * columns.div_ceil(width) >= PRODUCT_BLOCKS
     };
     match rows {
-        ..=16 => 0,
-        ..=32 => 1,
-        ..=64 => [3].into_iter().find(fills).unwrap_or(2),
+        0..=16 => 0,
+        17..=32 => 1,
+        33..=64 => [3].into_iter().find(fills).unwrap_or(2),
         _ => [4, 3].into_iter().find(fills).unwrap_or(2),
     }
 }

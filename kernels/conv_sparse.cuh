@@ -1,0 +1,122 @@
+// conv_sparse.cuh - convolution with a ticket's kept weights alone, f32: what the kernels of conv_sparse.cu and
+// conv_sparse_direct.cu share.
+//
+// The sums of conv.cu without their zeros. A list has a row for each output channel (for the input gradient: input
+// channel), whose entries stand in the order of their taps, then of the other channel: those that read inside the image
+// are one run of the list, or one run for each filter row where the image ends left or right. With stride 2 and more
+// the taps of the input gradient are ordered by their remainder first, since a pixel meets those of one remainder.
+//
+// An entry is where it reads, as the distance from the pixel's origin: what tap 0 reads there, or of the input gradient
+// the tap 0 of its remainder; and a value for each of R rows. R = 1: rows by themselves. R = 8: groups of rows that keep
+// similar columns, whose list has every column that one of them keeps, with zeros for the others: what is read serves
+// them all. Sums are f32 in an order that depends on the shape and the mask alone.
+#pragma once
+#include "kernels/conv.cuh"
+
+// Forward: x to y. Input gradient: dy to dx; bias is null.
+struct ConvSparseArgs {
+    const float* from;
+    const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
+    const uint32_t* starts;  // [groups, taps] and one more: where the entries of a group's tap begin
+    const int32_t* offsets;  // [entries]
+    const float* values;     // [entries, R]
+    const float* bias;       // [K], or null
+    float* to;
+    const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
+    ConvShape shape;
+    Columns columns;         // what the shape's N is made of; read only where there is a bias
+    int32_t groups;
+    int32_t accumulate;      // add to what `to` holds
+};
+
+struct ConvSparseGradientArgs {
+    const float* x;
+    const float* dy;
+    const uint32_t* rows;     // of the forward pass, as the next four
+    const uint32_t* starts;
+    const int32_t* offsets;
+    const uint32_t* taps;     // [entries] of rows by themselves, staged: r S + s of each
+    const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 8: of all entries), first entry, and the one after the last
+    float* partial;           // [splits, entries, R]
+    ConvShape shape;
+    int32_t entries, chunk_count, units, splits;
+};
+
+constexpr int GROUP_ROWS = 8;  // R of a group
+constexpr int BLOCK_SAMPLES = 128;
+
+// The row of a group that has no more rows, and the place of a weight that is not kept.
+constexpr uint32_t NONE = 0xffffffffu;
+
+// Where the taps that a pixel meets stand in a row's list: `runs` runs of `taps` taps each, a filter row apart.
+struct Window {
+    int64_t origin;  // element that offsets count from
+    int first, runs, taps;
+};
+
+// The place of a tap in the order by remainder.
+template <bool GRADIENT>
+DEVICE int place(int tap, int filter, int stride) {
+    if (!GRADIENT) return tap;
+    const int rest = tap % stride;
+    return int(rest * (filter / stride) + min64(rest, filter % stride)) + tap / stride;
+}
+
+template <bool GRADIENT>
+DEVICE Window window(const ConvShape& d, int o, int u) {
+    using Pass = Taps<GRADIENT>;
+    const Axis down = Pass::axis(o, d.r, Pass::from_height(d), d), across = Pass::axis(u, d.s, Pass::from_width(d), d);
+    if (down.count == 0 || across.count == 0) return {0, 0, 0, 0};
+    const int64_t h = GRADIENT ? down.source + down.first / d.stride : down.source - down.first;
+    const int64_t w = GRADIENT ? across.source + across.first / d.stride : across.source - across.first;
+    const int first = place<GRADIENT>(down.first, d.r, d.stride) * d.s + place<GRADIENT>(across.first, d.s, d.stride);
+    const int64_t origin = (h * Pass::from_width(d) + w) * d.n;
+    if (across.count == d.s) return {origin, first, 1, down.count * d.s};
+    return {origin, first, down.count, across.count};
+}
+
+// Row i of a group.
+template <int R, class Args>
+DEVICE uint32_t row_of(const Args& a, int group, int i) {
+    return R == 1 ? uint32_t(group) : a.rows[group * R + i];
+}
+
+// Writes V vectors of a row's samples at a pixel.
+template <bool GRADIENT, int V, int L>
+DEVICE void finish(const ConvSparseArgs& a, uint32_t row, int pixel, int n, const uint32_t (&live)[V],
+                   Samples<L> (&sum)[V]) {
+    using Pass = Taps<GRADIENT>;
+    const ConvShape& d = a.shape;
+    float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
+    UNROLL for (int v = 0; v < V; ++v) {
+        if (a.bias) sum[v] = kept<L>(sum[v], live[v]);
+        if (a.accumulate) sum[v] += load<L>(to + v * L);
+        store<L>(to + v * L, sum[v]);
+    }
+}
+
+struct Chunk {
+    int group, tap;
+    uint32_t begin, end;
+    DEVICE Chunk(const uint32_t* chunk) : group(int(chunk[0])), tap(int(chunk[1])), begin(chunk[2]), end(chunk[3]) {}
+};
+
+// The weight gradient of groups. A chunk's entries are of one tap, which reads inside the image for output coordinates
+// first to last of each axis.
+struct Reach {
+    int first, last;
+    DEVICE Reach(int tap, int from, int to, const ConvShape& d)
+        : first(int(ceil_div(max64(d.pad - tap, 0), d.stride))),
+          last(int(min64(to, (from - 1 + d.pad - tap + d.stride) / d.stride))) {}
+};
+
+// Where the units of a split of the weight gradient begin: direct, output rows of 128 samples; staged, pixels of 128
+// samples.
+DEVICE int unit_of(const ConvSparseGradientArgs& a, int split) {
+    return int(int64_t(a.units) * split / a.splits);
+}
+
+template <int R>
+DEVICE float* partial_of(const ConvSparseGradientArgs& a, int split) {
+    return a.partial + int64_t(split) * a.entries * R;
+}
