@@ -8,10 +8,10 @@
 // columns of a feature row: samples, or the tokens of all samples. N is a multiple of 8. What lies outside the image is
 // zero. Sums are f32 in an order that depends on the shape alone.
 //
-// These are the GPU's tilings of them: a block copies tiles through shared memory, two at a time so that one is read while
+// Sums of splits and the bias gradient are for both devices, the rest are the GPU's tilings: a block copies tiles through shared memory, two at a time so that one is read while
 // the next arrives, and its threads multiply from there. Those of the host are in conv_direct.cu. Forward and input gradient
 // are one template: they differ only in which input row a filter tap reads (Taps, PixelClass). Limit: multiply-adds. H200,
-// 2026-11-26: 3x3 on 128 channels of 16x16, 128 samples, 35 TFLOP/s forward, just over half of the chip's.
+// 2026-11-26: 3x3 on 128 channels of 16x16, 128 samples, 35 TFLOP/s forward, half of the datasheet's 67.
 #include "kernels/conv.cuh"
 
 struct ConvSumArgs {

@@ -1,5 +1,6 @@
 // conv_sparse.cu - convolution with kept weights alone on a GPU: a warp owns 128 columns, and 4 rows or a group of them; of the
-// weight gradient a chunk of a list's entries, over a split's pixels and samples. Lists and sums as in conv_sparse.cuh.
+// weight gradient a chunk of a list's entries, over a split's pixels and samples. And, on both devices, how values come
+// out of the weights and sums into the gradient. Lists and sums as in conv_sparse.cuh.
 // Limit: reads of x from cache, one for each R multiply-adds.
 #include "kernels/conv_sparse.cuh"
 
@@ -39,39 +40,15 @@ struct Place {
     }
 };
 
-// Adds the entries to the sums of R rows. nvcc unrolls this by four; reading four entries ahead by hand, the last again at
-// the end, took up to a quarter more of an H100's time.
-template <int R>
-DEVICE void add_entries(const ConvSparseArgs& a, const float* from, int64_t origin, uint32_t entry, uint32_t end,
-                        Samples<4> (&sum)[R][1]) {
-    for (; entry < end; ++entry) {
-        const Samples<4> read = load<4>(from + (origin + a.offsets[entry]));
-        const auto value = load_uniform<R>(a.values + int64_t(entry) * R);
-        UNROLL for (int i = 0; i < R; ++i) sum[i][0] += read * value[i];
-    }
-}
-
-// A group of its warp.
+// A group of its warp, in the host's template: a loop of its own that read the end of the list once took 1.16 times as long
+// (median of benches/crossover.rs, where the dense times of the two runs agree; H200 against H100, 2026-11-26).
 template <bool GRADIENT>
 DEVICE void staged_group(const ConvSparseArgs& a, int thread, int column_tile, int row_tile) {
     const ConvShape& d = a.shape;
     const Place<GRADIENT> place(d, (column_tile * 32 + thread % 32) * 4);
     const int group = row_tile * (THREADS / 32) + thread / 32;
     if (!place.there || group >= a.groups) return;
-    const Window at = place.window_of(d);
-    const uint32_t live[1] = {a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0};
-    Samples<4> sum[GROUP_ROWS][1];
-    UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
-        const uint32_t row = row_of<GROUP_ROWS>(a, group, i);
-        sum[i][0] = splat<4>(a.bias && row != NONE ? a.bias[row] : 0.0f);
-    }
-    const uint32_t* starts = a.starts + (int64_t(group) * d.r * d.s + at.first);
-    for (int run = 0; run < at.runs; ++run, starts += d.s)
-        add_entries<GROUP_ROWS>(a, a.from + place.n, at.origin, starts[0], starts[at.taps], sum);
-    UNROLL for (int i = 0; i < GROUP_ROWS; ++i) {
-        const uint32_t row = row_of<GROUP_ROWS>(a, group, i);
-        if (row != NONE) finish<GRADIENT, 1, 4>(a, row, place.pixel, place.n, live, sum[i]);
-    }
+    groups<GRADIENT, GROUP_ROWS, 1, 4>(a, place.window_of(d), group, group + 1, place.pixel, place.n);
 }
 
 // What all warps of a block read of x at a time, in bytes: it stays in the first-level cache.
@@ -86,23 +63,31 @@ DEVICE void staged_rows(const ConvSparseArgs& a, int thread, int column_tile, in
     const int row = (row_tile * (ROW_THREADS / 32) + thread / 32) * WARP_ROWS;
     if (!place.there || row >= a.groups) return;
     const Window at = place.window_of(d);
-    const uint32_t live[1] = {a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0};
+    const float* from = a.from + place.n;
     const int taps = d.r * d.s, piece = int(max64(1, PIECE_BYTES / (int64_t(Pass::channels(d)) * 512)));
-    Samples<4> sum[WARP_ROWS][1][1];
+    Samples<4> sum[WARP_ROWS];
     UNROLL for (int i = 0; i < WARP_ROWS; ++i)
-        sum[i][0][0] = splat<4>(a.bias ? a.bias[min32(row + i, a.groups - 1)] : 0.0f);
+        sum[i] = splat<4>(a.bias ? a.bias[min32(row + i, a.groups - 1)] : 0.0f);
     for (int run = 0; run < at.runs; ++run) {
         for (int tap = 0; tap < at.taps; tap += piece) {
             const int last = min32(tap + piece, at.taps);
             UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
                 if (row + i >= a.groups) break;
                 const uint32_t* starts = a.starts + (int64_t(row + i) * taps + at.first + run * d.s);
-                add_entries<1>(a, a.from + place.n, at.origin, starts[tap], starts[last], sum[i]);
+                const uint32_t end = starts[last];
+                for (uint32_t entry = starts[tap]; entry < end; ++entry)
+                    sum[i] += load<4>(from + (at.origin + a.offsets[entry])) * a.values[entry];
             }
         }
     }
-    UNROLL for (int i = 0; i < WARP_ROWS; ++i)
-        if (row + i < a.groups) finish<GRADIENT, 1, 4>(a, row + i, place.pixel, place.n, live, sum[i][0]);
+    const uint32_t live = a.bias ? live_columns<4>(a.columns, int(*a.count), place.n) : 0;
+    UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
+        if (row + i >= a.groups) break;
+        float* to = a.to + ((int64_t(row + i) * Pass::to_height(d) * Pass::to_width(d) + place.pixel) * d.n + place.n);
+        if (a.bias) sum[i] = kept<4>(sum[i], live);
+        if (a.accumulate) sum[i] += load<4>(to);
+        store<4>(to, sum[i]);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- weight gradient

@@ -81,18 +81,46 @@ DEVICE uint32_t row_of(const Args& a, int group, int i) {
     return R == 1 ? uint32_t(group) : a.rows[group * R + i];
 }
 
-// Writes V vectors of a row's samples at a pixel.
-template <bool GRADIENT, int V, int L>
-DEVICE void finish(const ConvSparseArgs& a, uint32_t row, int pixel, int n, const uint32_t (&live)[V],
-                   Samples<L> (&sum)[V]) {
+// V vectors of samples of a group of R rows at a pixel.
+template <bool GRADIENT, int R, int V, int L>
+DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pixel, int n, const uint32_t (&live)[V]) {
     using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
-    float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
-    UNROLL for (int v = 0; v < V; ++v) {
-        if (a.bias) sum[v] = kept<L>(sum[v], live[v]);
-        if (a.accumulate) sum[v] += load<L>(to + v * L);
-        store<L>(to + v * L, sum[v]);
+    const float* from = a.from + n;
+    const uint32_t* starts = a.starts + int64_t(group) * d.r * d.s + at.first;
+    Samples<L> sum[R][V];
+    UNROLL for (int i = 0; i < R; ++i) {
+        const uint32_t row = row_of<R>(a, group, i);
+        UNROLL for (int v = 0; v < V; ++v) sum[i][v] = splat<L>(a.bias && row != NONE ? a.bias[row] : 0.0f);
     }
+    for (int run = 0; run < at.runs; ++run, starts += d.s) {
+        for (uint32_t entry = starts[0]; entry < starts[at.taps]; ++entry) {
+            const float* x = from + (at.origin + a.offsets[entry]);
+            const auto value = load_uniform<R>(a.values + int64_t(entry) * R);
+            Samples<L> read[V];
+            UNROLL for (int v = 0; v < V; ++v) read[v] = load<L>(x + v * L);
+            UNROLL for (int i = 0; i < R; ++i)
+                UNROLL for (int v = 0; v < V; ++v) sum[i][v] += read[v] * value[i];
+        }
+    }
+    UNROLL for (int i = 0; i < R; ++i) {
+        const uint32_t row = row_of<R>(a, group, i);
+        if (row == NONE) break;
+        float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
+        UNROLL for (int v = 0; v < V; ++v) {
+            if (a.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
+            if (a.accumulate) sum[i][v] += load<L>(to + v * L);
+            store<L>(to + v * L, sum[i][v]);
+        }
+    }
+}
+
+template <bool GRADIENT, int R, int V, int L>
+DEVICE void groups(const ConvSparseArgs& a, const Window& at, int group, int end, int pixel, int n) {
+    uint32_t live[V] = {};
+    if (a.bias)
+        UNROLL for (int v = 0; v < V; ++v) live[v] = live_columns<L>(a.columns, int(*a.count), n + v * L);
+    for (; group < end; ++group) product<GRADIENT, R, V, L>(a, at, group, pixel, n, live);
 }
 
 struct Chunk {

@@ -6,45 +6,9 @@
 // The same for every instruction set, since src/ops/conv_sparse.rs cuts the grid by it.
 constexpr int BLOCK_ROWS = 64;
 
-// V vectors of samples of a group of R rows at a pixel.
-template <bool GRADIENT, int R, int V, int L>
-DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pixel, int n, const uint32_t (&live)[V]) {
-    const ConvShape& d = a.shape;
-    const float* from = a.from + n;
-    const uint32_t* starts = a.starts + int64_t(group) * d.r * d.s + at.first;
-    Samples<L> sum[R][V];
-    UNROLL for (int i = 0; i < R; ++i) {
-        const uint32_t row = row_of<R>(a, group, i);
-        UNROLL for (int v = 0; v < V; ++v) sum[i][v] = splat<L>(a.bias && row != NONE ? a.bias[row] : 0.0f);
-    }
-    for (int run = 0; run < at.runs; ++run, starts += d.s) {
-        for (uint32_t entry = starts[0]; entry < starts[at.taps]; ++entry) {
-            const float* x = from + (at.origin + a.offsets[entry]);
-            const auto value = load_uniform<R>(a.values + int64_t(entry) * R);
-            Samples<L> read[V];
-            UNROLL for (int v = 0; v < V; ++v) read[v] = load<L>(x + v * L);
-            UNROLL for (int i = 0; i < R; ++i)
-                UNROLL for (int v = 0; v < V; ++v) sum[i][v] += read[v] * value[i];
-        }
-    }
-    UNROLL for (int i = 0; i < R; ++i) {
-        const uint32_t row = row_of<R>(a, group, i);
-        if (row == NONE) break;
-        finish<GRADIENT, V, L>(a, row, pixel, n, live, sum[i]);
-    }
-}
-
 // Vectors of samples that a thread of the direct products owns: accumulators and reads fit the registers.
 template <int R>
 constexpr int VECTORS = R == 1 ? 8 : LANES == 16 ? 2 : 1;
-
-template <bool GRADIENT, int R, int V, int L>
-DEVICE void groups(const ConvSparseArgs& a, const Window& at, int group, int end, int pixel, int n) {
-    uint32_t live[V] = {};
-    if (a.bias)
-        UNROLL for (int v = 0; v < V; ++v) live[v] = live_columns<L>(a.columns, int(*a.count), n + v * L);
-    for (; group < end; ++group) product<GRADIENT, R, V, L>(a, at, group, pixel, n, live);
-}
 
 template <bool GRADIENT, int R, int V>
 DEVICE void samples(const ConvSparseArgs& a, const Window& at, int group, int end, int pixel, int n, int last) {

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from torch_cpu import ResNet20  # the same network on both devices
+from torch_cpu import Block, ResNet20  # the same network on both devices
 
 # Channels, image, filters, stride of 3x3 convolutions at batch 128; inputs, outputs and samples of linear layers, of 197
 # tokens each.
@@ -32,13 +32,11 @@ LINEAR = [(192, 576, 8), (192, 768, 8), (768, 192, 8), (384, 1152, 64), (384, 15
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class BasicBlock(nn.Module):
+class ProjectedBlock(Block):
+    """torchvision's: where the shape changes, the shortcut is a convolution."""
+
     def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        super().__init__(inputs, outputs, stride)
         self.downsample = None
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -57,7 +55,7 @@ class ResNet18Cifar(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         widths = [64, 64, 128, 256, 512]
         self.blocks = nn.Sequential(*[
-            BasicBlock(widths[s if b == 0 else s + 1], widths[s + 1], 2 if b == 0 and s > 0 else 1)
+            ProjectedBlock(widths[s if b == 0 else s + 1], widths[s + 1], 2 if b == 0 and s > 0 else 1)
             for s in range(4) for b in range(2)
         ])
         self.fc = nn.Linear(512, 10)

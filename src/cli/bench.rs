@@ -279,7 +279,7 @@ impl Bench {
             let shape = network.computed().conv_shape(layer, self.batch.next_multiple_of(8))?;
             let own = MaskedLayer::new(&shape, &mask);
             let measured = measure(device, &own, &Pass::ALL)?;
-            let packed = !choice.ways.contains(&Way::Dense);
+            let packed = choice.needs_kept_alone();
             let weight_bytes = 4 * if packed { mask.count() } else { mask.len() };
             let lists = Lists::new(device, &own, &choice.ways, packed)?;
             let ms = |seconds: &[f64]| seconds.iter().map(|seconds| 1e3 * seconds).collect();

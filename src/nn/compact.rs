@@ -12,7 +12,7 @@ use ndarray::ArrayD;
 
 use super::liveness::{Liveness, shortcut_source};
 use super::model::{Layer, Model, Parameter, STATISTICS, Shape, ValueId};
-use super::weights::Weights;
+use super::weights::{Form, Weights};
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
@@ -119,10 +119,7 @@ impl Compaction {
         weights.check_against(&whole.file_tensors())?;
         let mut small = Weights { metadata: weights.metadata.clone(), ..Weights::default() };
         let mut put = |name: &str, parameter: usize, shape: &[usize]| {
-            let mut values: Vec<f32> = weights.tensors[name].iter().copied().collect();
-            if let Some(mask) = weights.masks.get(name) {
-                values.iter_mut().zip(mask.iter()).filter(|(_, keep)| !keep).for_each(|(value, _)| *value = 0.0);
-            }
+            let values: Vec<f32> = weights.written(name, &weights.tensors[name], Form::Plain).collect();
             let values = self.gather(parameter, &values);
             let array = ArrayD::from_shape_vec(shape.to_vec(), values).expect("as many as are left");
             small.tensors.insert(name.to_owned(), array);

@@ -10,7 +10,7 @@ use super::compact::Compaction;
 use super::model::{Layer, Model};
 use super::paths::{Choice, Planning, choose};
 use super::plan::{Plan, Use};
-use super::ways::{Lists, MaskedLayer, Way};
+use super::ways::{Lists, MaskedLayer};
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
@@ -52,7 +52,7 @@ impl Layout {
         let mut layers = plan_layers(device, &computed, &compaction, masks, batch, memory_for, planning)?;
         for (planned, layer) in layers.iter_mut().zip(&computed.layers) {
             let (Some(planned), Layer::Conv { weight, .. }) = (planned, layer) else { continue };
-            if !planned.choice.ways.contains(&Way::Dense) {
+            if planned.choice.needs_kept_alone() {
                 planned.packed = true;
                 compaction.pack(*weight, planned.layer.places());
             }

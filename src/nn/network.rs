@@ -11,7 +11,7 @@ use super::model::{Layer, Model, Parameter, ParameterId, ParameterKind, STATISTI
 use super::paths::{Choice, Planning};
 use super::plan::{Fixed, Plan, Use};
 use super::ways::Lists;
-use super::weights::Weights;
+use super::weights::{Form, Weights};
 use crate::device::{Buffer, Device, Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
@@ -50,7 +50,7 @@ pub struct Network {
     compaction: Compaction,
     /// The model of what is computed.
     pub(super) computed: Model,
-    /// What is not computed: the whole tensors as they were loaded; empty where everything is computed.
+    /// The whole tensors as they were loaded, pruned weights as zeros, for what is not stored; empty where everything is.
     rest: BTreeMap<String, ArrayD<f32>>,
     pub(super) plan: Plan,
     /// Samples of a batch, a multiple of 8.
@@ -403,13 +403,11 @@ impl Network {
         self.set_heads(&weights.masks)?;
         self.masks = weights.masks.clone();
         if !self.compaction.is_whole() {
-            let standard =
-                |(name, tensor): (&String, &ArrayD<f32>)| (name.clone(), tensor.as_standard_layout().into_owned());
-            self.rest = weights.tensors.iter().map(standard).collect();
-            for (name, mask) in &weights.masks {
-                let tensor = self.rest.get_mut(name).expect("checked with the weights");
-                tensor.iter_mut().zip(mask.iter()).filter(|(_, keep)| !keep).for_each(|(value, _)| *value = 0.0);
-            }
+            let masked = |(name, tensor): (&String, &ArrayD<f32>)| {
+                let values = weights.written(name, tensor, Form::Plain).collect();
+                (name.clone(), ArrayD::from_shape_vec(tensor.raw_dim(), values).expect("as many as there were"))
+            };
+            self.rest = weights.tensors.iter().map(masked).collect();
         }
         self.set_statistics(|name| weights.tensors.get(name).map(|tensor| tensor.iter().copied().collect()))
     }

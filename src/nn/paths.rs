@@ -123,6 +123,11 @@ impl Choice {
         Choice { ways: (0..passes.len()).map(best).collect(), candidates }
     }
 
+    /// Whether no pass multiplies all weights: their kept ones are all that memory needs to hold.
+    pub fn needs_kept_alone(&self) -> bool {
+        !self.ways.contains(&Way::Dense)
+    }
+
     /// The ways as tables name them: of all passes, or one after the other.
     pub fn name(&self) -> String {
         let mut names: Vec<&str> = self.ways.iter().map(|way| way.name()).collect();

@@ -212,7 +212,12 @@ impl Weights {
     }
 
     /// The weights of a parameter as a form has them: with its mask applied where that is not written.
-    fn written<'a>(&'a self, param: &str, tensor: &'a ArrayD<f32>, form: Form) -> impl Iterator<Item = f32> + 'a {
+    pub(super) fn written<'a>(
+        &'a self,
+        param: &str,
+        tensor: &'a ArrayD<f32>,
+        form: Form,
+    ) -> impl Iterator<Item = f32> + 'a {
         let mask = self.masks.get(param).filter(|_| form == Form::Plain);
         let keeps = move |i| mask.is_none_or(|mask| mask.get(i));
         tensor.iter().enumerate().map(move |(i, &value)| if keeps(i) { value } else { 0.0 })

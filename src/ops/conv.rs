@@ -1,4 +1,4 @@
-//! Convolution, `Y = W X` (`kernels/conv.cu`; on the host, 1x1 ones of stride 1 `kernels/linear.cu`). A linear layer is
+//! Convolution, `Y = W X` (`kernels/conv.cu`; on the host `conv_direct.cu`, 1x1 ones of stride 1 `linear.cu`). A linear layer is
 //! the 1x1 case on a 1x1 image: of tokens with `n` the number of their columns, [`Columns::len`].
 
 use super::linear::{self, LinearShape};
@@ -61,7 +61,7 @@ static WEIGHT_GRADIENT_DIRECT: Kernel<ConvWeightGradientArgs> = Kernel::new("con
 static SUM_SPLITS: Kernel<ConvSumArgs> = Kernel::new("conv_sum_splits_f32");
 static BIAS_GRADIENT: Kernel<ConvBiasGradientArgs> = Kernel::new("conv_bias_gradient_f32");
 
-/// Tile sizes of `kernels/conv.cu`: rows x columns of the products, rows x taps of the weight gradients.
+/// Tile sizes of `kernels/conv.cu` and `conv_direct.cu`: rows x columns of the products, rows x taps of the weight gradients.
 const TILES: [[usize; 2]; 5] = [[16, 256], [32, 256], [64, 64], [64, 128], [128, 128]];
 const GRADIENT_TILES: [[usize; 2]; 4] = [[16, 96], [32, 96], [64, 96], [128, 96]];
 const THREADS: u32 = 256;
@@ -90,12 +90,13 @@ fn tile(rows: usize, columns: usize) -> usize {
         let [height, width] = TILES[tile];
         rows.div_ceil(height) * columns.div_ceil(width) >= PRODUCT_BLOCKS
     };
-    match rows {
-        0..=16 => 0,
-        17..=32 => 1,
-        33..=64 => [3].into_iter().find(fills).unwrap_or(2),
-        _ => [4, 3].into_iter().find(fills).unwrap_or(2),
-    }
+    let (smallest, larger): (usize, &[usize]) = match rows {
+        0..=16 => (0, &[]),
+        17..=32 => (1, &[]),
+        33..=64 => (2, &[3]),
+        _ => (2, &[4, 3]),
+    };
+    larger.iter().copied().find(fills).unwrap_or(smallest)
 }
 
 impl std::fmt::Display for ConvShape {

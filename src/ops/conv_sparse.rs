@@ -1,4 +1,4 @@
-//! Convolution with kept weights alone (`kernels/conv_sparse.cu`): what a pruned weight would multiply is never read.
+//! Convolution with kept weights alone (`kernels/conv_sparse.cu`, on the host `conv_sparse_direct.cu`): what a pruned weight would multiply is never read.
 
 use super::conv::{Bias, ConvShape};
 use super::{Columns, check_len, layouts_of};
@@ -40,7 +40,7 @@ static SCATTER: Kernel<ConvSparseScatterArgs> = Kernel::new("conv_sparse_scatter
 /// Rows of a group that share what they read.
 pub const GROUP_ROWS: usize = 8;
 
-/// Tile sizes of `kernels/conv_sparse.cu`, and its mark for what is not there.
+/// Tile sizes of `kernels/conv_sparse.cu` and `conv_sparse_direct.cu`, and its mark for what is not there.
 const BLOCK_ROWS: usize = 64;
 const BLOCK_SAMPLES: usize = 128;
 const STAGED_COLUMNS: usize = 128;
