@@ -188,7 +188,7 @@ impl Bench {
             rows: vec![step, evaluation],
             model: model.name.clone(),
             batch: self.batch,
-            density: if masks.total() == 0 { 1.0 } else { masks.density() },
+            density: masks.density(),
             device: device.description(),
             threads: rayon::current_num_threads(),
             plan,

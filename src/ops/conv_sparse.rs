@@ -300,23 +300,6 @@ impl KeptWeights {
         Ok(KeptWeights { shape, kept, packed, outputs, inputs, forward, weight_gradient })
     }
 
-    /// The convolution.
-    pub fn shape(&self) -> &ConvShape {
-        &self.shape
-    }
-
-    /// Number of kept weights.
-    pub fn kept(&self) -> usize {
-        self.kept
-    }
-
-    /// Number of weights that a pass multiplies which the lists serve: kept ones, and zeros that stand in groups beside
-    /// them.
-    pub fn multiplied(&self, pass: Pass) -> usize {
-        let list = if pass == Pass::InputGradient { &self.inputs } else { &self.outputs };
-        list.as_ref().map_or(0, |list| list.places.len())
-    }
-
     /// Bytes that the lists take.
     pub fn bytes(&self) -> usize {
         let lists = [&self.outputs, &self.inputs].into_iter().flatten().map(List::bytes).sum::<usize>();
