@@ -5,12 +5,14 @@ pub mod attention;
 pub mod augment;
 pub mod conv;
 pub mod conv_sparse;
+pub mod distances;
 pub mod dropout;
 #[cfg(dilt_sanitize)]
 #[doc(hidden)]
 #[path = "../../tests/faults/faults.rs"]
 pub mod faults;
 pub mod gelu;
+pub mod gw;
 pub mod layer_norm;
 mod linear;
 pub mod loss;
@@ -75,10 +77,12 @@ pub fn layouts() -> Vec<Layout> {
         augment::layouts(),
         conv::layouts(),
         conv_sparse::layouts(),
+        distances::layouts(),
         dropout::layouts(),
         #[cfg(dilt_sanitize)]
         faults::layouts(),
         gelu::layouts(),
+        gw::layouts(),
         layer_norm::layouts(),
         linear::layouts(),
         loss::layouts(),

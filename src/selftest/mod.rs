@@ -8,6 +8,7 @@
 
 mod checks;
 mod convolution;
+mod coupling;
 
 use bytemuck::Pod;
 use rand::Rng;
@@ -51,7 +52,7 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
     for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
         let device = device.with_policy(policy)?;
         let reference = Device::host(HostOptions { policy: other, schedule: None, isa: Some("base") })?;
-        for check in checks::CHECKS.iter().chain(convolution::CHECKS) {
+        for check in checks::CHECKS.iter().chain(convolution::CHECKS).chain(coupling::CHECKS) {
             let (mut got, mut want) = (Trial::new(&device, seed), Trial::new(&reference, seed));
             let (launches, done) = device.trace(|| check(&mut got));
             let compared = done.and_then(|()| check(&mut want)).map(|()| compare(&got.results, &want.results));

@@ -21,6 +21,7 @@ mod faults;
 mod feed;
 mod folder;
 mod gelu;
+mod gw;
 mod idx;
 mod image;
 mod layer_norm;
