@@ -9,6 +9,7 @@ pub mod nn;
 pub mod ops;
 pub mod report;
 pub mod selftest;
+pub mod similarity;
 pub mod ticket;
 pub mod train;
 

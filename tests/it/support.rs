@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use dilt::device::{Device, HostOptions, Policy, Slice};
+use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors};
 
 /// A device under test and what to call it in a failure.
@@ -154,6 +155,12 @@ impl Tensor {
     /// As f32, in PyTorch's layout.
     pub fn f32(&self) -> Vec<f32> {
         self.data.iter().map(|&value| value as f32).collect()
+    }
+
+    /// As a matrix.
+    pub fn matrix(&self) -> Array2<f64> {
+        let [rows, columns] = self.shape[..] else { panic!("expected a matrix, got {:?}", self.shape) };
+        Array2::from_shape_vec((rows, columns), self.data.clone()).unwrap()
     }
 
     /// [N, rest] to [rest, N padded to a multiple of 8 with zeros].
