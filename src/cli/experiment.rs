@@ -5,6 +5,7 @@ use dilt::data::DataSet;
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
 use dilt::ticket::experiment::Experiment;
+use dilt::ticket::report;
 use dilt::ticket::result::Outcome;
 use dilt::ticket::run::RunFolder;
 use dilt::ticket::settings::Repetitions;
@@ -47,8 +48,8 @@ impl ExperimentOptions {
 }
 
 impl Opened<'_> {
-    /// Opens the run folder called `name` and a hash of `settings`, model, recipe and data, does the job in it, and prints
-    /// the outcome.
+    /// Opens the run folder called `name` and a hash of `settings`, model, recipe and data, does the job in it, writes its
+    /// page, and prints the outcome.
     pub fn run(
         &self,
         name: &str,
@@ -72,6 +73,9 @@ impl Opened<'_> {
         progress.say(&format!("run: {} on {}", folder.path().display(), device.description()));
         let (folder, progress, planning) = (&folder, &progress, &planning);
         let outcome = job(&Experiment { device, data, config, recipe, repetitions, folder, planning, progress })?;
-        options.common.print(&outcome, |outcome| format!("{}\n\nrun: {}", outcome.to_table(), outcome.run))
+        let report = report::once(folder, &outcome)?;
+        options.common.print(&outcome, |outcome| {
+            format!("{}\n\nrun: {}\nreport: {}", outcome.to_table(), outcome.run, report.display())
+        })
     }
 }

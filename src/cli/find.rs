@@ -15,6 +15,8 @@ use super::structure::StructureOptions;
 /// Find tickets by a method, retrain each on all data, and score it beside its controls.
 ///
 /// Without options: the disentangled tickets of ResNet-8 on the embedded handwritten digits.
+/// At the end the layers of the first repetition's dense network and tickets (controls and part-i left out) are compared as
+/// by `dilt similarity`: at most 5 of each network, on 64 test images. RUN/report.html shows all of it.
 /// A run that was stopped goes on where it was when the same command is given again. Trainings write checkpoints
 /// every 20 seconds, or as often as the environment variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
@@ -65,6 +67,9 @@ pub struct Find {
     /// Number of repetitions, with seeds from --seed on.
     #[arg(long, default_value_t = 2, help_heading = "Tickets")]
     seeds: usize,
+    /// Do not compare the tickets' layers at the end.
+    #[arg(long, help_heading = "Tickets")]
+    no_similarity: bool,
     #[command(flatten)]
     options: ExperimentOptions,
 }
@@ -88,8 +93,12 @@ impl Find {
         search.check(Some(&partition), &opened.config.build()?, steps)?;
         let repetitions = Repetitions { seeds: self.seeds, first_seed, partition: Some(partition) };
         let method = json!(search.method);
-        let settings = json!({ "settings": Settings { search: &search, repetitions: &repetitions } });
-        opened.run(method.as_str().unwrap_or("find"), &repetitions, settings, |experiment| find(experiment, &search))
+        let mut settings = json!({ "settings": Settings { search: &search, repetitions: &repetitions } });
+        if self.no_similarity {
+            settings["similarity"] = json!(false);
+        }
+        let name = method.as_str().unwrap_or("find");
+        opened.run(name, &repetitions, settings, |experiment| find(experiment, &search, !self.no_similarity))
     }
 
     fn search(&self, partition: &Partition) -> dilt::Result<Search> {

@@ -9,6 +9,8 @@ mod export;
 mod find;
 mod mask;
 mod prune;
+mod report;
+mod similarity;
 mod structure;
 mod train;
 mod transfer;
@@ -48,6 +50,8 @@ enum Command {
     Export(export::Export),
     Assemble(assemble::Assemble),
     Transfer(transfer::Transfer),
+    Similarity(similarity::Similarity),
+    Report(report::Report),
     Bench(bench::Bench),
     Doctor(doctor::Doctor),
 }
@@ -64,6 +68,8 @@ pub fn run() -> anyhow::Result<()> {
         Command::Export(command) => command.run(),
         Command::Assemble(command) => command.run(),
         Command::Transfer(command) => command.run(),
+        Command::Similarity(command) => command.run(),
+        Command::Report(command) => command.run(),
         Command::Bench(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }
@@ -210,28 +216,38 @@ fn model_config(asked: Option<&str>, named: Option<&str>, set: &[String]) -> dil
 impl ModelAndData {
     /// Reads model file and data set. `named` is the model that a weights file says it is of.
     fn load(&self, named: Option<&str>, progress: &Progress) -> dilt::Result<(ModelConfig, DataSet)> {
-        let mut config = model_config(self.model.as_deref(), named, &self.set)?;
-        config = match *self.image_size {
-            [] => config,
-            [size] => config.with_image_size(size, size)?,
-            [height, width] => config.with_image_size(height, width)?,
+        let config = self.config(named)?;
+        let data = self.data(&config, None, progress)?;
+        Ok((config, data))
+    }
+
+    /// Reads the model file.
+    fn config(&self, named: Option<&str>) -> dilt::Result<ModelConfig> {
+        let config = model_config(self.model.as_deref(), named, &self.set)?;
+        match *self.image_size {
+            [] => Ok(config),
+            [size] => config.with_image_size(size, size),
+            [height, width] => config.with_image_size(height, width),
             _ => {
                 let got = &self.image_size;
-                return Err(dilt::Error::Usage(format!("--image-size: expected one or two sizes, got {got:?}")));
+                Err(dilt::Error::Usage(format!("--image-size: expected one or two sizes, got {got:?}")))
             }
-        };
+        }
+    }
+
+    /// Reads the data set for a model: of each split no more than `most` examples, as --limit does.
+    fn data(&self, config: &ModelConfig, most: Option<usize>, progress: &Progress) -> dilt::Result<DataSet> {
         let reading = Reading {
             input: config.image,
             resize: self.resize,
-            limit: self.limit,
+            limit: self.limit.into_iter().chain(most).min(),
             val_split: self.val_split,
             mean: self.mean.clone(),
             std: self.std.clone(),
             skip_broken: self.skip_broken,
             resident_bytes: self.resident.saturating_mul(1 << 20),
         };
-        let data = dilt::data::load(&self.data, &reading, progress)?;
-        Ok((config, data))
+        dilt::data::load(&self.data, &reading, progress)
     }
 }
 

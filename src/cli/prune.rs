@@ -6,11 +6,11 @@ use clap::Args;
 use dilt::device::Device;
 use dilt::mask::Mask;
 use dilt::mask::set::{LayerCount, MaskSet};
+use dilt::nn::names::glob;
 use dilt::nn::names::is_embedding;
 use dilt::nn::weights::Weights;
 use dilt::report::table::table;
 use dilt::ticket::select::{Amount, Scope, remove_smallest};
-use dilt::ticket::settings::glob;
 use serde::Serialize;
 
 use super::Common;

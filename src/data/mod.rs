@@ -85,6 +85,12 @@ impl Examples {
         }
     }
 
+    /// The first of each of `classes` classes, then the second, until there are `count`; in file order. Images have `pixels`
+    /// bytes.
+    pub fn spread(&self, classes: usize, count: usize, pixels: usize) -> Examples {
+        self.select(&first_of_each(&self.labels, classes, count), pixels)
+    }
+
     /// Those with these indices, in this order: images have `pixels` bytes.
     fn select(&self, indices: &[u32], pixels: usize) -> Examples {
         let indices = || indices.iter().map(|&index| index as usize);
@@ -181,7 +187,7 @@ impl DataSet {
         for split in [&mut self.train, &mut self.val, &mut self.test] {
             match &split.images {
                 Pixels::Bytes(_) => split.truncate(limit, pixels),
-                Pixels::Files(_) => *split = split.select(&first_of_each(&split.labels, self.classes, limit), pixels),
+                Pixels::Files(_) => *split = split.spread(self.classes, limit, pixels),
             }
         }
     }

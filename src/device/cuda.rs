@@ -185,6 +185,11 @@ impl Cuda {
         format!("cuda sm_{}{} {}", self.capability.0, self.capability.1, self.name)
     }
 
+    pub(super) fn free_memory(&self) -> Option<usize> {
+        self.enter().ok()?;
+        result::mem_get_info().ok().map(|(free, _)| free)
+    }
+
     pub(super) fn alloc(&self, bytes: usize) -> Result<u64> {
         self.enter()?;
         // SAFETY: the memory is set before anything reads it; the stream waits for nothing else.

@@ -191,6 +191,14 @@ pub(super) fn free(address: u64, bytes: usize) {
     unsafe { dealloc(address as *mut u8, layout) };
 }
 
+/// What Linux says is available; nothing elsewhere.
+pub(super) fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 /// # Safety
 /// `to` is valid for writing `data.len()` bytes.
 pub(super) unsafe fn write(data: &[u8], to: u64) {

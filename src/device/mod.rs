@@ -150,6 +150,14 @@ impl Device {
         }
     }
 
+    /// Bytes of memory that can be allocated now, as far as the system says.
+    pub fn free_memory(&self) -> Option<usize> {
+        match &self.0.backend {
+            Backend::Host(_) => host::free_memory(),
+            Backend::Cuda(cuda) => cuda.free_memory(),
+        }
+    }
+
     /// How kernels are cut into blocks here.
     pub fn policy(&self) -> Policy {
         self.0.policy

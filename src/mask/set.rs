@@ -118,6 +118,16 @@ impl MaskSet {
         self.counts().into_iter().filter(|layer| layer.kept == 0).map(|layer| layer.name).collect()
     }
 
+    /// Kept by both, divided by kept by either; none if neither keeps anything, or their layers differ.
+    pub fn jaccard(&self, other: &MaskSet) -> Option<f64> {
+        self.check_same_layers(other).ok()?;
+        let words =
+            || self.layers.iter().zip(&other.layers).flat_map(|((_, a), (_, b))| a.words().iter().zip(b.words()));
+        let both: u32 = words().map(|(a, b)| (a & b).count_ones()).sum();
+        let either: u32 = words().map(|(a, b)| (a | b).count_ones()).sum();
+        (either > 0).then(|| f64::from(both) / f64::from(either))
+    }
+
     /// All words, one layer after the other.
     fn words(&self) -> Vec<u32> {
         self.layers.iter().flat_map(|(_, mask)| mask.words().iter().copied()).collect()

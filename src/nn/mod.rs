@@ -4,7 +4,7 @@
 //! which features matter under masks, [`compact`] leaves out the others, [`ways`] are those to multiply with kept weights,
 //! among which [`paths`] choose, [`plan`] finds the tensors a place in one arena, [`layout`] is all of that together,
 //! [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
-//! and writes them, [`names`] matches the names of a file to those of a model, [`snapshot`] keeps the state between two steps, [`positions`] fits position embeddings to
+//! and writes them, [`names`] matches the names of a file to those of a model, [`tensors`] reads files that are no weights, [`snapshot`] keeps the state between two steps, [`positions`] fits position embeddings to
 //! images of another size.
 
 pub(crate) mod atomic;
@@ -24,6 +24,7 @@ pub mod positions;
 mod resnet;
 mod shards;
 pub mod snapshot;
+pub mod tensors;
 mod vit;
 pub mod ways;
 pub mod weights;

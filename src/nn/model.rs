@@ -71,7 +71,10 @@ impl Value {
     }
 
     /// The columns of a feature row: one a sample, or one a token.
-    pub(super) fn columns(&self, n: usize) -> Result<Columns> {
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are too many for an index.
+    pub fn columns(&self, n: usize) -> Result<Columns> {
         match self.shape {
             Shape::Image(_) => Columns::samples(n),
             Shape::Tokens { tokens, .. } => Columns::tokens(n, tokens),

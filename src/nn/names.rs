@@ -1,4 +1,4 @@
-//! Matching the names of a file to those of a model.
+//! Matching the names of a file to those of a model, and names to patterns.
 //!
 //! | in the file | in the model |
 //! |---|---|
@@ -206,4 +206,35 @@ fn edit_distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
+}
+
+/// Whether a name matches a pattern, in which `*` stands for any characters and `?` for one.
+pub fn glob(pattern: &str, name: &str) -> bool {
+    // matches[i]: whether the pattern so far matches the first i characters.
+    let name: Vec<char> = name.chars().collect();
+    let mut matches = vec![false; name.len() + 1];
+    matches[0] = true;
+    for p in pattern.chars() {
+        let before = matches.clone();
+        matches[0] = p == '*' && before[0];
+        for (i, &c) in name.iter().enumerate() {
+            matches[i + 1] = if p == '*' { before[i + 1] || matches[i] } else { before[i] && (p == '?' || p == c) };
+        }
+    }
+    matches[name.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::glob;
+
+    #[test]
+    fn patterns_match_whole_names() {
+        assert!(glob("conv1.weight", "conv1.weight"));
+        assert!(glob("*.conv?.weight", "layer1.0.conv2.weight"));
+        assert!(glob("*", ""));
+        assert!(!glob("conv1", "conv1.weight"));
+        assert!(!glob("?", ""));
+        assert!(!glob(&"*a".repeat(30), &"b".repeat(60)));
+    }
 }

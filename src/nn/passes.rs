@@ -38,12 +38,22 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails.
     pub fn forward(&mut self, mode: Mode) -> Result<()> {
+        self.forward_with(mode, |_, _| Ok(()))
+    }
+
+    /// The same; after each layer `done` is told its index in [`Network::computed`] and what it wrote, which later layers
+    /// may write over.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if the device fails; what `done` returns.
+    pub fn forward_with(&mut self, mode: Mode, mut done: impl FnMut(usize, Slice<f32>) -> Result<()>) -> Result<()> {
         for index in 0..self.computed.layers.len() {
             let slot = self.plan.value_slots[self.computed.layers[index].output()];
             // Taken out, so that the others can be read while it is written.
             let mut y = std::mem::take(&mut self.values[slot]);
-            self.layer_forward(index, mode, y.view_mut())?;
+            let written = self.layer_forward(index, mode, y.view_mut()).and_then(|()| done(index, y.view()));
             self.values[slot] = y;
+            written?;
         }
         Ok(())
     }

@@ -37,7 +37,7 @@ pub(super) fn open(path: &Path) -> Result<Vec<Shard>> {
     if path.to_string_lossy().ends_with(INDEX) {
         return open_index(path);
     }
-    let (file, bytes) = open_file(path).map_err(|problem| Error::file(path, problem + "; check --weights/--ticket"))?;
+    let (file, bytes) = open_file(path).map_err(|problem| Error::file(path, problem + "; check its path"))?;
     Ok(vec![Shard::read(path, BufReader::new(file), bytes)?])
 }
 
@@ -63,7 +63,7 @@ fn open_file(path: &Path) -> std::result::Result<(File, u64), String> {
 
 fn open_index(path: &Path) -> Result<Vec<Shard>> {
     let wrong = |problem: String| Error::file(path, problem);
-    let (file, bytes) = open_file(path).map_err(|problem| wrong(problem + "; check --weights/--ticket"))?;
+    let (file, bytes) = open_file(path).map_err(|problem| wrong(problem + "; check its path"))?;
     if bytes > MAX_HEADER_BYTES {
         return Err(wrong(format!(
             "the index has {bytes} bytes: expected at most {MAX_HEADER_BYTES}; download it again"

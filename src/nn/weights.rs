@@ -368,7 +368,7 @@ fn check_pairs<'a>(entries: impl Iterator<Item = &'a Entry>) -> Checked<()> {
 }
 
 /// The elements of a tensor of a float type, as f32. Each F16 and BF16 value is exact, F64 is rounded.
-fn floats(entry: &Entry, bytes: &[u8]) -> Checked<Vec<f32>> {
+pub(super) fn floats(entry: &Entry, bytes: &[u8]) -> Checked<Vec<f32>> {
     // `chunks_exact` gives chunks of exactly N bytes, so the conversion to an array cannot fail.
     fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         bytes.chunks_exact(N).map(|chunk| convert(chunk.try_into().unwrap_or([0; N]))).collect()
@@ -417,7 +417,7 @@ fn check_finite(name: &str, shape: &[usize], values: impl Iterator<Item = f32>) 
 }
 
 /// The index of element `i` of a tensor of `shape` in row-major order.
-fn index(shape: &[usize], mut i: usize) -> Vec<usize> {
+pub(super) fn index(shape: &[usize], mut i: usize) -> Vec<usize> {
     let mut index = vec![0; shape.len()];
     for (at, &size) in index.iter_mut().zip(shape).rev() {
         *at = i % size.max(1);

@@ -52,12 +52,22 @@ impl Progress {
         self.begin(name, total, "images")
     }
 
+    /// A stage that measures `total` layers begins.
+    pub fn layers(&self, name: &str, total: usize) -> Stage {
+        self.begin(name, total, "layers")
+    }
+
+    /// A stage that compares `total` pairs begins.
+    pub fn pairs(&self, name: &str, total: usize) -> Stage {
+        self.begin(name, total, "pairs")
+    }
+
     fn begin(&self, name: &str, total: usize, unit: &'static str) -> Stage {
         let number = self.stages.fetch_add(1, Ordering::Relaxed) + 1;
         let shown = self.verbosity > Verbosity::Quiet;
         let terminal = std::io::stderr().is_terminal();
         let bar = if shown && terminal { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
-        let template = format!("{{elapsed_precise}} {{bar:24}} {{pos:>5}}/{{len}} {unit}  {{wide_msg}}");
+        let template = format!("{{elapsed_precise}} {{bar:24}} {{pos:>5}}/{{len}} {unit}  {{eta}} left  {{wide_msg}}");
         bar.set_style(ProgressStyle::with_template(&template).expect("a constant template").progress_chars("=> "));
         bar.set_message(name.to_owned());
         Stage {

@@ -1,19 +1,25 @@
 //! How similar layers are, by the distances between their activations on the same probe images.
 //!
 //! A layer has a distance matrix `C` `[n, n]` of n probes ([`distances`]): symmetric, zero diagonal, divided by its largest
-//! element, since Gromov-Wasserstein is not free of scale.
+//! element, since Gromov-Wasserstein is not free of scale; [`representations`] brings layers of networks and files there.
 //! Two layers are compared by [`gw`], the Gromov-Wasserstein value, which takes many pairs at a time and has [`exact`]
 //! improve what it finds, and beside it by [`cka`], linear CKA and the value of the coupling that leaves each probe where it
-//! is. [`modules`] divides layers into groups by such values.
+//! is. [`modules`] divides layers into groups by such values. [`compare`] does all of that, [`store`] keeps pairs that are
+//! finished, [`show`] and [`output`] say what came out.
 
 pub mod assignment;
 pub mod cka;
+pub mod compare;
 pub mod distances;
 pub mod exact;
 pub mod gw;
 pub mod linear;
 pub mod modules;
+pub mod output;
 pub mod plans;
+pub mod representations;
+pub mod show;
+pub mod store;
 pub mod transport;
 
 use ndarray::ArrayView2;

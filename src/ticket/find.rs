@@ -10,19 +10,23 @@ use super::result::Outcome;
 use super::rows::{Rows, repeat};
 use super::settings::{Algebra, Method, Search};
 use super::structure::{Scores, Structured};
-use super::{controls, lth};
+use super::{controls, lth, similarity};
 use crate::error::Result;
 use crate::mask::set::MaskSet;
 
-/// Finds tickets, retrains and scores them.
+/// Finds tickets, retrains and scores them; `compared`, the layers of the first repetition's are compared too.
 ///
 /// # Errors
 /// [`crate::Error::Usage`] if the settings do not fit; errors of trainings and files.
-pub fn find(experiment: &Experiment, search: &Search) -> Result<Outcome> {
+pub fn find(experiment: &Experiment, search: &Search, compared: bool) -> Result<Outcome> {
     repeat(experiment, |seed, rows| {
         let repetition = Repetition::of_search(experiment, search, seed)?;
         let tickets = find_in(&repetition, search, rows)?;
-        tickets.iter().try_for_each(|ticket| rows.judge(&repetition, ticket))
+        tickets.iter().try_for_each(|ticket| rows.judge(&repetition, ticket))?;
+        if compared && seed == experiment.repetitions.first_seed {
+            rows.add_similarity(similarity::of_tickets(&repetition, &tickets)?);
+        }
+        Ok(())
     })
 }
 

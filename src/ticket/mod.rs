@@ -3,7 +3,8 @@
 //! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder; [`lth`],
 //! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`], [`assemble`] and [`transfer`] put them together into
 //! [`rows`], which become a [`result`]. [`select`] is the exact choice by magnitude that all share;
-//! [`heads`] counts what masks keep of attention heads.
+//! [`heads`] counts what masks keep of attention heads; [`similarity`] compares the layers of a search's tickets; [`report`] is
+//! the page of a run.
 
 pub mod assemble;
 pub mod controls;
@@ -12,10 +13,12 @@ pub mod find;
 pub mod heads;
 pub mod lth;
 pub mod parts;
+pub mod report;
 pub mod result;
 pub mod rows;
 pub mod run;
 pub mod select;
 pub mod settings;
+pub mod similarity;
 pub mod structure;
 pub mod transfer;

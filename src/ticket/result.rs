@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::experiment::TicketScore;
-use crate::report::table::table;
+use crate::report::table::Grid;
+use crate::similarity::compare::Similarity;
 
 /// The tickets whose heads are shown.
 const OWN_TICKETS: [&str; 5] = ["core", "union", "colt", "lth", "ticket"];
@@ -19,6 +20,9 @@ pub struct Outcome {
     pub overlap: Option<OverlapMean>,
     /// Tickets x parts of the test examples.
     pub matrix: Matrix,
+    /// How similar the layers of the first repetition's tickets are, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub similarity: Option<Similarity>,
 }
 
 /// A ticket over all repetitions.
@@ -168,6 +172,22 @@ impl Matrix {
 impl Outcome {
     /// The tables that `dilt find` prints.
     pub fn to_table(&self) -> String {
+        let mut text = self.tickets_grid().to_text();
+        if let Some(overlap) = &self.overlap {
+            text += &format!("\n\n{}\n\n{}", overlap.sentence(), overlap.layers_grid().to_text());
+        }
+        if let Some(heads) = self.heads_grid() {
+            text += &format!("\n\nDensity of each attention head, mean over the repetitions:\n\n{}", heads.to_text());
+        }
+        if let Some(similarity) = &self.similarity {
+            let (modules, differences) = (similarity.modules_text(), similarity.differences_grid().to_text());
+            text += &format!("\n\n{modules}\n\nWhere tickets differ most:\n\n{differences}");
+        }
+        text
+    }
+
+    /// Each ticket with its accuracy on all test examples and on each part's.
+    pub fn tickets_grid(&self) -> Grid {
         let mut columns = vec!["ticket".to_owned(), "density".into(), "top-1 %".into(), "± s.e.".into()];
         columns.extend(self.matrix.parts.iter().flat_map(|part| [format!("{part} %"), "own outputs".into()]));
         let percent = |fraction: f64| format!("{:.2}", fraction * 100.0);
@@ -179,25 +199,11 @@ impl Outcome {
             cells.extend(row.all.iter().zip(&row.restricted).flat_map(|(all, own)| [percent(*all), percent(*own)]));
             cells
         });
-        let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
-        let mut text = table(&columns, rows);
-        if let Some(overlap) = &self.overlap {
-            text += &format!(
-                "\n\nThe parts' masks share {:.3} of what any keeps (Jaccard); independent masks would share {:.3}.\n\n",
-                overlap.jaccard, overlap.chance
-            );
-            let layers = overlap.layers.iter();
-            let rows = layers.map(|l| vec![l.name.clone(), format!("{:.3}", l.jaccard), format!("{:.3}", l.chance)]);
-            text += &table(&["layer", "Jaccard", "chance"], rows);
-        }
-        if let Some(heads) = self.heads_table() {
-            text += &format!("\n\nDensity of each attention head, mean over the repetitions:\n\n{heads}");
-        }
-        text
+        Grid::new(columns).with_rows(rows)
     }
 
     /// What the tickets keep of each attention head: of those of the method itself, not of its controls.
-    fn heads_table(&self) -> Option<String> {
+    pub fn heads_grid(&self) -> Option<Grid> {
         let shown = self.tickets.iter().filter(|ticket| OWN_TICKETS.contains(&ticket.name.as_str()));
         let shown: Vec<_> = shown.filter(|ticket| ticket.matched.is_none()).collect();
         let layers = &shown.first()?.seeds[0].score.heads;
@@ -216,6 +222,22 @@ impl Outcome {
         let heads = layers.iter().map(|layer| layer.density.len()).max()?;
         let mut columns = vec!["layer".to_owned(), "ticket".into()];
         columns.extend((0..heads).map(|head| format!("head {head}")));
-        Some(table(&columns.iter().map(String::as_str).collect::<Vec<_>>(), rows))
+        Some(Grid::new(columns).with_rows(rows))
+    }
+}
+
+impl OverlapMean {
+    /// Overlap beside chance, in words.
+    pub fn sentence(&self) -> String {
+        let OverlapMean { jaccard, chance, .. } = self;
+        format!(
+            "The parts' masks share {jaccard:.3} of what any keeps (Jaccard); independent masks would share {chance:.3}."
+        )
+    }
+
+    /// The same for each layer.
+    pub fn layers_grid(&self) -> Grid {
+        let row = |l: &LayerOverlapMean| vec![l.name.clone(), format!("{:.3}", l.jaccard), format!("{:.3}", l.chance)];
+        Grid::new(["layer", "Jaccard", "chance"]).with_rows(self.layers.iter().map(row))
     }
 }

@@ -5,6 +5,7 @@ use super::result::{LayerOverlapMean, Matrix, Outcome, OverlapMean, SeedScore, T
 use super::run::StageFolder;
 use crate::error::Result;
 use crate::mask::set::Overlap;
+use crate::similarity::compare::Similarity;
 
 /// What the repetitions found so far.
 #[derive(Default)]
@@ -13,6 +14,7 @@ pub struct Rows {
     /// Names of the parts.
     parts: Vec<String>,
     overlaps: Vec<Overlap>,
+    similarity: Option<Similarity>,
 }
 
 /// A ticket of all repetitions so far.
@@ -37,7 +39,8 @@ pub fn repeat(experiment: &Experiment, mut repetition: impl FnMut(u64, &mut Rows
     experiment.repetitions.seeds().try_for_each(|seed| repetition(seed, &mut rows))?;
     let overlap = mean_overlap(&rows.overlaps);
     let tickets: Vec<TicketRow> = rows.tickets.into_iter().map(TicketInSeeds::sum_up).collect();
-    let outcome = Outcome { run, matrix: Matrix::new(rows.parts, &tickets), tickets, overlap };
+    let matrix = Matrix::new(rows.parts, &tickets);
+    let outcome = Outcome { run, matrix, tickets, overlap, similarity: rows.similarity };
     experiment.folder.finish(&outcome)?;
     Ok(outcome)
 }
@@ -75,6 +78,11 @@ impl Rows {
     /// Adds what the parts' masks of a repetition have in common.
     pub fn add_overlap(&mut self, overlap: Overlap) {
         self.overlaps.push(overlap);
+    }
+
+    /// Adds how similar the layers of a repetition's tickets are.
+    pub fn add_similarity(&mut self, similarity: Similarity) {
+        self.similarity = Some(similarity);
     }
 }
 

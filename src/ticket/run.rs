@@ -6,8 +6,10 @@
 //!   config.json     everything that the hash is of
 //!   machine.json    what the run's bits depend on beside that: version, device, instruction set
 //!   result.json     the result, once everything is done
+//!   report.html     the page that shows it
 //!   seed_<s>/search/<stage>/     trainings that masks come from
 //!   seed_<s>/tickets/<ticket>/   ticket.safetensors, weights.safetensors, metrics.csv, score.json
+//!   seed_<s>/similarity/         similarity.json; until that is there, pairs.jsonl
 //! ```
 //!
 //! Files appear by atomic rename. A stage begins with "if its output exists, it is done", so a run that was killed at
@@ -65,6 +67,20 @@ impl RunFolder {
         Ok(folder)
     }
 
+    /// Opens the folder of a run that was begun before.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is no run folder; [`Error::Run`] if another process works in it.
+    pub fn existing(path: &Path) -> Result<Self> {
+        if !path.join("config.json").is_file() {
+            let problem = "no run folder: it has no config.json; expected a folder that `dilt find`, `dilt transfer` or \
+                           `dilt assemble` printed";
+            return Err(Error::file(path, problem));
+        }
+        let lock = lock(path)?;
+        Ok(RunFolder { path: path.into(), _lock: lock })
+    }
+
     fn check_machine(&self, machine: &Value, allow_change: bool) -> Result<()> {
         if self.path.join("result.json").exists() {
             return Ok(()); // Nothing will be computed.
@@ -109,6 +125,27 @@ impl RunFolder {
         self.write_text("result.json", &to_json(result)?)
     }
 
+    /// The settings of the run, as JSON.
+    ///
+    /// # Errors
+    /// [`Error::File`] if they cannot be read.
+    pub fn settings(&self) -> Result<Value> {
+        Ok(read_json(&self.path.join("config.json"))?.unwrap_or_default())
+    }
+
+    /// The page that shows the result.
+    pub fn report(&self) -> PathBuf {
+        self.path.join("report.html")
+    }
+
+    /// Writes that page.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be written.
+    pub fn write_report(&self, html: &str) -> Result<()> {
+        write_text(&self.report(), html)
+    }
+
     /// The folder of a training that masks come from.
     ///
     /// # Errors
@@ -123,6 +160,14 @@ impl RunFolder {
     /// [`Error::File`] if it cannot be made.
     pub fn ticket(&self, seed: u64, name: &str) -> Result<StageFolder> {
         self.stage(format!("seed_{seed}/tickets/{name}"))
+    }
+
+    /// The folder of the comparison of a repetition's tickets.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be made.
+    pub fn similarity(&self, seed: u64) -> Result<StageFolder> {
+        self.stage(format!("seed_{seed}/similarity"))
     }
 
     fn stage(&self, relative: String) -> Result<StageFolder> {
@@ -190,6 +235,29 @@ impl StageFolder {
     /// A file of this folder, relative to the run.
     pub fn relative(&self, path: &Path) -> String {
         format!("{}/{}", self.relative, path.file_name().unwrap_or_default().to_string_lossy())
+    }
+
+    /// Pairs of layers that are compared already.
+    pub fn pairs(&self) -> PathBuf {
+        self.path.join("pairs.jsonl")
+    }
+
+    /// How similar layers are, if they were compared.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be read.
+    pub fn similarity<T: DeserializeOwned>(&self) -> Result<Option<T>> {
+        read_json(&self.path.join("similarity.json"))
+    }
+
+    /// Writes how similar layers are, and forgets the single pairs.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be written.
+    pub fn write_similarity(&self, similarity: &impl Serialize) -> Result<()> {
+        write_text(&self.path.join("similarity.json"), &to_json(similarity)?)?;
+        remove_quietly(self.pairs());
+        Ok(())
     }
 
     /// How the ticket did, if it was evaluated.

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::nn::model::{Model, Parameter, ParameterKind};
+use crate::nn::names::glob;
 
 /// Most levels of a search.
 const MOST_LEVELS: usize = 1000;
@@ -179,35 +180,4 @@ pub fn check_levels(levels: usize) -> Result<()> {
 
 fn refuse<T>(option: &str, expected: &str, got: impl Display) -> Result<T> {
     Err(Error::Usage(format!("{option}: expected {expected}, got {got}")))
-}
-
-/// Whether a name matches a pattern, in which `*` stands for any characters and `?` for one.
-pub fn glob(pattern: &str, name: &str) -> bool {
-    // matches[i]: whether the pattern so far matches the first i characters.
-    let name: Vec<char> = name.chars().collect();
-    let mut matches = vec![false; name.len() + 1];
-    matches[0] = true;
-    for p in pattern.chars() {
-        let before = matches.clone();
-        matches[0] = p == '*' && before[0];
-        for (i, &c) in name.iter().enumerate() {
-            matches[i + 1] = if p == '*' { before[i + 1] || matches[i] } else { before[i] && (p == '?' || p == c) };
-        }
-    }
-    matches[name.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::glob;
-
-    #[test]
-    fn patterns_match_whole_names() {
-        assert!(glob("conv1.weight", "conv1.weight"));
-        assert!(glob("*.conv?.weight", "layer1.0.conv2.weight"));
-        assert!(glob("*", ""));
-        assert!(!glob("conv1", "conv1.weight"));
-        assert!(!glob("?", ""));
-        assert!(!glob(&"*a".repeat(30), &"b".repeat(60)));
-    }
 }

@@ -18,7 +18,7 @@ use crate::ops::step::{StepTables, step_begin, step_end};
 /// # Errors
 /// As [`evaluate`].
 pub fn refresh_statistics(network: &mut Network, data: &Labelled, batch: usize) -> Result<()> {
-    pass(network, data, batch, Mode::Train, |_, _, _| Ok(()))
+    pass(network, data, batch, |network, _, _| network.forward(Mode::Train))
 }
 
 /// Sums of the magnitudes of what each row of each convolution and linear layer puts out, over all examples, by name of
@@ -28,7 +28,8 @@ pub fn refresh_statistics(network: &mut Network, data: &Labelled, batch: usize) 
 /// As [`evaluate`].
 pub fn row_magnitudes(network: &mut Network, data: &Labelled, batch: usize) -> Result<BTreeMap<String, Vec<f64>>> {
     let mut sums: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    pass(network, data, batch, Mode::Train, |network, _, _| {
+    pass(network, data, batch, |network, _, _| {
+        network.forward(Mode::Train)?;
         for layer in &network.model().layers {
             let &Layer::Conv { weight, output, .. } = layer else { continue };
             let magnitudes = network.feature_magnitudes(output)?;
@@ -41,14 +42,26 @@ pub fn row_magnitudes(network: &mut Network, data: &Labelled, batch: usize) -> R
     Ok(sums)
 }
 
-/// Goes over the examples in file order, forward. After each batch `done` is told the network, the row of the batch
+/// Shows a network, whose batches have room for all examples, all of them at once; `done` is told of each layer's output as
+/// [`Network::forward_with`] tells it, with running statistics.
+///
+/// # Errors
+/// As [`evaluate`]; what `done` returns.
+pub fn observe(
+    network: &mut Network,
+    data: &Labelled,
+    mut done: impl FnMut(usize, Slice<f32>) -> Result<()>,
+) -> Result<()> {
+    pass(network, data, data.len(), |network, _, _| network.forward_with(Mode::Evaluate, &mut done))
+}
+
+/// Goes over the examples in file order. With each batch in its input, `forward` is given the network, the row of the batch
 /// in device memory, and its number of true samples.
 fn pass(
     network: &mut Network,
     data: &Labelled,
     batch: usize,
-    mode: Mode,
-    mut done: impl FnMut(&mut Network, Slice<u32>, usize) -> Result<()>,
+    mut forward: impl FnMut(&mut Network, Slice<u32>, usize) -> Result<()>,
 ) -> Result<()> {
     data.check_fits(network.model().image, network.model().classes)?;
     let device = network.device().clone();
@@ -67,8 +80,7 @@ fn pass(
         feed.step()?;
         step_begin(&device, state.view(), tables, network.batch().current)?;
         feed.load(&state, network)?;
-        network.forward(mode)?;
-        done(network, state.slice(0..1), samples as usize)?;
+        forward(network, state.slice(0..1), samples as usize)?;
         step_end(&device, state.view_mut())?;
     }
     Ok(())
@@ -101,7 +113,8 @@ pub fn evaluate(network: &mut Network, data: &Labelled, batch: usize, with_logit
     let (mut loss, mut top1, mut top5) = (device.alloc::<f32>(rows)?, device.alloc(rows)?, device.alloc(rows)?);
     let shape = LossShape::new(classes, batch)?;
     let (mut logits, mut counts) = (Vec::new(), Vec::new());
-    pass(network, data, batch, Mode::Evaluate, |network, step, samples| {
+    pass(network, data, batch, |network, step, samples| {
+        network.forward(Mode::Evaluate)?;
         let head = network.head();
         let input = LossInput { logits: head.logits, labels: head.labels, count: head.count, step, smoothing: 0.0 };
         let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };

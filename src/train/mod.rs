@@ -16,7 +16,7 @@ mod recipe;
 mod run;
 
 pub use checkpoint::Checkpoint;
-pub use evaluate::{Score, evaluate, refresh_statistics, row_magnitudes};
+pub use evaluate::{Score, evaluate, observe, refresh_statistics, row_magnitudes};
 pub use labelled::{Images, Labelled};
 pub use metrics::MetricsFile;
 pub use recipe::{Augmentation, MOST_SAMPLES, Recipe, Schedule};

@@ -211,7 +211,7 @@ fn a_state_dict_pruned_by_pytorch_trains_evaluates_and_prunes() {
 fn the_tickets_of_a_run_are_understood_by_every_command() {
     let folder = tempfile::tempdir().unwrap();
     let result = json(folder.path(), &with(&["find", "--levels", "2", "--seeds", "1"], SMALL));
-    assert_eq!(keys(&result), ["matrix", "overlap", "run", "tickets"]);
+    assert_eq!(keys(&result), ["matrix", "overlap", "run", "similarity", "tickets"]);
     let row_keys = ["density", "files", "matched", "method", "name", "seeds", "top1", "top1_std"];
     for row in result["tickets"].as_array().unwrap() {
         assert_eq!(keys(row), row_keys);

@@ -39,6 +39,7 @@ mod prune;
 mod resume;
 mod row_map;
 mod similarity;
+mod similarity_cli;
 mod similarity_modules;
 mod step;
 mod structure;
