@@ -1,5 +1,5 @@
-//! Single operations on the shapes of ResNet-20 at batch 128 and of vision transformers, f32, augmentation at 224 too, and
-//! exact selection of 1M and 25M weights.
+//! Single operations on the shapes of ResNet-20 at batch 128 and of vision transformers, f32, augmentation at 224 too,
+//! exact selection of 1M and 25M weights, and couplings of 256 and 512 probes.
 //!
 //! `cargo bench --bench ops [FILTER]`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set).
 //! Convolutions report floating point operations per second (elem/s), the others bytes read and written.
@@ -17,6 +17,8 @@ use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_
 use dilt::ops::conv_sparse::{
     Kept, KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
+use dilt::ops::distances::{DistanceShape, Metric, distance_matrix, pitch};
+use dilt::ops::gw::{Couplings, Layers, Start, Step};
 use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
@@ -27,6 +29,7 @@ use dilt::ops::norm::{
 use dilt::ops::optimizer::{OptimizerInput, Sgd, sgd_step};
 use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
+use ndarray::Array2;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -301,6 +304,36 @@ impl Bench<'_> {
         });
         Ok(())
     }
+
+    /// Between all probes; three operations a pair and a feature.
+    fn distances(&mut self, features: usize, n: usize) -> dilt::Result<()> {
+        let shape = DistanceShape { features, columns: n, n };
+        let x = self.tensor(features * n);
+        let (mut scratch, mut c) = (self.tensor(shape.scratch_len()), self.tensor(n * pitch(n)));
+        let mut largest = self.tensor(n + 1);
+        let operations = Throughput::Elements((3 * features * n * n / 2) as u64);
+        self.time(&format!("distances of {n} probes, {features} features"), operations, |device| {
+            let (scratch, c, largest) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
+            distance_matrix(device, &shape, Metric::Euclidean, x.view(), scratch, c, largest)
+        });
+        Ok(())
+    }
+
+    /// A proximal step of couplings of `n` probes with 50 Sinkhorn iterations; two operations a multiplication.
+    fn couplings(&mut self, n: usize, count: usize) -> dilt::Result<()> {
+        let x = numbers(2 * n);
+        let layer = |x: &[f32]| Array2::from_shape_fn((n, n), |(i, j)| (x[i] - x[j]).abs() / 2.0);
+        let layers = [layer(&x[..n]), layer(&x[n..])];
+        let layers = Layers::new(&self.device, &layers.each_ref().map(Array2::view))?;
+        let mut couplings = Couplings::new(&self.device, &layers, &vec![([0, 1], Start::Product); count])?;
+        let step = Step { epsilon: 0.1, iterations: 50, tolerance: -1.0, enough: None };
+        couplings.begin(&self.device, &step)?;
+        let operations = Throughput::Elements((count * (4 * n * n * n + 50 * 4 * n * n)) as u64);
+        self.time(&format!("proximal step of {count} couplings of {n}"), operations, |device| {
+            couplings.step(device, &step)
+        });
+        Ok(())
+    }
 }
 
 fn main() -> dilt::Result<()> {
@@ -338,6 +371,9 @@ fn main() -> dilt::Result<()> {
     bench.sgd(1_000_000)?;
     bench.prune(1_000_000)?;
     bench.prune(25_000_000)?;
+    bench.distances(16 * 32 * 32, 512)?;
+    bench.couplings(256, 28)?;
+    bench.couplings(512, 28)?;
     bench.group.finish();
     Ok(())
 }

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Gromov-Wasserstein between all pairs of layers: dilt beside POT's batched solver, on the same cores.
+
+    python3 benches/peers/pot_gw.py DILT [--probes 256] [--threads 2] [--rounds 2] [--out FILE]
+
+Needs POT 0.9.7, numpy and safetensors. Eight layers see the same probes: a random ReLU network of four, noisy classes and
+their projection, points on a sphere and their projection. dilt's time is that of `dilt similarity` from its start to its end,
+distances, CKA, modules and exact refinement included; POT's that of ot.batch.solve_gromov_batch alone, f64, distance matrices
+given, from the product: with its defaults, whose tolerance of 1e-5 for a plan of 1/n^2 ends most pairs after the first steps, and
+with --tolerance. POT's plans are rounded to feasible ones (Altschuler et al. 2017) before their value is taken, as a plan with
+wrong sums may have a value below any coupling's. Runs alternate; times are medians. Prints JSON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+arguments.add_argument("dilt", help="the program")
+arguments.add_argument("--probes", type=int, default=256)
+arguments.add_argument("--threads", type=int, default=2)
+arguments.add_argument("--rounds", type=int, default=1)
+arguments.add_argument("--tolerance", type=float, default=1e-7, help="of POT, beside its default")
+arguments.add_argument("--out", help="write the JSON to this file too")
+arguments = arguments.parse_args()
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ[variable] = str(arguments.threads)
+
+import numpy as np  # noqa: E402
+import ot  # noqa: E402
+import ot.batch  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+
+
+def layers(n):
+    """Representations [n, features] of one set of probes."""
+    rng = np.random.default_rng(7)
+    made = {}
+    x = rng.normal(size=(n, 20))
+    x[: n // 3] += 2.5
+    for number, width in enumerate((48, 64, 40, 80)):
+        drawn = rng.normal(size=(x.shape[1], width)) / np.sqrt(x.shape[1]) * 1.3
+        x = np.maximum(x @ drawn + 0.3 * rng.normal(size=width), 0)
+        made[f"relu{number}"] = x
+    classes = np.eye(10)[rng.integers(0, 10, n)]
+    made["classes"] = 3 * classes + 0.15 * rng.normal(size=(n, 10))
+    made["classes_projected"] = 3 * classes @ rng.normal(size=(10, 64)) + 0.3 * rng.normal(size=(n, 64))
+    x = rng.normal(size=(n, 8))
+    made["sphere"] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    made["sphere_projected"] = np.maximum(made["sphere"] @ rng.normal(size=(8, 30)), 0)
+    return {name: value.astype(np.float32) for name, value in sorted(made.items())}
+
+
+def distances(x):
+    c = np.sqrt(np.maximum(ot.dist(x.astype(float), x.astype(float), metric="sqeuclidean"), 0))
+    np.fill_diagonal(c, 0)
+    return c / c.max()
+
+
+def rounded(t):
+    p, q = 1 / t.shape[0], 1 / t.shape[1]
+    t = t * np.minimum(1, p / t.sum(1))[:, None]
+    t = t * np.minimum(1, q / t.sum(0))
+    a, b = p - t.sum(1), q - t.sum(0)
+    return t + np.outer(a, b) / max(a.sum(), 1e-300)
+
+
+def value(c1, c2, t):
+    return float((c1**2).mean() + (c2**2).mean() - 2 * ((c1 @ t @ c2) * t).sum())
+
+
+def pot(matrices, pairs, **settings):
+    first, second = (np.stack([matrices[pair[side]] for pair in pairs]) for side in (0, 1))
+    begun = time.perf_counter()
+    plans = ot.batch.solve_gromov_batch(first, second, symmetric=True, **settings).plan
+    seconds = time.perf_counter() - begun
+    return seconds, [value(matrices[i], matrices[j], rounded(plan)) for (i, j), plan in zip(pairs, plans)]
+
+
+def dilt(file, pairs):
+    begun = time.perf_counter()
+    command = [arguments.dilt, "similarity", "--representations", file, "--device", "host", "--json", "-q"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    seconds = time.perf_counter() - begun
+    found = json.loads(done.stdout)
+    place = {name: index for index, name in enumerate(found["layers"])}
+    return seconds, [found["gw"][place[names[i]]][place[names[j]]] for i, j in pairs]
+
+
+made = layers(arguments.probes)
+names = list(made)
+matrices = [distances(made[name]) for name in names]
+pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+with tempfile.TemporaryDirectory() as folder:
+    file = os.path.join(folder, "layers.safetensors")
+    save_file(made, file)
+    runs = {
+        "dilt": lambda: dilt(file, pairs),
+        "pot_default": lambda: pot(matrices, pairs),
+        "pot": lambda: pot(matrices, pairs, tol=arguments.tolerance),
+    }
+    times, values = {name: [] for name in runs}, {}
+    for _ in range(arguments.rounds):
+        for name, run in runs.items():
+            seconds, values[name] = run()
+            times[name].append(seconds)
+            print(f"{name}: {seconds:.2f} s", file=sys.stderr)
+mine = values.pop("dilt")
+
+
+def beside(name):
+    ratios = [own / max(theirs, 1e-12) for own, theirs in zip(mine, values[name])]
+    return {
+        "times_as_fast": statistics.median(times[name]) / statistics.median(times["dilt"]),
+        "value_ratio": {"median": statistics.median(ratios), "most": max(ratios), "least": min(ratios)},
+        "not_above": sum(ratio <= 1 + 1e-6 for ratio in ratios),
+    }
+
+
+result = {
+    "probes": arguments.probes,
+    "pairs": len(pairs),
+    "threads": arguments.threads,
+    "tolerance": arguments.tolerance,
+    "seconds": times,
+    "beside": {name: beside(name) for name in values},
+    "values": [
+        {"layers": [names[i], names[j]], "dilt": own, **{name: values[name][at] for name in values}}
+        for at, ((i, j), own) in enumerate(zip(pairs, mine))
+    ],
+    "pot": ot.__version__,
+    "numpy": np.__version__,
+    "python": platform.python_version(),
+    "cpu": next((line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")), ""),
+}
+print(json.dumps(result))
+if arguments.out:
+    pathlib.Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
