@@ -15,7 +15,7 @@ use dilt::similarity::compare::{
 };
 use dilt::similarity::distances::Metric;
 use dilt::similarity::gw::Options;
-use dilt::similarity::output::write;
+use dilt::similarity::output::Place;
 use dilt::similarity::representations::{
     FileTensor, Measuring, Output, check_patterns, outputs, scratch_bytes, tensors_of,
 };
@@ -71,10 +71,11 @@ pub struct Similarity {
     sigma: Option<f64>,
     #[command(flatten)]
     solver: Solver,
-    /// Folder for tables, matrices, heat maps and a page that shows them, and for finished pairs.
-    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    /// Folder for matrices, heat maps and a page that shows them, and for finished pairs; or, for matrices alone, a file
+    /// that ends with .json or .safetensors.
+    #[arg(long, value_name = "DIR|FILE", help_heading = "Output")]
     out: Option<PathBuf>,
-    /// Write the distance matrix of each layer to similarity.safetensors too.
+    /// Write the distance matrix of each layer to the safetensors file too.
     #[arg(long, requires = "out", help_heading = "Output")]
     save_distances: bool,
     /// Refuse to take more memory, in MiB; what is free if not given.
@@ -175,7 +176,8 @@ impl Similarity {
         let for_pairs =
             self.check_memory(&device, Self::measuring_bytes(&device, &networks, &files, images, n)?, &sizes)?;
         // Opened before anything is computed: if it cannot be, nothing is lost.
-        let mut store = self.out.as_deref().map(open_store).transpose()?;
+        let place = self.out.as_deref().map(Place::new);
+        let mut store = place.as_ref().map(open_store).transpose()?;
 
         let measuring = Measuring { metric: self.distance.metric(), pooled: self.pool };
         let mut measured = Vec::new();
@@ -200,15 +202,15 @@ impl Similarity {
         let comparing =
             Comparing { measuring, solver, clusters: self.clusters, sigma: self.sigma, seed: self.common.seed };
         let found = compare(&device, &measured, &comparing, store.as_mut(), &progress, "pairs of layers")?;
-        if let Some(out) = &self.out {
-            write(out, &found, self.save_distances.then_some(&measured[..]))?;
+        if let Some(place) = &place {
+            place.write(&found, self.save_distances.then_some(&measured[..]))?;
         }
         let out = self.out.as_ref().map(|out| out.to_string_lossy().into_owned());
         let report = Report { found, device: device.description(), out };
         self.common.print(&report, |report| {
             let table = report.found.to_table();
-            match &self.out {
-                Some(out) => format!("{table}\n\n{}", out.join("similarity.html").display()),
+            match &place {
+                Some(place) => format!("{table}\n\n{}", place.shown().display()),
                 None => table,
             }
         })
@@ -222,6 +224,11 @@ impl Similarity {
         }
         if self.clusters == Some(0) {
             return refuse("--clusters: expected at least 1, got 0".into());
+        }
+        if self.save_distances && self.out.as_deref().is_some_and(|out| out.extension() == Some("json".as_ref())) {
+            return refuse(
+                "--save-distances: expected a folder or a .safetensors file as --out, got a .json file".into(),
+            );
         }
         let positive = [("--sigma", self.sigma.unwrap_or(1.0)), ("--epsilon", epsilon)];
         if let Some((option, got)) = positive.iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
@@ -311,10 +318,9 @@ impl Distance {
 }
 
 /// Makes the folder, and opens the pairs in it.
-fn open_store(out: &Path) -> dilt::Result<PairStore> {
-    let cannot = |error| dilt::Error::file(out, format!("cannot be made: {error}; choose another --out"));
-    std::fs::create_dir_all(out).map_err(cannot)?;
-    PairStore::open(&out.join("pairs.jsonl"))
+fn open_store(place: &Place) -> dilt::Result<PairStore> {
+    place.make_folder()?;
+    PairStore::open(&place.pairs())
 }
 
 /// Short names for files: the first part of their paths, from the end, in which all differ, without ending; numbers if

@@ -1,7 +1,8 @@
 //! The files of a comparison.
 
+use std::ffi::OsStr;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
@@ -10,24 +11,82 @@ use crate::error::{Error, Result};
 use crate::nn::atomic::write_atomically;
 use crate::report::page::Page;
 
-/// Writes `similarity.json`, `similarity.safetensors`, `similarity.html` and a file for each heat map into a folder.
-///
-/// The safetensors file holds `gw`, `cka` and `identity`, F64 `[layers, layers]`, NaN where something is not defined, the
-/// layers' names as JSON in its metadata, and, of the layers that are given, `distances/NAME`, F32 `[n, n]`.
-///
-/// # Errors
-/// [`Error::File`] if a file cannot be written.
-pub fn write(folder: &Path, similarity: &Similarity, distances: Option<&[MeasuredNetwork]>) -> Result<()> {
+/// Where a comparison is written.
+pub enum Place {
+    /// Numbers alone, in one file: its name ends with `.json` or `.safetensors`.
+    File(PathBuf),
+    /// Everything: numbers, heat maps and a page that shows them.
+    Folder(PathBuf),
+}
+
+impl Place {
+    /// The file or folder of this name.
+    pub fn new(path: &Path) -> Self {
+        match path.extension().and_then(OsStr::to_str) {
+            Some("json" | "safetensors") if !path.is_dir() => Place::File(path.into()),
+            _ => Place::Folder(path.into()),
+        }
+    }
+
+    /// Makes the folder that it lies in, or is.
+    ///
+    /// # Errors
+    /// [`Error::File`] if that cannot be made.
+    pub fn make_folder(&self) -> Result<()> {
+        let folder = match self {
+            Place::File(file) => file.parent().unwrap_or(file),
+            Place::Folder(folder) => folder,
+        };
+        let cannot = |error| Error::file(folder, format!("cannot be made: {error}; choose another --out"));
+        if folder.as_os_str().is_empty() { Ok(()) } else { std::fs::create_dir_all(folder).map_err(cannot) }
+    }
+
+    /// Where finished pairs are kept.
+    pub fn pairs(&self) -> PathBuf {
+        match self {
+            Place::File(file) => file.with_extension("pairs.jsonl"),
+            Place::Folder(folder) => folder.join("pairs.jsonl"),
+        }
+    }
+
+    /// What a person opens.
+    pub fn shown(&self) -> PathBuf {
+        match self {
+            Place::File(file) => file.clone(),
+            Place::Folder(folder) => folder.join("similarity.html"),
+        }
+    }
+
+    /// Writes the file, or into the folder `similarity.json`, `similarity.safetensors`, `similarity.html` and a file for
+    /// each heat map.
+    ///
+    /// A safetensors file holds `gw`, `cka` and `identity`, F64 `[layers, layers]`, NaN where something is not defined, the
+    /// layers' names as JSON in its metadata, and, of the layers that are given, `distances/NAME`, F32 `[n, n]`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if a file cannot be written.
+    pub fn write(&self, similarity: &Similarity, distances: Option<&[MeasuredNetwork]>) -> Result<()> {
+        let distances = distances.unwrap_or_default();
+        let folder = match self {
+            Place::File(file) if file.extension() == Some(OsStr::new("json")) => return write_json(file, similarity),
+            Place::File(file) => return write_tensors(file, similarity, distances),
+            Place::Folder(folder) => folder,
+        };
+        write_json(&folder.join("similarity.json"), similarity)?;
+        write_tensors(&folder.join("similarity.safetensors"), similarity, distances)?;
+        for picture in similarity.pictures() {
+            write_bytes(&folder.join(format!("{}.svg", picture.name)), picture.svg.as_bytes())?;
+        }
+        let mut page = Page::new("Similarity of layers");
+        similarity.add_to(&mut page);
+        write_bytes(&self.shown(), page.to_html().as_bytes())
+    }
+}
+
+fn write_json(path: &Path, similarity: &Similarity) -> Result<()> {
     let json = serde_json::to_string_pretty(similarity)
         .map_err(|error| Error::Run(format!("cannot be written as JSON: {error}")))?;
-    write_bytes(&folder.join("similarity.json"), json.as_bytes())?;
-    write_tensors(&folder.join("similarity.safetensors"), similarity, distances.unwrap_or_default())?;
-    for picture in similarity.pictures() {
-        write_bytes(&folder.join(format!("{}.svg", picture.name)), picture.svg.as_bytes())?;
-    }
-    let mut page = Page::new("Similarity of layers");
-    similarity.add_to(&mut page);
-    write_bytes(&folder.join("similarity.html"), page.to_html().as_bytes())
+    write_bytes(path, json.as_bytes())
 }
 
 fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -410,6 +410,25 @@ fn finished_pairs_are_not_solved_again() {
 }
 
 #[test]
+fn numbers_alone_go_to_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    three(folder.path(), "r");
+    let args = ["similarity", "--representations", "r", "-q", "--out"];
+    let told = json(folder.path(), &[&args[..], &["new/sim.json"]].concat());
+    let written: Value = serde_json::from_slice(&std::fs::read(folder.path().join("new/sim.json")).unwrap()).unwrap();
+    assert_eq!((&written["gw"], &written["layers"]), (&told["gw"], &told["layers"]));
+    json(folder.path(), &[&args[..], &["sim.safetensors", "--save-distances"]].concat());
+    let bytes = std::fs::read(folder.path().join("sim.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("gw").unwrap().shape(), [3, 3]);
+    assert_eq!(file.names().iter().filter(|name| name.starts_with("distances/")).count(), 3);
+    let mut files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    files.sort();
+    assert_eq!(files, ["new", "r", "sim.pairs.jsonl", "sim.safetensors"]);
+    fails(folder.path(), &[&args[..], &["sim.json", "--save-distances"]].concat(), 2, &["--save-distances", ".json"]);
+}
+
+#[test]
 fn a_comparison_killed_at_any_moment_ends_with_the_same_files() {
     let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
