@@ -165,9 +165,6 @@ BARRIER_FREE_KERNEL(representation_f32, RepresentationArgs, THREADS) {
     }
 }
 
-// The larger one, and a NaN for good.
-DEVICE float larger(float x, float y) { return y > x || y != y ? y : x; }
-
 DEVICE double squared(const DistanceMatrixArgs& a, int i, int j) {
     const float* d = a.squared + (i < j ? i * a.squared_pitch + j : j * a.squared_pitch + i);
     double sum = 0.0;

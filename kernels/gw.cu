@@ -88,7 +88,8 @@ DEVICE void product(const GwArgs& a, ProductStage& stage, int thread, int column
 template <int GROUPS, int WARPS, int HELD>
 struct Scaling {
     static constexpr int COLUMNS = GROUPS * 128;
-    static constexpr int BATCH = GROUPS < 16 && HELD == 0 ? 2 : 1;  // rows that a warp sums at a time: more do not fit the registers
+    // Rows that a warp sums at a time: more do not fit the registers.
+    static constexpr int BATCH = GROUPS < 16 && HELD == 0 ? 2 : 1;
     static constexpr int THREADS = WARPS * 32;
     struct Shared {
         float u[COLUMNS];

@@ -108,8 +108,7 @@ DEVICE bool ends(const GwArgs& a, const Coupling& c) {
     return end;
 }
 
-// The larger one, and of single numbers a NaN for good.
-DEVICE float larger(float x, float y) { return y > x || y != y ? y : x; }
+// Lane by lane the larger one; a NaN may be lost.
 template <int L>
 DEVICE Samples<L> larger(const Samples<L>& x, const Samples<L>& y) {
     return where_at_most<L>(y, x, x, y);

@@ -215,6 +215,8 @@ struct LayoutArgs {
     uint32_t* out;
 };
 
+// The larger one, and a NaN for good.
+DEVICE float larger(float x, float y) { return y > x || y != y ? y : x; }
 DEVICE int min32(int x, int y) { return x < y ? x : y; }
 DEVICE int64_t min64(int64_t x, int64_t y) { return x < y ? x : y; }
 DEVICE int64_t max64(int64_t x, int64_t y) { return x > y ? x : y; }

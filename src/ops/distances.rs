@@ -80,7 +80,7 @@ impl RepresentationShape {
     }
 }
 
-/// What [`squared_distances`] compares: probes as columns of one matrix, after `splits` of its rows.
+/// What [`distance_matrix`] compares: probes as columns of a matrix, whose rows are features.
 #[derive(Clone, Copy, Debug)]
 pub struct DistanceShape {
     /// Rows of x.

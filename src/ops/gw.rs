@@ -112,6 +112,11 @@ impl Layers {
         sizes.iter().map(|&n| (n + quantiles + 1) * pitch(n) * size_of::<f32>()).sum()
     }
 
+    /// What the value of a coupling with exact sums has beside its products.
+    fn constant(&self, pair: [usize; 2]) -> f64 {
+        pair.iter().map(|&layer| self.squares[layer]).sum()
+    }
+
     fn of(&self, pair: [usize; 2]) -> [usize; 2] {
         pair.map(|layer| self.sizes[layer])
     }
@@ -147,8 +152,8 @@ pub enum Start {
 /// How a coupling's step is taken.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
-    /// Regularisation: the step minimises <L(T'), T'> linearised, plus epsilon / 2 times KL(T' | T), half of what POT calls
-    /// epsilon.
+    /// Regularisation, as POT counts it: the step minimises <2 L(T), T'> + epsilon KL(T' | T), half of which is the value
+    /// linearised.
     pub epsilon: f32,
     /// Iterations of Sinkhorn, at most.
     pub iterations: usize,
@@ -211,7 +216,7 @@ impl<'a> Couplings<'a> {
         let slot = sizes().map(|[n1, n2]| n1 * pitch(n2)).max().unwrap_or(0);
         let most = sizes().flatten().max().unwrap_or(0);
         let pairs: Vec<u32> = sought.iter().flat_map(|&([x, y], start)| [x as u32, y as u32, start as u32]).collect();
-        let constants: Vec<f64> = sought.iter().map(|&([x, y], _)| layers.squares[x] + layers.squares[y]).collect();
+        let constants: Vec<f64> = sought.iter().map(|&(pair, _)| layers.constant(pair)).collect();
         let count = sought.len();
         Ok(Couplings {
             layers,
@@ -347,7 +352,7 @@ impl<'a> Couplings<'a> {
         unsafe { device.launch(&ROUND, round, &args)? };
         self.product(device, &RIGHT, &args)?;
         self.product(device, &VALUE, &args)?;
-        let constants = self.sought.iter().map(|&([x, y], _)| self.layers.squares[x] + self.layers.squares[y]);
+        let constants = self.sought.iter().map(|&(pair, _)| self.layers.constant(pair));
         let partial = device.read(self.partial.view())?;
         let sums = partial.chunks(side * side).map(|tiles| tiles.iter().sum::<f64>());
         Ok(constants.zip(sums).map(|(constant, sum)| constant - 2.0 * sum).collect())

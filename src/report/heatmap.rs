@@ -182,7 +182,7 @@ impl Axis {
 }
 
 /// A value in three digits or so.
-pub fn short(value: f64) -> String {
+fn short(value: f64) -> String {
     match value.abs() {
         0.0 => "0".into(),
         size if size < 0.001 => format!("{value:.0e}"),
