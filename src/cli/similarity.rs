@@ -13,12 +13,10 @@ use dilt::nn::weights::Weights;
 use dilt::similarity::compare::{
     Comparing, EPSILON, ITERATIONS, MeasuredNetwork, Need, REFINE_UP_TO, STEPS, Similarity as Found, compare,
 };
-use dilt::similarity::distances::Metric;
+use dilt::similarity::distances::{Metric, measuring_bytes};
 use dilt::similarity::gw::Options;
 use dilt::similarity::output::Place;
-use dilt::similarity::representations::{
-    FileTensor, Measuring, Output, check_patterns, outputs, scratch_bytes, tensors_of,
-};
+use dilt::similarity::representations::{FileTensor, Measuring, Output, check_patterns, outputs, tensors_of};
 use dilt::similarity::store::PairStore;
 use dilt::train::{Images, Labelled, MOST_SAMPLES};
 use serde::Serialize;
@@ -264,13 +262,17 @@ impl Similarity {
     ) -> dilt::Result<usize> {
         let mut most = 0;
         for Planned { model, outputs, .. } in networks {
-            let value = |output: &Output| model.values[model.layers[output.layer].output()].elements(n);
-            let scratch = outputs.iter().map(|output| scratch_bytes(value(output), n)).max().unwrap_or(0);
+            // As if each were copied, padding too: at most that.
+            let scratch = |output: &Output| {
+                let elements = model.values[model.layers[output.layer].output()].elements(n);
+                size_of::<f32>() * elements + measuring_bytes(elements / n, n)
+            };
+            let scratch = outputs.iter().map(scratch).max().unwrap_or(0);
             most = most.max(Plan::new(device, model, n, Use::Evaluate)?.bytes + images + scratch);
         }
         for FileTensor { n, features, .. } in files.iter().flat_map(|file| &file.tensors) {
             // As it is read, in the order of the device, and there.
-            most = most.max(3 * size_of::<f32>() * n * features + scratch_bytes(0, *n));
+            most = most.max(3 * size_of::<f32>() * n * features + measuring_bytes(*features, *n));
         }
         Ok(most)
     }

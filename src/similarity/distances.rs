@@ -6,8 +6,8 @@ pub use crate::ops::distances::Metric;
 
 use crate::device::{Device, Slice};
 use crate::error::{Error, Result};
-use crate::ops::Columns;
 use crate::ops::distances::{DistanceShape, RepresentationShape, distance_matrix, pitch, representation};
+use crate::ops::{Columns, SAMPLE_ALIGNMENT};
 
 /// What a layer says of `n` probes, where it lies in a device's memory: `[features, positions, columns]` for images, whose
 /// positions are pixels and whose columns are samples; `[features, columns]` for tokens, where positions is 1.
@@ -32,6 +32,12 @@ pub struct Distances {
     pub matrix: Array2<f32>,
     /// The largest distance before the division; 0 if all probes look alike.
     pub largest: f32,
+}
+
+/// Bytes that [`measure`] takes beside a representation of so many features, and its copy where it is pooled or of tokens.
+pub fn measuring_bytes(features: usize, n: usize) -> usize {
+    let shape = DistanceShape { features, columns: n.next_multiple_of(SAMPLE_ALIGNMENT), n };
+    size_of::<f32>() * (shape.scratch_len() + n * pitch(n) + n + 1)
 }
 
 /// Measures distances: of all values of a probe one after the other, or (`pooled`) of their means over positions, tokens

@@ -180,11 +180,6 @@ fn none_matches<'a>(patterns: &[String], names: impl Iterator<Item = &'a str>) -
     format!("--layers '{patterns}': no such layer; expected one of {names}, or a pattern")
 }
 
-/// Bytes beside a network, or a file's tensor, while an output of so many elements is measured on n probes.
-pub fn scratch_bytes(elements: usize, n: usize) -> usize {
-    size_of::<f32>() * (elements + 4 * n * n)
-}
-
 impl Measuring {
     /// Name of the metric.
     pub fn metric_name(&self) -> &'static str {
