@@ -7,6 +7,7 @@ pub mod error;
 pub mod mask;
 pub mod nn;
 pub mod ops;
+pub mod profile;
 pub mod report;
 pub mod selftest;
 pub mod similarity;

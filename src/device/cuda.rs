@@ -12,6 +12,7 @@ use cudarc::driver::{result, sys};
 use super::host::Recorded;
 use super::kernel::{CUDA_IMAGES, KERNEL_FILES, host_kernel};
 use crate::error::{Error, Result};
+use crate::profile::range;
 
 pub(super) struct Cuda {
     index: usize,
@@ -248,6 +249,7 @@ impl Cuda {
         self.enter()?;
         match work {
             Recorded::Launch { kernel, launch, args } => {
+                let _range = range(kernel);
                 let function = self
                     .functions
                     .get(kernel)

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::kernel::{ArgBytes, HOST_SETS, host_kernel};
 use super::{Launch, Policy, fiber};
 use crate::error::{Error, Result};
+use crate::profile::range;
 
 /// Memory is aligned so that a row of samples starts on a cache line, on any machine.
 const ALIGNMENT: usize = 256;
@@ -123,7 +124,10 @@ impl Host {
 
     pub(super) fn run(&self, work: &Recorded) -> Result<()> {
         match work {
-            Recorded::Launch { kernel, launch, args } => self.launch(kernel, *launch, args).map_err(Error::Device),
+            Recorded::Launch { kernel, launch, args } => {
+                let _range = range(kernel);
+                self.launch(kernel, *launch, args).map_err(Error::Device)
+            }
             // SAFETY: the caller of Device::copy and Device::zero holds views of both ranges, which do not overlap
             // since one of them is exclusive.
             Recorded::Copy { from, to, bytes } => unsafe {

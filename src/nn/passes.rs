@@ -25,6 +25,7 @@ use crate::ops::tokens::{
     EmbedGradients, EmbedParameters, embed_backward, embed_forward, patches_forward, token_pool_backward,
     token_pool_forward,
 };
+use crate::profile::range;
 
 /// Added to a batch norm's variance before its root is taken; PyTorch's default.
 const NORM_EPSILON: f32 = 1e-5;
@@ -51,11 +52,16 @@ impl Network {
             let slot = self.plan.value_slots[self.computed.layers[index].output()];
             // Taken out, so that the others can be read while it is written.
             let mut y = std::mem::take(&mut self.values[slot]);
+            let _range = range(format_args!("{} forward", self.layer_name(index)));
             let written = self.layer_forward(index, mode, y.view_mut()).and_then(|()| done(index, y.view()));
             self.values[slot] = y;
             written?;
         }
         Ok(())
+    }
+
+    fn layer_name(&self, index: usize) -> &str {
+        &self.computed.values[self.computed.layers[index].output()].name
     }
 
     fn layer_forward(&mut self, index: usize, mode: Mode, y: SliceMut<f32>) -> Result<()> {
@@ -174,6 +180,7 @@ impl Network {
             // What no parameter comes before has no gradient.
             let Some(slot) = self.plan.gradient_slots[self.computed.layers[index].output()] else { continue };
             let dy = std::mem::take(&mut self.value_gradients[slot]);
+            let _range = range(format_args!("{} backward", self.layer_name(index)));
             self.layer_backward(index, dy.view())?;
             self.value_gradients[slot] = dy;
         }

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::profile::{Range, range};
+
 /// How much is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verbosity {
@@ -34,6 +36,7 @@ pub struct Stage {
     begun: Instant,
     job_begun: Instant,
     lines: bool,
+    _range: Range,
 }
 
 impl Progress {
@@ -79,6 +82,7 @@ impl Progress {
             begun: Instant::now(),
             job_begun: self.begun,
             lines: shown && !terminal,
+            _range: range(name),
         }
     }
 

@@ -11,6 +11,7 @@ use crate::nn::model::Layer;
 use crate::nn::network::{Mode, Network};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepTables, step_begin, step_end};
+use crate::profile::range;
 
 /// Moves the running statistics to those of the network as it is: one pass over the examples in file order, with the
 /// batches' statistics, and without a step of the optimizer.
@@ -107,6 +108,7 @@ pub struct Score {
 /// [`Error::Usage`] if the data does not fit the network; [`Error::Run`] if the loss is not finite; [`Error::Launch`]
 /// if the device fails.
 pub fn evaluate(network: &mut Network, data: &Labelled, batch: usize, with_logits: bool) -> Result<Score> {
+    let _range = range("evaluation");
     let classes = network.model().classes;
     let device = network.device().clone();
     let (examples, rows) = (data.len(), data.len().div_ceil(batch));

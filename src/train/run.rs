@@ -10,6 +10,7 @@ use crate::nn::network::{Mode, Network};
 use crate::nn::snapshot::Snapshot;
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::step::{StepTables, step_begin, step_end};
+use crate::profile::range;
 
 /// Most steps of a chunk: after so many the host looks at the losses, and a NaN stops the run.
 const MOST_ROWS: usize = 256;
@@ -127,8 +128,14 @@ impl<'a> Training<'a> {
         let (total, per_epoch) = (self.total_steps(), self.recipe.steps_per_epoch(self.data.len()));
         self.feed.begin(self.batches(from))?;
         let (mut step, mut before) = (from, Snapshot::new(network)?);
+        let mut profiled = None;
         while step < total {
             let epoch = step / per_epoch;
+            if step == from || step % per_epoch == 0 {
+                // The last epoch's range ends before the next one begins.
+                drop(profiled.take());
+                profiled = Some(range(format_args!("epoch {epoch}")));
+            }
             let rows = self.rows.min(total - step).min((epoch + 1) * per_epoch - step);
             before.take(network)?;
             let chunk = self.chunk(network, step, rows)?;
@@ -183,7 +190,8 @@ impl<'a> Training<'a> {
         device.write(&rate, tables.rate.slice_mut(0..rows))?;
         device.write(&corrections, tables.corrections.slice_mut(0..2 * rows))?;
         self.feed.chunk(rows)?;
-        for _ in 0..rows {
+        for step in first_step..first_step + rows {
+            let _range = range(format_args!("step {step}"));
             self.feed.step()?;
             match &self.graph {
                 Some(graph) => graph.replay()?,

@@ -35,6 +35,8 @@ mod optimizer;
 mod partition;
 mod pointwise;
 mod pool;
+#[cfg(feature = "nvtx")]
+mod profile;
 mod prune;
 mod resume;
 mod row_map;
