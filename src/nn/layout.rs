@@ -30,7 +30,7 @@ pub struct Layout {
 
 /// A layer that multiplies under a mask.
 pub(super) struct PlannedLayer {
-    layer: MaskedLayer,
+    pub(super) layer: MaskedLayer,
     pub(super) choice: Choice,
     packed: bool,
 }

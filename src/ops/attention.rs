@@ -98,6 +98,13 @@ impl AttentionShape {
         self.heads as usize * self.columns.len()
     }
 
+    /// Multiply-adds of one product of all heads, such as that of queries and keys.
+    pub fn multiply_adds(&self) -> usize {
+        let [heads, head_dim, tokens, n] =
+            [self.heads, self.head_dim, self.columns.tokens, self.columns.n].map(|x| x as usize);
+        heads * head_dim * tokens * tokens * n
+    }
+
     /// 1 / sqrt(head_dim).
     fn scale(&self) -> f32 {
         (1.0 / f64::from(self.head_dim).sqrt()) as f32

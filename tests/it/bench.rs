@@ -92,6 +92,74 @@ fn a_random_ticket_and_a_dense_network_need_no_file() {
 }
 
 #[test]
+fn single_operations_are_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let list = json(folder.path(), &["bench", "--op", "list"]);
+    let small =
+        ["c=3,h=5,w=5,k=4,n=9", "c=3,h=5,w=5,n=9", "d=8,t=5,n=3", "heads=2,head_dim=8,t=5,n=3", "elements=1000"];
+    for op in list["rows"].as_array().unwrap() {
+        let name = op["name"].as_str().unwrap();
+        let keys_of = |shape: &str| -> Vec<String> {
+            shape.split(',').map(|size| size.split('=').next().unwrap().to_owned()).collect()
+        };
+        let known = keys_of(op["shape"].as_str().unwrap());
+        let shape = match name {
+            "prune" => "elements=1000,remove=10",
+            "couplings" => "probes=10,count=2,iterations=3",
+            _ => small.iter().find(|shape| keys_of(shape).iter().all(|key| known.contains(key))).unwrap(),
+        };
+        let result = json(folder.path(), &["bench", "--op", name, "--shape", shape, "--runs", "3", "-q"]);
+        assert_eq!(keys(&result), ["device", "flushed_bytes", "rows", "runs", "threads"]);
+        let row = &result["rows"][0];
+        assert_eq!(row["name"], name);
+        let sizes: Vec<&str> = row["shape"].as_str().unwrap().split(',').collect();
+        assert!(shape.split(',').all(|size| sizes.contains(&size)), "{row}");
+        let [low, ms, high] = ["ms_p10", "ms", "ms_p90"].map(|key| row[key].as_f64().unwrap());
+        assert!(0.0 < low && low <= ms && ms <= high, "{row}");
+        let rates = ["gflop_per_second", "gb_per_second"].map(|key| row.get(key).map(|rate| rate.as_f64().unwrap()));
+        assert!(rates.iter().flatten().count() > 0 && rates.iter().flatten().all(|&rate| rate > 0.0), "{row}");
+    }
+    let text = output(folder.path(), &["bench", "--op", "norm_forward", "--shape", small[1], "--runs", "1"]);
+    assert!(["c=3,h=5,w=5,n=9", "GB/s", "caches are cold"].iter().all(|part| text.contains(part)), "{text}");
+}
+
+#[test]
+fn an_operation_without_sense_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |op: &str, shape: &str, says: &[&str]| {
+        fails(folder.path(), &["bench", "--device", "host", "--op", op, "--shape", shape], 2, says);
+    };
+    refused("conv", "c=3", &["--op", "conv_forward, conv_input_gradient", "got 'conv'"]);
+    refused("conv_forward", "c=3,q=5", &["--shape of conv_forward", "c, h, w, k, r, s, stride, pad, n", "got 'q'"]);
+    refused("conv_forward", "stride=x", &["stride", "whole number", "got 'x'"]);
+    refused("conv_forward", "k=0", &["k: expected", "from 1 to", "got '0'"]);
+    refused("conv_forward", "r=99", &["--shape c=64", "filter"]);
+    refused("prune", "elements=10,remove=11", &["remove", "at most elements, 10, got 11"]);
+    refused("couplings", "probes=3000", &["probes", "2048", "3000"]);
+    fails(folder.path(), &["bench", "--op", "prune", "--batch", "8"], 2, &["cannot be used with"]);
+    fails(folder.path(), &["bench", "--shape", "c=3"], 2, &["--op"]);
+    let beyond = ["bench", "--device", "host", "--op", "attention_forward", "--shape", "heads=60000,t=65536"];
+    fails(folder.path(), &beyond, 1, &["MiB"]);
+}
+
+#[test]
+fn what_a_step_moves_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let result = json(folder.path(), &["bench", "--bytes", "--model", "resnet20", "--batch", "128", "-q"]);
+    assert_eq!(keys(&result), ["batch", "device", "model", "rows"]);
+    let rows = result["rows"].as_array().unwrap();
+    assert_eq!(rows[0]["name"], "training step");
+    for key in ["gflop", "forward_mb", "backward_mb", "update_mb", "mb"] {
+        let numbers: Vec<f64> = rows.iter().map(|row| row[key].as_f64().unwrap()).collect();
+        let sum: f64 = numbers[1..].iter().sum();
+        assert!((numbers[0] - sum).abs() < 1e-9 * sum, "{key}: {} of {sum}", numbers[0]);
+    }
+    let text = output(folder.path(), &["bench", "--bytes", "-q"]);
+    assert!(["layer1.0.conv1", "optimizer", "GFLOP per image"].iter().all(|part| text.contains(part)), "{text}");
+    fails(folder.path(), &["bench", "--bytes", "--kernels"], 2, &["cannot be used with"]);
+}
+
+#[test]
 fn a_bench_without_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     fails(folder.path(), &["bench", "--random-ticket", "1.5"], 2, &["--random-ticket", "1.5"]);

@@ -48,6 +48,7 @@ mod structure;
 mod support;
 mod tickets;
 mod tokens;
+mod traffic;
 mod training;
 mod transfer;
 mod transformer;

@@ -52,8 +52,10 @@ fn ranges_of_a_training_lie_one_inside_the_other() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     std::fs::write(folder.join("recorder.cpp"), RECORDER).unwrap();
-    let built =
-        Command::new("c++").current_dir(folder).args(["-shared", "-fPIC", "-o", "recorder.so", "recorder.cpp"]).status();
+    let built = Command::new("c++")
+        .current_dir(folder)
+        .args(["-shared", "-fPIC", "-o", "recorder.so", "recorder.cpp"])
+        .status();
     assert!(built.unwrap().success());
     let mut training = dilt(folder, &[&["train", "--out", "w", "--device", "host"], SMALL].concat());
     training.env("NVTX_INJECTION64_PATH", folder.join("recorder.so")).env("RECORDED", folder.join("ranges"));

@@ -1,5 +1,8 @@
 //! `dilt bench`: what a ticket gains over its dense network, and where.
 
+mod op;
+mod traffic;
+
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -8,10 +11,12 @@ use dilt::device::Device;
 use dilt::mask::Mask;
 use dilt::mask::set::MaskSet;
 use dilt::nn::init;
+use dilt::nn::layout::Layout;
 use dilt::nn::model::{Layer, Model};
 use dilt::nn::network::{Mode, Network};
 use dilt::nn::paths::measure;
 use dilt::nn::plan::Use;
+use dilt::nn::traffic::training_step;
 use dilt::nn::ways::{Lists, MaskedLayer, Way};
 use dilt::nn::weights::Weights;
 use dilt::ops::conv_sparse::Pass;
@@ -21,10 +26,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use super::{Common, ModelAndData};
+use crate::cli::{Common, ModelAndData};
 
 /// Measure a network, or a ticket beside its dense network: a training step, an evaluated batch, memory; with --plan
-/// layer by layer.
+/// layer by layer; with --bytes what it has to compute and to move; with --op a single operation.
 ///
 /// A step is forward pass, backward pass and optimizer on random numbers, captured once and replayed, without loading
 /// data. The ticket and its dense network take turns; times are medians.
@@ -43,12 +48,24 @@ pub struct Bench {
     /// Show the kernels of a training step, each with the number of its launches and their time.
     #[arg(long)]
     kernels: bool,
+    /// Show what a training step has to compute and to move, in all and layer by layer, counted from shapes: nothing is
+    /// measured.
+    #[arg(long, conflicts_with_all = ["plan", "kernels"])]
+    bytes: bool,
+    /// Measure one operation by itself, on random numbers and with cold caches; list shows them all with their sizes.
+    #[arg(long, value_name = "NAME", conflicts_with_all = [
+        "ticket", "random_ticket", "plan", "kernels", "bytes", "batch", "model", "set", "image_size", "data",
+    ])]
+    op: Option<String>,
+    /// Sizes of the operation, each its own default if not given.
+    #[arg(long, value_name = "KEY=SIZE,...", value_delimiter = ',', requires = "op")]
+    shape: Vec<String>,
     /// Samples of a batch.
     #[arg(long, default_value_t = 128)]
     batch: usize,
-    /// Steps of which the median is taken.
-    #[arg(long, default_value_t = 10)]
-    runs: usize,
+    /// Steps of which the median is taken, 10 if not given; of an operation, 30.
+    #[arg(long)]
+    runs: Option<usize>,
     #[command(flatten)]
     target: ModelAndData,
     #[command(flatten)]
@@ -135,11 +152,14 @@ impl LayerPlan {
 
 impl Bench {
     pub fn run(&self) -> anyhow::Result<()> {
-        if !(1..=MOST_SAMPLES).contains(&self.batch) || self.runs == 0 {
-            let (batch, runs) = (self.batch, self.runs);
+        if !(1..=MOST_SAMPLES).contains(&self.batch) || self.runs == Some(0) {
+            let (batch, runs) = (self.batch, self.runs());
             let message =
                 format!("expected --batch from 1 to {MOST_SAMPLES} and --runs of at least 1, got {batch}, {runs}");
             return Err(dilt::Error::Usage(message).into());
+        }
+        if let Some(op) = &self.op {
+            return op::run(op, &self.shape, self.runs.unwrap_or(30), &self.common);
         }
         let file = self.ticket.as_deref().map(Weights::load).transpose()?;
         let named = file.as_ref().and_then(|weights| weights.metadata.get("model"));
@@ -157,6 +177,13 @@ impl Bench {
             _ => self.random(&model, dense.clone())?,
         };
         let device = self.common.open()?;
+        if self.bytes {
+            let (memory_for, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
+            let layout = Layout::new(&device, &model, &weights.masks, self.batch, memory_for, &planning)?;
+            let clip = recipe.clip_norm.is_some();
+            let step = training_step(&device, &layout, self.batch, memory_for, clip)?;
+            return traffic::show(&step, &model.name, self.batch, &device, &self.common);
+        }
         // The network itself last; before it, of a ticket, its dense network.
         let tickets: Vec<&Weights> = if weights.masks.is_empty() { vec![&weights] } else { vec![&dense, &weights] };
         let open = |memory_for: Use| -> anyhow::Result<Vec<Network>> {
@@ -197,6 +224,10 @@ impl Bench {
             bytes,
         };
         self.common.print(&result, to_table)
+    }
+
+    fn runs(&self) -> usize {
+        self.runs.unwrap_or(10)
     }
 
     /// Initial weights under random masks, if they are asked for.
@@ -241,7 +272,7 @@ impl Bench {
             work(network)?;
             graphs.push((device.capture(|| work(network))?, Vec::new()));
         }
-        for run in 0..=self.runs {
+        for run in 0..=self.runs() {
             for (graph, taken) in &mut graphs {
                 let begin = device.event()?;
                 graph.replay()?;

@@ -1,0 +1,306 @@
+//! What a training step has to compute and to move, counted from shapes: operations of products, and bytes that kernels
+//! read from and write to the device's memory.
+//!
+//! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
+//! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
+//! the norm) and writes y. Padded samples and tokens count as others do, but in attention's products. Left out are vectors of an element a feature (biases, γ,
+//! β, statistics), embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or
+//! attention; what attention computes again in its backward pass is not counted twice.
+
+use std::iter::Sum;
+use std::ops::Add;
+
+use super::layout::{Layout, PlannedLayer};
+use super::model::{Layer, ValueId};
+use super::plan::Use;
+use super::ways::Way;
+use crate::device::{Device, Policy};
+use crate::error::Result;
+use crate::ops::SAMPLE_ALIGNMENT;
+use crate::ops::attention::AttentionShape;
+use crate::ops::conv::ConvShape;
+use crate::ops::layer_norm::LayerNormShape;
+use crate::ops::tokens::TokenPool;
+
+/// Bytes of an element of activations, weights and gradients.
+const ELEMENT: usize = size_of::<f32>();
+/// Bytes of what says which weight a kept one is.
+const PLACE: usize = size_of::<u32>();
+
+/// What some kernels have to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Floating point operations of products, two a multiply-add.
+    pub flop: usize,
+    /// Bytes read.
+    pub read: usize,
+    /// Bytes written.
+    pub written: usize,
+}
+
+impl Work {
+    /// Reads and writes so many elements.
+    pub fn elements(read: usize, written: usize) -> Self {
+        Work { flop: 0, read: ELEMENT * read, written: ELEMENT * written }
+    }
+
+    /// The same, with so many multiply-adds.
+    pub fn with_multiply_adds(self, count: usize) -> Self {
+        Work { flop: 2 * count, ..self }
+    }
+
+    /// Bytes read and written.
+    pub fn bytes(&self) -> usize {
+        self.read + self.written
+    }
+}
+
+impl Add for Work {
+    type Output = Work;
+
+    fn add(self, other: Work) -> Work {
+        Work { flop: self.flop + other.flop, read: self.read + other.read, written: self.written + other.written }
+    }
+}
+
+impl Sum for Work {
+    fn sum<I: Iterator<Item = Work>>(all: I) -> Work {
+        all.fold(Work::default(), Add::add)
+    }
+}
+
+/// The work of a layer, of the loss or of the optimizer, for a batch.
+#[derive(Clone, Debug)]
+pub struct LayerWork {
+    /// Name of the value that the layer writes; `loss`; `optimizer`.
+    pub name: String,
+    /// Forward; of the loss all of it.
+    pub forward: Work,
+    /// Gradients of what it reads and of its parameters.
+    pub backward: Work,
+    /// The optimizer's step.
+    pub update: Work,
+}
+
+impl LayerWork {
+    /// All passes together.
+    pub fn total(&self) -> Work {
+        self.forward + self.backward + self.update
+    }
+}
+
+/// The weights that a pass of a convolution multiplies with.
+#[derive(Clone, Copy)]
+struct Multiplied {
+    /// How many.
+    count: usize,
+    /// Elements of the weight gradient.
+    kept: usize,
+    /// Bytes of their values, and of the list that says which they are.
+    bytes: usize,
+}
+
+impl Multiplied {
+    fn all(shape: &ConvShape) -> Self {
+        let count = shape.weight_len();
+        Multiplied { count, kept: count, bytes: ELEMENT * count }
+    }
+
+    /// In the three passes of a layer.
+    fn of(shape: &ConvShape, planned: Option<&PlannedLayer>) -> [Self; 3] {
+        let Some(planned) = planned else { return [Self::all(shape); 3] };
+        let kept = planned.layer.places().len();
+        std::array::from_fn(|pass| match planned.choice.ways[pass] {
+            Way::Dense => Self::all(shape),
+            way => Multiplied { count: planned.layer.multiplied(way)[pass], kept, bytes: (ELEMENT + PLACE) * kept },
+        })
+    }
+
+    fn multiply_adds(&self, shape: &ConvShape) -> usize {
+        self.count * (shape.output_len() / shape.filters())
+    }
+
+    fn forward(&self, shape: &ConvShape) -> Work {
+        let work = Work::elements(shape.input_len(), shape.output_len());
+        Work { read: work.read + self.bytes, ..work }.with_multiply_adds(self.multiply_adds(shape))
+    }
+
+    fn input_gradient(&self, shape: &ConvShape, accumulate: bool) -> Work {
+        let added_to = if accumulate { shape.input_len() } else { 0 };
+        let work = Work::elements(shape.output_len() + added_to, shape.input_len());
+        Work { read: work.read + self.bytes, ..work }.with_multiply_adds(self.multiply_adds(shape))
+    }
+
+    /// With `partial` elements of partial sums, written and read again.
+    fn weight_gradient(&self, shape: &ConvShape, partial: usize) -> Work {
+        Work::elements(shape.input_len() + shape.output_len() + partial, partial + self.kept)
+            .with_multiply_adds(self.multiply_adds(shape))
+    }
+}
+
+/// Convolution with all weights, forward.
+pub fn conv_forward(shape: &ConvShape) -> Work {
+    Multiplied::all(shape).forward(shape)
+}
+
+/// Input gradient of a convolution with all weights, overwritten.
+pub fn conv_input_gradient(shape: &ConvShape) -> Work {
+    Multiplied::all(shape).input_gradient(shape, false)
+}
+
+/// Weight gradient of a convolution with all weights.
+pub fn conv_weight_gradient(device: &Device, shape: &ConvShape) -> Work {
+    Multiplied::all(shape).weight_gradient(shape, shape.gradient_scratch_len(device))
+}
+
+/// Batch norm of x elements to y elements with the batch's statistics, with another value added to it or not.
+pub fn norm_forward(x: usize, y: usize, residual: bool) -> Work {
+    Work::elements(2 * x + if residual { y } else { 0 }, y)
+}
+
+/// Its backward pass, which reads y where ReLU follows, and writes a gradient of what was added where that has one.
+pub fn norm_backward(x: usize, y: usize, relu: bool, residual: bool) -> Work {
+    let read = x + y + if relu { y } else { 0 };
+    Work::elements(2 * read, x + if residual { y } else { 0 })
+}
+
+/// Layer norm, which keeps mean and deviation of each column.
+pub fn layer_norm_forward(shape: &LayerNormShape) -> Work {
+    Work::elements(shape.len(), shape.len() + 2 * shape.columns())
+}
+
+/// Its backward pass, which adds to what dx holds or overwrites it.
+pub fn layer_norm_backward(shape: &LayerNormShape, accumulate: bool) -> Work {
+    let added_to = if accumulate { shape.len() } else { 0 };
+    let (statistics, partial) = (2 * shape.columns(), shape.scratch_len());
+    Work::elements(2 * shape.len() + added_to + statistics + partial, shape.len() + partial)
+}
+
+/// Attention, which keeps the log-sum-exp of each query: two products.
+pub fn attention_forward(shape: &AttentionShape) -> Work {
+    Work::elements(shape.qkv_len(), shape.output_len() + shape.statistic_len())
+        .with_multiply_adds(2 * shape.multiply_adds())
+}
+
+/// Its backward pass: five products, by one kernel on the host, by one of queries and one of keys on a GPU.
+pub fn attention_backward(device: &Device, shape: &AttentionShape) -> Work {
+    let (d, statistic) = (shape.output_len(), shape.statistic_len());
+    // y is read for delta alone, which the kernel of keys reads again.
+    let (read, written) = match device.policy() {
+        Policy::Direct => (shape.qkv_len() + 2 * d + statistic, shape.qkv_len()),
+        Policy::Staged => (2 * (shape.qkv_len() + d + statistic) + d + statistic, shape.qkv_len() + statistic),
+    };
+    Work::elements(read, written).with_multiply_adds(5 * shape.multiply_adds())
+}
+
+/// An optimizer's step over so many parameters, with a bit for the mask of each and one for weight decay where it is
+/// asked for (`decay`); `moments` tensors of state: 1 for SGD, 2 for AdamW.
+pub fn optimizer_step(parameters: usize, moments: usize, decay: bool) -> Work {
+    let bits = parameters.div_ceil(8) * if decay { 2 } else { 1 };
+    let work = Work::elements((2 + moments) * parameters, (1 + moments) * parameters);
+    Work { read: work.read + bits, ..work }
+}
+
+/// The norm of all gradients, for clipping.
+fn gradient_norm(parameters: usize) -> Work {
+    let work = Work::elements(parameters, 0);
+    Work { read: work.read + parameters.div_ceil(8), ..work }
+}
+
+/// The work of a training step of a batch of `batch` samples, layer by layer in the order of the forward pass, then the
+/// loss and the optimizer. The layout is one for training; with `clip`, the norm of all gradients is computed.
+///
+/// # Errors
+/// [`crate::Error`] if a layer's shape cannot be computed.
+pub fn training_step(
+    device: &Device,
+    layout: &Layout,
+    batch: usize,
+    memory_for: Use,
+    clip: bool,
+) -> Result<Vec<LayerWork>> {
+    let (model, plan) = (&layout.computed, &layout.plan);
+    let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
+    let mut step = Vec::new();
+    for (index, layer) in model.layers.iter().enumerate() {
+        let (forward, mut backward) = layer_work(device, layout, index, n)?;
+        if plan.gradient_slots[layer.output()].is_none() {
+            backward = Work::default();
+        }
+        let name = model.values[layer.output()].name.clone();
+        step.push(LayerWork { name, forward, backward, update: Work::default() });
+    }
+    let logits = model.values[model.output()].elements(n);
+    let (forward, backward, update) = (Work::elements(logits, logits), Work::default(), Work::default());
+    step.push(LayerWork { name: "loss".into(), forward, backward, update });
+    let norm = if clip { gradient_norm(plan.parameter_len) } else { Work::default() };
+    let update = norm + optimizer_step(plan.parameter_len, memory_for.moments(), true);
+    let forward = Work::default();
+    step.push(LayerWork { name: "optimizer".into(), forward, backward, update });
+    Ok(step)
+}
+
+/// Forward and backward of a layer whose output has a gradient, for `n` samples.
+fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Result<(Work, Work)> {
+    let (model, plan, layer) = (&layout.computed, &layout.plan, &layout.computed.layers[index]);
+    let elements = |value: ValueId| model.values[value].elements(n);
+    let has_gradient = |value: ValueId| plan.gradient_slots[value].is_some();
+    let accumulate = plan.accumulates[index];
+    let y = elements(layer.output());
+    // What moves each element once, forward and backward.
+    let moved = |x: usize| (Work::elements(x, y), Work::elements(y, x));
+    Ok(match *layer {
+        Layer::Conv { bias, input, .. } => {
+            let shape = model.conv_shape(layer, n)?;
+            let [forward, dx, dw] = Multiplied::of(&shape, layout.layers[index].as_ref());
+            let partial = if dw.count == shape.weight_len() { shape.gradient_scratch_len(device) } else { 0 };
+            let mut backward = dw.weight_gradient(&shape, partial);
+            if bias.is_some() {
+                backward = backward + Work::elements(y, 0);
+            }
+            if has_gradient(input) {
+                backward = backward + dx.input_gradient(&shape, accumulate);
+            }
+            (forward.forward(&shape), backward)
+        }
+        Layer::Norm { input, residual, relu, .. } => {
+            let x = elements(input);
+            let gradient = residual.is_some_and(has_gradient);
+            (norm_forward(x, y, residual.is_some()), norm_backward(x, y, relu, gradient))
+        }
+        // Pixels between strides are not read, but their gradient is written.
+        Layer::Shortcut { input, output, .. } => {
+            let features = |value: ValueId| model.values[value].features();
+            let read = y / features(output) * features(input).min(features(output));
+            (Work::elements(read, y), Work::elements(read, elements(input)))
+        }
+        // A byte for each window says where its maximum is.
+        Layer::MaxPool { input, .. } => {
+            let (forward, backward) = moved(elements(input));
+            (Work { written: forward.written + y, ..forward }, Work { read: backward.read + y, ..backward })
+        }
+        Layer::MeanPool { input, .. } | Layer::Patches { input, .. } | Layer::Dropout { input, .. } => {
+            moved(elements(input))
+        }
+        // The gradient of what it reads is that of what it writes.
+        Layer::Embed { input, .. } => (Work::elements(elements(input), y), Work::elements(y, 0)),
+        Layer::LayerNorm { input, .. } => {
+            let shape = model.layer_norm_shape(input, n)?;
+            (layer_norm_forward(&shape), layer_norm_backward(&shape, accumulate))
+        }
+        Layer::Attention { .. } => {
+            let shape = model.attention_shape(layer, n)?;
+            (attention_forward(&shape), attention_backward(device, &shape))
+        }
+        Layer::Gelu { .. } => (Work::elements(y, y), Work::elements(2 * y, y)),
+        Layer::Residual { .. } if layer.adds_plainly() => (Work::elements(2 * y, y), Work::default()),
+        Layer::Residual { scale, .. } => {
+            let branch = if scale.is_some() { y } else { 0 };
+            (Work::elements(2 * y, y), Work::elements(y + branch, y))
+        }
+        Layer::TokenPool { pool, input, .. } => {
+            let read = if pool == TokenPool::First { y } else { elements(input) };
+            (Work::elements(read, y), Work::elements(y, elements(input)))
+        }
+    })
+}
