@@ -10,12 +10,14 @@
 #   steps       whole steps of tickets beside their dense networks, through their plans: steps.jsonl
 #   ops         single operations: ops.log
 #   peers       PyTorch's side of crossover and steps on the same GPU: torch.jsonl
+#   roofline    Nsight Compute's roofline of the five kernels that a step of ResNet-18 spends most time in, where ncu is
+#               installed (NCU names it if it is not in PATH) and may read the GPU's counters: roofline.ncu-rep, roofline.txt
 #
-# All sections if none is named; each takes less than ten minutes. --no-gpu runs the tests alone, on the host device, to
+# All sections if none is named; each is stopped after its own limit, at most ten minutes (`limits` below). --no-gpu runs the tests alone, on the host device, to
 # try the pack. Fails if anything fails.
 set -euo pipefail
 
-usage="usage: gpu-check.sh OUT [--no-gpu] [tests|sanitizers|crossover|steps|ops|peers ...] [-- TEST FILTER...]"
+usage="usage: gpu-check.sh OUT [--no-gpu] [tests|sanitizers|crossover|steps|ops|peers|roofline ...] [-- TEST FILTER...]"
 out=${1:?$usage}
 shift
 gpu=1
@@ -26,7 +28,7 @@ fi
 sections=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-    tests | sanitizers | crossover | steps | ops | peers) sections+=("$1") ;;
+    tests | sanitizers | crossover | steps | ops | peers | roofline) sections+=("$1") ;;
     *)
         echo "$usage" >&2
         exit 2
@@ -35,14 +37,14 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# = 0 ] || shift
-[ "${#sections[@]}" -gt 0 ] || sections=(tests sanitizers crossover steps ops peers)
+[ "${#sections[@]}" -gt 0 ] || sections=(tests sanitizers crossover steps ops peers roofline)
 [ "$gpu" = 1 ] || sections=(tests)
 
 here=$(cd "$(dirname "$0")" && pwd)
 [ -x "$here/bin/tests" ] || here=$(cd "$here/../target/gpu" && pwd)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt
+export here out DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt
 unset DILT_REQUIRE_CUDA
 [ "$gpu" = 0 ] || export DILT_REQUIRE_CUDA=1 DILT_BENCH_DEVICE=cuda
 
@@ -57,11 +59,14 @@ note() {
     echo "$name: passed $passed, $seconds s, $tests"
     [ "$passed" = true ] || tail -20 "$out/$name.log"
 }
-# Runs a command with its output in OUT/NAME.log.
+# Seconds that a section may take; of the sanitizers, each tool.
+declare -A limits=([tests]=560 [sanitizers]=560 [crossover]=300 [steps]=560 [ops]=560 [peers]=560 [roofline]=300)
+# Runs a command, or a function that is exported, with its output in OUT/NAME.log, for as long as its section may take.
 check() {
     local name=$1 start=$SECONDS status=0
     shift
-    "$@" >"$out/$name.log" 2>&1 || status=$?
+    timeout --kill-after=10 "${limits[$name]}" bash -euo pipefail -c '"$@"' check "$@" >"$out/$name.log" 2>&1 || status=$?
+    [ "$status" != 124 ] || echo "stopped after ${limits[$name]} s, the section's limit" >>"$out/$name.log"
     note "$name" "$status" $((SECONDS - start))
 }
 
@@ -81,18 +86,20 @@ sanitizers() {
     local -A pids
     for tool in memcheck racecheck synccheck initcheck; do
         # One thread: a report then stands beside its test. Errors of the driver that a program asks for are its own affair.
-        DILT_TEST_DEVICES=cuda timeout 560 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        DILT_TEST_DEVICES=cuda timeout --kill-after=10 "${limits[sanitizers]}" "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
             --report-api-errors no "$here/bin/tests" --test-threads=1 "$@" >"$out/$tool.log" 2>&1 &
         pids[$tool]=$!
     done
     for tool in memcheck racecheck synccheck initcheck; do
         local status=0
         wait "${pids[$tool]}" || status=$?
+        [ "$status" != 124 ] || echo "stopped after ${limits[sanitizers]} s, the section's limit" >>"$out/$tool.log"
         note "$tool" "$status" $((SECONDS - start))
     done
 }
 
 # Dense, then random tickets from half to a hundredth, a line of JSON for each.
+# shellcheck disable=SC2329  # check calls it
 steps() {
     local model batch sparsity
     while read -r model batch; do
@@ -106,7 +113,42 @@ vit_small_patch16_224 64" >"$out/steps.jsonl"
     "$here/bin/bench-step" --json >>"$out/steps.jsonl" || return 1
 }
 
+# shellcheck disable=SC2329  # check calls it
 peers() { python3 "$here/peers/torch_gpu.py" >"$out/torch.jsonl"; }
+
+# All launches of those kernels in one step: that before it is captured, which is the first with them.
+bench=(bench --model resnet18_cifar --batch 128 --runs 1 -q --device cuda)
+roofline() {
+    local ncu=${NCU:-$(command -v ncu || true)} folder=${CUDA_HOME:-/usr/local/cuda}/bin start=$SECONDS status=0 kernels=()
+    [ -n "$ncu" ] || [ ! -x "$folder/ncu" ] || ncu=$folder/ncu
+    if [ -z "$ncu" ]; then
+        echo "roofline: left out, ncu is not installed"
+        return
+    fi
+    # Their names, then the number of their launches.
+    mapfile -t kernels < <("$DILT_BIN" "${bench[@]}" --kernels --json | python3 -c '
+import json, sys
+longest = json.load(sys.stdin)["kernels"][:5]
+print("|".join(kernel["name"] for kernel in longest), sum(kernel["launches"] for kernel in longest), sep="\n")')
+    if [ "${#kernels[@]}" != 2 ]; then
+        echo "dilt bench --kernels failed" >"$out/roofline.log"
+        note roofline 1 $((SECONDS - start))
+        return
+    fi
+    timeout --kill-after=10 "${limits[roofline]}" "$ncu" --set roofline --kernel-name "regex:^(${kernels[0]})\$" \
+        --launch-count "${kernels[1]}" --force-overwrite --export "$out/roofline.ncu-rep" "$DILT_BIN" "${bench[@]}" \
+        >"$out/roofline.log" 2>&1 || status=$?
+    if grep -q ERR_NVGPUCTRPERM "$out/roofline.log"; then
+        echo "roofline: left out, ncu may not read the counters of this GPU (ERR_NVGPUCTRPERM)"
+        return
+    fi
+    [ "$status" != 124 ] || echo "stopped after ${limits[roofline]} s, the section's limit" >>"$out/roofline.log"
+    if [ "$status" = 0 ]; then
+        "$ncu" --import "$out/roofline.ncu-rep" --page details >"$out/roofline.txt" 2>>"$out/roofline.log" || status=$?
+    fi
+    note roofline "$status" $((SECONDS - start))
+}
+export -f steps peers
 
 for section in "${sections[@]}"; do
     case "$section" in
@@ -116,6 +158,7 @@ for section in "${sections[@]}"; do
     steps) check steps steps ;;
     ops) check ops "$here/bin/bench-ops" --bench --warm-up-time 0.1 --measurement-time 0.3 ;;
     peers) check peers peers ;;
+    roofline) roofline ;;
     esac
 done
 
