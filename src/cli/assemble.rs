@@ -35,7 +35,7 @@ pub struct Assemble {
     #[arg(long, default_value_t = 2)]
     seeds: usize,
     #[command(flatten)]
-    options: ExperimentOptions,
+    pub options: ExperimentOptions,
 }
 
 impl Assemble {

@@ -9,6 +9,7 @@ use dilt::ticket::report;
 use dilt::ticket::result::Outcome;
 use dilt::ticket::run::RunFolder;
 use dilt::ticket::settings::Repetitions;
+use dilt::ticket::streams::Streams;
 use dilt::train::Recipe;
 use serde_json::{Value, json};
 
@@ -23,6 +24,11 @@ pub struct ExperimentOptions {
     recipe: RecipeOptions,
     #[command(flatten)]
     runs: RunOptions,
+    /// Trainings that run side by side on the device, 1 to 32: parts, tickets, seeds. Same result, K times the memory of a
+    /// training; pays where single trainings leave the device idle. On a GPU each has a stream; for more than 8, set the
+    /// environment variable CUDA_DEVICE_MAX_CONNECTIONS=32.
+    #[arg(long, default_value_t = 1, value_name = "K", allow_negative_numbers = true, help_heading = "Computing")]
+    pub streams: usize,
     #[command(flatten)]
     pub common: Common,
 }
@@ -31,6 +37,7 @@ pub struct ExperimentOptions {
 pub struct Opened<'a> {
     options: &'a ExperimentOptions,
     pub device: Device,
+    streams: Streams,
     pub data: DataSet,
     /// With the image and the classes of the data.
     pub config: ModelConfig,
@@ -43,7 +50,13 @@ impl ExperimentOptions {
         let (mut config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
         let recipe = self.recipe.apply(&config)?;
         (config.image, config.classes) = (data.shape, data.classes);
-        Ok(Opened { options: self, device: self.common.open()?, data, config, recipe })
+        if self.common.tune && self.streams > 1 {
+            let what = "--streams: expected 1 with --tune, whose times are of a device that does nothing else";
+            return Err(dilt::Error::Usage(format!("{what}, got {}", self.streams)).into());
+        }
+        let device = self.common.open()?;
+        let streams = Streams::open(&device, self.streams)?;
+        Ok(Opened { options: self, device, streams, data, config, recipe })
     }
 }
 
@@ -57,7 +70,7 @@ impl Opened<'_> {
         mut settings: Value,
         job: impl FnOnce(&Experiment) -> dilt::Result<Outcome>,
     ) -> anyhow::Result<()> {
-        let Opened { options, device, data, config, recipe } = self;
+        let Opened { options, device, streams, data, config, recipe } = self;
         repetitions.check(data)?;
         settings["model"] = json!(config);
         settings["recipe"] = json!(recipe);
@@ -72,7 +85,8 @@ impl Opened<'_> {
         let progress = options.common.progress();
         progress.say(&format!("run: {} on {}", folder.path().display(), device.description()));
         let (folder, progress, planning) = (&folder, &progress, &planning);
-        let outcome = job(&Experiment { device, data, config, recipe, repetitions, folder, planning, progress })?;
+        let experiment = Experiment { device, streams, data, config, recipe, repetitions, folder, planning, progress };
+        let outcome = job(&experiment)?;
         let report = report::once(folder, &outcome)?;
         options.common.print(&outcome, |outcome| {
             format!("{}\n\nrun: {}\nreport: {}", outcome.to_table(), outcome.run, report.display())

@@ -71,7 +71,7 @@ pub struct Find {
     #[arg(long, help_heading = "Tickets")]
     no_similarity: bool,
     #[command(flatten)]
-    options: ExperimentOptions,
+    pub options: ExperimentOptions,
 }
 
 /// Everything that says how tickets are found, for the hash of a run.

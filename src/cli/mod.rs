@@ -56,9 +56,28 @@ enum Command {
     Doctor(doctor::Doctor),
 }
 
+impl Command {
+    /// Trainings that run side by side.
+    fn streams(&self) -> usize {
+        match self {
+            Command::Find(command) => command.options.streams,
+            Command::Assemble(command) => command.options.streams,
+            Command::Transfer(command) => command.options.streams,
+            _ => 1,
+        }
+    }
+}
+
 /// Runs the command that the arguments name. Wrong arguments exit with 2, as clap does.
 pub fn run() -> anyhow::Result<()> {
-    match Cli::parse().command {
+    let command = Cli::parse().command;
+    if command.streams() == 1 {
+        // This thread is one of the pool that host kernels run on: otherwise each launch puts it to sleep and wakes it. Not
+        // where it waits for trainings on other threads, and would leave the pool one short. An error means that there is
+        // a pool already, which serves as well.
+        let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
+    }
+    match command {
         Command::Find(command) => command.run(),
         Command::Train(command) => command.run(),
         Command::Eval(command) => command.run(),

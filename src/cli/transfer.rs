@@ -44,7 +44,7 @@ pub struct Transfer {
     #[arg(long, default_value_t = 2, help_heading = "Tickets")]
     seeds: usize,
     #[command(flatten)]
-    options: ExperimentOptions,
+    pub options: ExperimentOptions,
 }
 
 impl Transfer {

@@ -1,10 +1,11 @@
-//! Progress on stderr: a bar for each stage on a terminal, a line for each stage elsewhere.
+//! Progress on stderr: a bar for each stage on a terminal, one below the other where stages run side by side; elsewhere a
+//! line for each stage when it ends.
 
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::profile::{Range, range};
 
@@ -22,6 +23,7 @@ pub enum Verbosity {
 /// Shows how far a long job is.
 pub struct Progress {
     verbosity: Verbosity,
+    bars: MultiProgress,
     stages: AtomicUsize,
     begun: Instant,
 }
@@ -42,7 +44,7 @@ pub struct Stage {
 impl Progress {
     /// Shows progress as `verbosity` says.
     pub fn new(verbosity: Verbosity) -> Self {
-        Progress { verbosity, stages: AtomicUsize::new(0), begun: Instant::now() }
+        Progress { verbosity, bars: MultiProgress::new(), stages: AtomicUsize::new(0), begun: Instant::now() }
     }
 
     /// A stage of `total` steps begins.
@@ -69,7 +71,10 @@ impl Progress {
         let number = self.stages.fetch_add(1, Ordering::Relaxed) + 1;
         let shown = self.verbosity > Verbosity::Quiet;
         let terminal = std::io::stderr().is_terminal();
-        let bar = if shown && terminal { ProgressBar::new(total as u64) } else { ProgressBar::hidden() };
+        let bar = match shown && terminal {
+            true => self.bars.add(ProgressBar::new(total as u64)),
+            false => ProgressBar::hidden(),
+        };
         let template = format!("{{elapsed_precise}} {{bar:24}} {{pos:>5}}/{{len}} {unit}  {{eta}} left  {{wide_msg}}");
         bar.set_style(ProgressStyle::with_template(&template).expect("a constant template").progress_chars("=> "));
         bar.set_message(name.to_owned());
@@ -89,14 +94,21 @@ impl Progress {
     /// A message that is no error, for those who want progress.
     pub fn say(&self, message: &str) {
         if self.verbosity > Verbosity::Quiet {
-            // Not eprintln!, which panics when nobody can read it.
-            let _ = writeln!(std::io::stderr(), "{message}");
+            self.write(message);
         }
     }
 
     /// A message that everybody must see: what was asked for is not quite what is done.
     pub fn warn(&self, message: &str) {
-        let _ = writeln!(std::io::stderr(), "warning: {message}");
+        self.write(&format!("warning: {message}"));
+    }
+
+    /// Writes a line between bars.
+    fn write(&self, line: &str) {
+        // Not eprintln!, which panics when nobody can read it.
+        self.bars.suspend(|| {
+            let _ = writeln!(std::io::stderr(), "{line}");
+        });
     }
 }
 

@@ -93,22 +93,35 @@ pub fn assemble(experiment: &Experiment, pieces: &Pieces, assembly: Assembly) ->
     let Pieces { core, specialists, start } = pieces;
     let candidates = core.layers().iter().map(|(name, mask)| (name.clone(), Mask::ones(mask.shape())));
     let candidates = MaskSet::new(candidates.collect());
-    repeat(experiment, |seed, rows| {
-        let repetition = Repetition::new(experiment, seed, candidates.clone(), start.clone())?;
+    repeat(experiment, |splits, seed, rows| {
+        let repetition = Repetition::new(experiment, splits, seed, candidates.clone(), start.clone())?;
         let ticket = Ticket::new("core", "dilt", core.clone());
-        rows.judge(&repetition, &ticket)?;
+        rows.judge(&repetition, std::slice::from_ref(&ticket))?;
         let core_weights = Weights::load(&experiment.folder.ticket(seed, &ticket.name)?.weights())?;
         let random: Vec<_> = specialists.iter().map(|(part, set)| (*part, scattered(&repetition, core, set))).collect();
+        let mut tickets = Vec::new();
         for (name, matched, sets) in [("assembled", None, specialists), ("core-random", Some("assembled"), &random)] {
             let union = union_of(&repetition, core, sets)?;
             let ticket = Ticket { matched: matched.map(str::to_owned), ..Ticket::new(name, "assemble", union) };
-            let (score, folder) = match assembly {
-                Assembly::Retrain => repetition.retrain(name, &ticket)?,
-                Assembly::Merge => merge(&repetition, &ticket, (core, &core_weights), sets)?,
-            };
-            rows.add(&repetition, &ticket, score, &folder);
+            tickets.push((ticket, sets));
         }
-        Ok(())
+        match assembly {
+            Assembly::Retrain => {
+                let retrain = |device: &Device, (ticket, _)| {
+                    let ticket: &Ticket = ticket;
+                    Ok((ticket, repetition.retrain(device, &ticket.name, ticket)?))
+                };
+                let jobs = tickets.iter().map(|(ticket, sets)| (ticket, sets));
+                experiment.streams.each(jobs, retrain, |(ticket, (score, folder))| {
+                    rows.add(&repetition, ticket, score, &folder);
+                })
+            }
+            Assembly::Merge => tickets.iter().try_for_each(|(ticket, sets)| {
+                let (score, folder) = merge(&repetition, ticket, (core, &core_weights), sets)?;
+                rows.add(&repetition, ticket, score, &folder);
+                Ok(())
+            }),
+        }
     })
 }
 
@@ -132,10 +145,9 @@ fn merge(
     let mut merged = core_weights.clone();
     merged.masks = ticket.masks.to_file();
     merged.metadata.clear();
-    let mut trained = Vec::new();
-    for (index, (part, set)) in sets.iter().enumerate() {
+    let train = |device: &Device, (index, (part, set)): (usize, &(usize, MaskSet))| {
         let mut start = core_weights.clone();
-        start.masks = core.combine(repetition.experiment.device, MaskOp::Or, set)?.to_file();
+        start.masks = core.combine(device, MaskOp::Or, set)?.to_file();
         for (name, mask) in set.layers() {
             let (from, to) = (&repetition.start.tensors[name], start.tensors.get_mut(name));
             let to = to.ok_or_else(|| Error::Usage(format!("the core has no weights '{name}'")))?;
@@ -147,8 +159,11 @@ fn merge(
             only: Some(set),
             ..Task::all(Purpose::Retrain)
         };
-        trained.push(repetition.search_from(&format!("{}/part-{}-{index}", ticket.name, part + 1), &start, task)?);
-    }
+        repetition.search_from(device, &format!("{}/part-{}-{index}", ticket.name, part + 1), &start, task)
+    };
+    let mut trained = Vec::new();
+    let streams = repetition.experiment.streams;
+    streams.each(sets.iter().enumerate(), train, |weights| trained.push(weights))?;
     for (name, tensor) in &mut merged.tensors {
         for (i, value) in tensor.iter_mut().enumerate() {
             let owners =
@@ -160,9 +175,11 @@ fn merge(
             }
         }
     }
-    let merged = repetition.with_fresh_statistics(&merged)?;
-    merged.save(&folder.weights())?;
-    let score = repetition.score(&merged, &ticket.masks)?;
+    let score = streams.one(|device| {
+        let merged = repetition.with_fresh_statistics(device, &merged)?;
+        merged.save(&folder.weights())?;
+        repetition.score(device, &merged, &ticket.masks)
+    })?;
     folder.write_score(&score)?;
     Ok((score, folder))
 }

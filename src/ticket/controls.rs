@@ -4,6 +4,7 @@ use super::experiment::{Purpose, Repetition, Task};
 use super::parts::FoundOnParts;
 use super::select::{Amount, Scope, remove_smallest};
 use crate::data::permutation;
+use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
@@ -17,15 +18,22 @@ const RANDOM_MASKS: u64 = 1 << 32;
 /// Of the seed from which the re-drawn control takes its initial weights.
 const REDRAWN: u64 = 1 << 20;
 
-/// One-shot magnitude pruning of one network, trained on all data with as many samples as the parts' networks see
-/// together in so many levels: as many times the epochs.
+/// The network that [`magnitude`] prunes, whatever it keeps: trained on all data with as many samples as the parts'
+/// networks see together in so many levels, as many times the epochs.
 ///
 /// # Errors
 /// As [`Repetition::search`].
-pub fn magnitude(repetition: &Repetition, levels: usize, keep: usize) -> Result<MaskSet> {
+pub fn trained_long(repetition: &Repetition, device: &Device, levels: usize) -> Result<Weights> {
     let task = Task { times: levels, ..Task::all(Purpose::Search) };
-    let weights = repetition.search("magnitude", &repetition.candidates, task)?;
-    let device = repetition.experiment.device;
+    repetition.search(device, "magnitude", &repetition.candidates, task)
+}
+
+/// One-shot magnitude pruning of one network.
+///
+/// # Errors
+/// As [`Repetition::search`].
+pub fn magnitude(repetition: &Repetition, device: &Device, levels: usize, keep: usize) -> Result<MaskSet> {
+    let weights = trained_long(repetition, device, levels)?;
     let candidates = &repetition.candidates;
     Ok(remove_smallest(device, &weights.tensors, candidates, Scope::Global, Amount::AllBut(keep))?.masks)
 }
@@ -67,8 +75,7 @@ pub fn scattered(repetition: &Repetition, core: &MaskSet, extra: &MaskSet) -> Ma
 ///
 /// # Errors
 /// As [`remove_smallest`].
-pub fn union_pruned(repetition: &Repetition, found: &FoundOnParts) -> Result<MaskSet> {
-    let device = repetition.experiment.device;
+pub fn union_pruned(device: &Device, found: &FoundOnParts) -> Result<MaskSet> {
     let amount = Amount::AllBut(found.core.kept());
     Ok(remove_smallest(device, &found.last_magnitude, &found.union, Scope::Global, amount)?.masks)
 }
@@ -77,8 +84,7 @@ pub fn union_pruned(repetition: &Repetition, found: &FoundOnParts) -> Result<Mas
 ///
 /// # Errors
 /// As [`remove_smallest`].
-pub fn core_grown(repetition: &Repetition, found: &FoundOnParts) -> Result<MaskSet> {
-    let device = repetition.experiment.device;
+pub fn core_grown(repetition: &Repetition, device: &Device, found: &FoundOnParts) -> Result<MaskSet> {
     let outside = repetition.candidates.combine(device, MaskOp::AndNot, &found.core)?;
     let amount = Amount::AllBut(found.union.kept() - found.core.kept());
     let grown = remove_smallest(device, &found.first_magnitude, &outside, Scope::Global, amount)?.masks;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::heads::{HeadDensities, head_densities};
 use super::run::{RunFolder, StageFolder};
 use super::settings::{Repetitions, Search};
+use super::streams::Streams;
 use crate::data::partition::Part;
 use crate::data::{DataSet, Examples};
 use crate::device::Device;
@@ -35,8 +36,10 @@ pub(super) const DENSE: &str = "dense";
 
 /// What all repetitions share.
 pub struct Experiment<'a> {
-    /// Where networks run.
+    /// Where masks are combined, and where the data lies.
     pub device: &'a Device,
+    /// Where networks run.
+    pub streams: &'a Streams,
     /// What they are trained and tested on.
     pub data: &'a DataSet,
     /// The network, with as many outputs as the data has classes.
@@ -55,18 +58,55 @@ pub struct Experiment<'a> {
 
 impl Experiment<'_> {
     /// A network of a model with these weights.
-    fn network(&self, model: &Model, weights: &Weights, memory_for: Use, only: Option<&MaskSet>) -> Result<Network> {
+    fn network(
+        &self,
+        device: &Device,
+        model: &Model,
+        weights: &Weights,
+        memory_for: Use,
+        only: Option<&MaskSet>,
+    ) -> Result<Network> {
         let (batch, planning) = (self.recipe.batch, self.planning);
-        let mut network = Network::for_masks(self.device, model, &weights.masks, batch, memory_for, planning)?;
+        let mut network = Network::for_masks(device, model, &weights.masks, batch, memory_for, planning)?;
         if let Some(only) = only {
             network.train_only(only)?;
         }
         network.load(weights)?;
         Ok(network)
     }
+
+    /// An error of a training, with the training's name.
+    fn named(&self, stage: &str, error: Error) -> Error {
+        match error {
+            Error::Run(problem) => Error::Run(format!("{stage}: {problem}")),
+            Error::Device(problem) => Error::Device(match self.streams.count() {
+                1 => format!("{stage}: {problem}"),
+                // Memory may be what failed it.
+                count => format!("{stage}: {problem} (--streams {count}: so many trainings share the memory)"),
+            }),
+            other => other,
+        }
+    }
 }
 
-/// One repetition: a seed, its starting point, and the data on the device.
+/// The examples of an experiment, which all repetitions share.
+pub struct Splits {
+    train: Images,
+    test: Images,
+}
+
+impl Splits {
+    /// Copies the images to the device, if they are in memory.
+    ///
+    /// # Errors
+    /// As [`Images::new`].
+    pub fn new(experiment: &Experiment) -> Result<Self> {
+        let Experiment { device, data, .. } = *experiment;
+        Ok(Splits { train: Images::new(device, data, &data.train)?, test: Images::new(device, data, &data.test)? })
+    }
+}
+
+/// One repetition: a seed and its starting point.
 pub struct Repetition<'a> {
     /// What all repetitions share.
     pub experiment: &'a Experiment<'a>,
@@ -80,8 +120,7 @@ pub struct Repetition<'a> {
     pub test_parts: Vec<Part>,
     /// Where every training starts: θ_k.
     pub start: Weights,
-    train_images: Images,
-    test_images: Images,
+    splits: &'a Splits,
 }
 
 /// The kinds of randomness of a repetition: trainings of one kind see examples in the same order.
@@ -206,20 +245,23 @@ pub struct TicketScore {
 }
 
 impl<'a> Repetition<'a> {
-    /// Prepares a repetition of a search: copies the data to the device, and trains to where every training starts.
+    /// Prepares a repetition of a search: trains to where every training starts.
     ///
     /// # Errors
     /// [`crate::Error::Usage`] if data, model and search do not fit together; an error of the training.
-    pub fn of_search(experiment: &'a Experiment<'a>, search: &Search, seed: u64) -> Result<Self> {
+    pub fn of_search(experiment: &'a Experiment<'a>, splits: &'a Splits, search: &Search, seed: u64) -> Result<Self> {
         let model = experiment.config.build()?;
         let partition = experiment.repetitions.partition.as_ref();
         search.check(partition, &model, experiment.recipe.total_steps(experiment.data.train.len()))?;
         let start = init::draw(&model, seed);
-        let mut repetition = Self::new(experiment, seed, search.candidates(partition, &model)?, start)?;
+        let candidates = search.candidates(partition, &model)?;
+        let mut repetition = Self::new(experiment, splits, seed, candidates, start)?;
         if search.rewind > 0 {
             let folder = experiment.folder.search(seed, "rewind")?;
             let task = Task { stop: Some(search.rewind), ..Task::all(Purpose::Rewind) };
-            repetition.start = repetition.train_with(&folder, &model, &repetition.start, task, experiment.recipe)?;
+            let (model, start, recipe) = (&model, &repetition.start, experiment.recipe);
+            repetition.start =
+                experiment.streams.one(|device| repetition.train_with(device, &folder, model, start, task, recipe))?;
         }
         Ok(repetition)
     }
@@ -228,8 +270,14 @@ impl<'a> Repetition<'a> {
     ///
     /// # Errors
     /// [`crate::Error::Usage`] if the data cannot be divided so.
-    pub fn new(experiment: &'a Experiment<'a>, seed: u64, candidates: MaskSet, start: Weights) -> Result<Self> {
-        let Experiment { device, data, repetitions, .. } = *experiment;
+    pub fn new(
+        experiment: &'a Experiment<'a>,
+        splits: &'a Splits,
+        seed: u64,
+        candidates: MaskSet,
+        start: Weights,
+    ) -> Result<Self> {
+        let Experiment { data, repetitions, .. } = *experiment;
         let parts = |split: &Examples| match &repetitions.partition {
             Some(partition) => partition.split(&split.labels, data.classes),
             None => Ok(Vec::new()),
@@ -241,8 +289,7 @@ impl<'a> Repetition<'a> {
             parts: parts(&data.train)?,
             test_parts: parts(&data.test)?,
             start,
-            train_images: Images::new(device, data, &data.train)?,
-            test_images: Images::new(device, data, &data.test)?,
+            splits,
         })
     }
 
@@ -260,9 +307,9 @@ impl<'a> Repetition<'a> {
     }
 
     /// The training examples of a task.
-    fn examples(&self, task: Task) -> Result<Labelled<'_>> {
-        let Experiment { device, data, .. } = *self.experiment;
-        let (images, split, classes) = (&self.train_images, &data.train, data.classes);
+    fn examples(&self, device: &Device, task: Task) -> Result<Labelled<'_>> {
+        let data = self.experiment.data;
+        let (images, split, classes) = (&self.splits.train, &data.train, data.classes);
         match (task.part, task.head) {
             (None, _) => Labelled::all(device, images, split, classes),
             (Some(part), Head::All) => Labelled::part_of_all(device, images, split, part, classes),
@@ -270,23 +317,23 @@ impl<'a> Repetition<'a> {
         }
     }
 
-    /// Trains from `start` under `masks` in a folder of the search, or reads what was trained there.
+    /// Trains from θ_k under `masks` in a folder of the search, or reads what was trained there.
     ///
     /// # Errors
     /// [`crate::Error::Run`] if the training diverges; [`crate::Error::File`] if the folder cannot be written.
-    pub fn search(&self, stage: &str, masks: &MaskSet, task: Task) -> Result<Weights> {
+    pub fn search(&self, device: &Device, stage: &str, masks: &MaskSet, task: Task) -> Result<Weights> {
         let model = self.model(self.classes(task))?;
-        self.search_from(stage, &self.starting_weights(&model, &self.start, masks), task)
+        self.search_from(device, stage, &self.starting_weights(&model, &self.start, masks), task)
     }
 
     /// The same from given weights under their own masks.
     ///
     /// # Errors
     /// As [`Repetition::search`].
-    pub fn search_from(&self, stage: &str, start: &Weights, task: Task) -> Result<Weights> {
+    pub fn search_from(&self, device: &Device, stage: &str, start: &Weights, task: Task) -> Result<Weights> {
         let folder = self.experiment.folder.search(self.seed, stage)?;
         let model = self.model(self.classes(task))?;
-        self.train_with(&folder, &model, start, task, &self.recipe(task))
+        self.train_with(device, &folder, &model, start, task, &self.recipe(task))
     }
 
     /// The recipe of a task. Steps are shared by the parts as epochs are: together they see as many samples as a
@@ -305,6 +352,21 @@ impl<'a> Repetition<'a> {
 
     fn train_with(
         &self,
+        device: &Device,
+        folder: &StageFolder,
+        model: &Model,
+        start: &Weights,
+        task: Task,
+        recipe: &Recipe,
+    ) -> Result<Weights> {
+        let _turn = self.experiment.streams.turn(folder.name())?;
+        let trained = self.train_in(device, folder, model, start, task, recipe);
+        trained.map_err(|error| self.experiment.named(folder.name(), error))
+    }
+
+    fn train_in(
+        &self,
+        device: &Device,
         folder: &StageFolder,
         model: &Model,
         start: &Weights,
@@ -316,10 +378,10 @@ impl<'a> Repetition<'a> {
             remove_checkpoint(folder);
             return Weights::load(&output);
         }
-        let progress = self.experiment.progress;
-        let examples = self.examples(task)?;
+        let Experiment { progress, streams, .. } = *self.experiment;
+        let examples = self.examples(device, task)?;
         let memory_for = Use::Train(recipe.optimizer);
-        let mut network = self.experiment.network(model, start, memory_for, task.only)?;
+        let mut network = self.experiment.network(device, model, start, memory_for, task.only)?;
         // With the run folder's name, everything that the bits depend on.
         let identity = network.choices_hash();
         let done = resume(&mut network, &folder.checkpoint(), &identity)?;
@@ -330,7 +392,7 @@ impl<'a> Repetition<'a> {
         }
         let bar = progress.stage(folder.name(), training.total_steps());
         let mut shown = |done, loss| bar.show(done, loss);
-        let mut observer = Saver::new(folder, done, identity, &mut shown)?;
+        let mut observer = Saver::new(folder, done, identity, &mut shown)?.beside(streams);
         training.run(&mut network, done, &mut observer)?;
         let mut weights = network.weights()?;
         weights.metadata.insert("model".into(), model.name.clone());
@@ -357,7 +419,7 @@ impl<'a> Repetition<'a> {
     ///
     /// # Errors
     /// As [`Repetition::search`].
-    pub fn retrain(&self, folder: &str, ticket: &Ticket) -> Result<(TicketScore, StageFolder)> {
+    pub fn retrain(&self, device: &Device, folder: &str, ticket: &Ticket) -> Result<(TicketScore, StageFolder)> {
         let folder = self.experiment.folder.ticket(self.seed, folder)?;
         if let Some(score) = folder.score()? {
             return Ok((score, folder));
@@ -369,8 +431,9 @@ impl<'a> Repetition<'a> {
         let mut start = self.starting_weights(&model, ticket.start.as_ref().unwrap_or(&self.start), &ticket.masks);
         start.masks.extend(ticket.fixed.clone());
         let task = Task::all(Purpose::Retrain);
-        let weights = self.train_with(&folder, &model, &start, task, self.experiment.recipe)?;
-        let score = self.score(&weights, &ticket.masks)?;
+        let weights = self.train_with(device, &folder, &model, &start, task, self.experiment.recipe)?;
+        let score = self.score(device, &weights, &ticket.masks);
+        let score = score.map_err(|error| self.experiment.named(folder.name(), error))?;
         folder.write_score(&score)?;
         Ok((score, folder))
     }
@@ -399,20 +462,20 @@ impl<'a> Repetition<'a> {
     }
 
     /// These weights with running statistics of one more pass over all training examples.
-    pub(super) fn with_fresh_statistics(&self, weights: &Weights) -> Result<Weights> {
+    pub(super) fn with_fresh_statistics(&self, device: &Device, weights: &Weights) -> Result<Weights> {
         let Experiment { data, recipe, .. } = *self.experiment;
         let model = self.model(data.classes)?;
-        let mut network = self.experiment.network(&model, weights, Use::Train(recipe.optimizer), None)?;
-        refresh_statistics(&mut network, &self.examples(Task::all(Purpose::Retrain))?, recipe.batch)?;
+        let mut network = self.experiment.network(device, &model, weights, Use::Train(recipe.optimizer), None)?;
+        refresh_statistics(&mut network, &self.examples(device, Task::all(Purpose::Retrain))?, recipe.batch)?;
         network.weights()
     }
 
     /// Evaluates weights on the test examples: all of them, and each part's.
-    pub(super) fn score(&self, weights: &Weights, masks: &MaskSet) -> Result<TicketScore> {
-        let Experiment { device, data, recipe, .. } = *self.experiment;
+    pub(super) fn score(&self, device: &Device, weights: &Weights, masks: &MaskSet) -> Result<TicketScore> {
+        let Experiment { data, recipe, .. } = *self.experiment;
         let model = self.model(data.classes)?;
-        let mut network = self.experiment.network(&model, weights, Use::Evaluate, None)?;
-        let examples = Labelled::all(device, &self.test_images, &data.test, data.classes)?;
+        let mut network = self.experiment.network(device, &model, weights, Use::Evaluate, None)?;
+        let examples = Labelled::all(device, &self.splits.test, &data.test, data.classes)?;
         let score = evaluate(&mut network, &examples, recipe.batch, true)?;
         let labels = &data.test.labels;
         let accuracy = |part: &Part, among: &dyn Fn(u32) -> bool| {
@@ -498,6 +561,8 @@ pub struct Saver<'a> {
     /// When the state was kept last.
     saved: Instant,
     shown: &'a mut dyn FnMut(usize, f32),
+    /// Where other trainings run, whose failure ends this one.
+    beside: Option<&'a Streams>,
 }
 
 impl<'a> Saver<'a> {
@@ -514,7 +579,13 @@ impl<'a> Saver<'a> {
     ) -> Result<Self> {
         let every = checkpoint_every()?;
         let metrics = MetricsFile::resume(&folder.metrics(), done)?;
-        Ok(Saver { metrics, checkpoint: folder.checkpoint(), identity, every, saved: Instant::now(), shown })
+        let (checkpoint, saved) = (folder.checkpoint(), Instant::now());
+        Ok(Saver { metrics, checkpoint, identity, every, saved, shown, beside: None })
+    }
+
+    /// Leaves a checkpoint and ends the training when one beside it fails.
+    pub fn beside(self, streams: &'a Streams) -> Self {
+        Saver { beside: Some(streams), ..self }
     }
 }
 
@@ -522,10 +593,14 @@ impl Observer for Saver<'_> {
     fn chunk(&mut self, chunk: &Chunk, network: &Network, done: usize, total: usize) -> Result<()> {
         self.metrics.append(chunk)?;
         (self.shown)(done, *chunk.loss.last().expect("a chunk has a step"));
-        if done < total && self.saved.elapsed() >= self.every {
+        if done == total {
+            return Ok(());
+        }
+        let stopped = self.beside.map_or(Ok(()), Streams::check);
+        if stopped.is_err() || self.saved.elapsed() >= self.every {
             Checkpoint::take(network, done, &self.identity)?.save(&self.checkpoint)?;
             self.saved = Instant::now();
         }
-        Ok(())
+        stopped
     }
 }

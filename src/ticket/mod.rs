@@ -2,7 +2,7 @@
 //!
 //! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder; [`lth`],
 //! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`], [`assemble`] and [`transfer`] put them together into
-//! [`rows`], which become a [`result`]. [`select`] is the exact choice by magnitude that all share;
+//! [`rows`], which become a [`result`]; trainings that do not need each other share the device by [`streams`]. [`select`] is the exact choice by magnitude that all share;
 //! [`heads`] counts what masks keep of attention heads; [`similarity`] compares the layers of a search's tickets; [`report`] is
 //! the page of a run.
 
@@ -20,5 +20,6 @@ pub mod run;
 pub mod select;
 pub mod settings;
 pub mod similarity;
+pub mod streams;
 pub mod structure;
 pub mod transfer;

@@ -10,9 +10,11 @@ use std::collections::BTreeMap;
 
 use ndarray::ArrayD;
 
-use super::experiment::{Head, Purpose, Repetition, Task};
+use super::experiment::{Experiment, Head, Purpose, Repetition, Task};
 use super::select::{Amount, remove_smallest};
 use super::settings::{Algebra, Search};
+use crate::data::partition::Part;
+use crate::device::Device;
 use crate::error::Result;
 use crate::mask::set::MaskSet;
 use crate::ops::prune::MaskOp;
@@ -48,7 +50,7 @@ pub fn search(
     algebra: Algebra,
     at_least: usize,
 ) -> Result<FoundOnParts> {
-    let device = repetition.experiment.device;
+    let Experiment { device, streams, .. } = *repetition.experiment;
     let k = repetition.parts.len();
     let mut masks = vec![repetition.candidates.clone(); k];
     let nothing = repetition.candidates.combine(device, MaskOp::Xor, &repetition.candidates)?;
@@ -56,19 +58,24 @@ pub fn search(
     let (mut first_magnitude, mut last_magnitude) = (Magnitudes::new(), Magnitudes::new());
     for level in 1..=search.levels {
         last_magnitude.clear();
-        for (i, part) in repetition.parts.iter().enumerate() {
-            // The first level knows nothing of the algebra: all searches share it.
-            let folder = if level == 1 { "parts" } else { name };
+        // The first level knows nothing of the algebra: all searches share it.
+        let folder = if level == 1 { "parts" } else { name };
+        let train = |device: &Device, (part, masks): (&Part, &MaskSet)| {
             let stage = format!("{folder}/{}/level-{level}", part.name);
             let task = Task { part: Some(part), head: Head::Own, ..Task::all(Purpose::Search) };
-            let weights = repetition.search(&stage, &masks[i], task)?.tensors;
+            let weights = repetition.search(device, &stage, masks, task)?.tensors;
             let amount = Amount::Fraction(search.prune);
-            masks[i] = remove_smallest(device, &weights, &masks[i], search.scope, amount)?.masks;
+            Ok((remove_smallest(device, &weights, masks, search.scope, amount)?.masks, weights))
+        };
+        let mut left = Vec::new();
+        streams.each(repetition.parts.iter().zip(&masks), train, |(masks, weights)| {
+            left.push(masks);
             collect(&mut last_magnitude, &weights, &repetition.candidates, f32::max);
             if level == 1 {
                 collect(&mut first_magnitude, &weights, &repetition.candidates, |sum, w| sum + w / k as f32);
             }
-        }
+        })?;
+        masks = left;
         if algebra == Algebra::EachLevel {
             let consensus = MaskSet::consensus(device, &masks.iter().collect::<Vec<_>>(), at_least)?;
             for (mask, dropped) in masks.iter_mut().zip(&mut dropped) {

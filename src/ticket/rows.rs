@@ -1,8 +1,9 @@
 //! Repetitions of an experiment, summed up: a row for each ticket, in the order in which tickets come first.
 
-use super::experiment::{Experiment, Repetition, Ticket, TicketScore};
+use super::experiment::{Experiment, Repetition, Splits, Ticket, TicketScore};
 use super::result::{LayerOverlapMean, Matrix, Outcome, OverlapMean, SeedScore, TicketFiles, TicketRow, mean};
 use super::run::StageFolder;
+use crate::device::Device;
 use crate::error::Result;
 use crate::mask::set::Overlap;
 use crate::similarity::compare::Similarity;
@@ -26,17 +27,26 @@ struct TicketInSeeds {
     files: Vec<TicketFiles>,
 }
 
-/// Runs `repetition` with each seed of an experiment and sums up; reads the result if the run is finished.
+/// Runs `repetition` with each seed of an experiment, several side by side if there are streams for it, and sums up; reads
+/// the result if the run is finished.
 ///
 /// # Errors
 /// Those of `repetition`; [`crate::Error::File`] if the result cannot be read or written.
-pub fn repeat(experiment: &Experiment, mut repetition: impl FnMut(u64, &mut Rows) -> Result<()>) -> Result<Outcome> {
+pub fn repeat(
+    experiment: &Experiment,
+    repetition: impl Fn(&Splits, u64, &mut Rows) -> Result<()> + Sync,
+) -> Result<Outcome> {
     let run = experiment.folder.path().to_string_lossy().into_owned();
     if let Some(result) = experiment.folder.result()? {
         return Ok(Outcome { run, ..result });
     }
     let mut rows = Rows::default();
-    experiment.repetitions.seeds().try_for_each(|seed| repetition(seed, &mut rows))?;
+    let splits = Splits::new(experiment)?;
+    let of_seed = |seed| {
+        let mut rows = Rows::default();
+        repetition(&splits, seed, &mut rows).map(|()| rows)
+    };
+    experiment.streams.around(experiment.repetitions.seeds(), of_seed, |of_seed| rows.append(of_seed))?;
     let overlap = mean_overlap(&rows.overlaps);
     let tickets: Vec<TicketRow> = rows.tickets.into_iter().map(TicketInSeeds::sum_up).collect();
     let matrix = Matrix::new(rows.parts, &tickets);
@@ -46,33 +56,52 @@ pub fn repeat(experiment: &Experiment, mut repetition: impl FnMut(u64, &mut Rows
 }
 
 impl Rows {
-    /// Retrains a ticket of a repetition, and adds it: `random` matched to `core` lies in the folder `random-at-core`.
+    /// Retrains tickets of a repetition side by side, and adds them: `random` matched to `core` lies in the folder
+    /// `random-at-core`.
     ///
     /// # Errors
     /// As [`Repetition::search`].
-    pub fn judge(&mut self, repetition: &Repetition, ticket: &Ticket) -> Result<()> {
-        let Ticket { name, matched, .. } = ticket;
-        let folder = matched.as_ref().map_or(name.clone(), |matched| format!("{name}-at-{matched}"));
-        let (score, folder) = repetition.retrain(&folder, ticket)?;
-        self.add(repetition, ticket, score, &folder);
-        Ok(())
+    pub fn judge<'t>(&mut self, repetition: &Repetition, tickets: &'t [Ticket]) -> Result<()> {
+        let retrain = |device: &Device, ticket: &'t Ticket| {
+            let Ticket { name, matched, .. } = ticket;
+            let folder = matched.as_ref().map_or(name.clone(), |matched| format!("{name}-at-{matched}"));
+            Ok((ticket, repetition.retrain(device, &folder, ticket)?))
+        };
+        repetition.experiment.streams.each(tickets, retrain, |(ticket, (score, folder))| {
+            self.add(repetition, ticket, score, &folder);
+        })
     }
 
     /// Adds a ticket of a repetition that lies in a folder.
     pub fn add(&mut self, repetition: &Repetition, ticket: &Ticket, score: TicketScore, folder: &StageFolder) {
-        let Ticket { name, method, matched, .. } = ticket;
+        let (name, method, matched) = (ticket.name.clone(), ticket.method, ticket.matched.clone());
         let seed = repetition.seed;
-        let known = |row: &TicketInSeeds| (&row.name, row.method, &row.matched) == (name, *method, matched);
-        let row = self.tickets.iter().position(known).unwrap_or_else(|| {
-            let (scores, files) = Default::default();
-            self.tickets.push(TicketInSeeds { name: name.clone(), method, matched: matched.clone(), scores, files });
-            self.tickets.len() - 1
-        });
-        let row = &mut self.tickets[row];
         let file = folder.ticket().exists().then(|| folder.relative(&folder.ticket()));
-        row.scores.push(SeedScore { seed, score });
-        row.files.push(TicketFiles { seed, ticket: file, weights: folder.relative(&folder.weights()) });
+        let scores = vec![SeedScore { seed, score }];
+        let files = vec![TicketFiles { seed, ticket: file, weights: folder.relative(&folder.weights()) }];
+        self.add_row(TicketInSeeds { name, method, matched, scores, files });
         self.parts = repetition.parts.iter().map(|part| part.name.clone()).collect();
+    }
+
+    /// Adds a ticket's scores to those that other seeds gave it.
+    fn add_row(&mut self, row: TicketInSeeds) {
+        let name = |row: &TicketInSeeds| (row.name.clone(), row.method, row.matched.clone());
+        match self.tickets.iter_mut().find(|known| name(known) == name(&row)) {
+            Some(known) => {
+                known.scores.extend(row.scores);
+                known.files.extend(row.files);
+            }
+            None => self.tickets.push(row),
+        }
+    }
+
+    /// Adds what the next repetition found.
+    fn append(&mut self, next: Rows) {
+        let Rows { tickets, parts, overlaps, similarity } = next;
+        tickets.into_iter().for_each(|row| self.add_row(row));
+        self.parts = parts;
+        self.overlaps.extend(overlaps);
+        self.similarity = self.similarity.take().or(similarity);
     }
 
     /// Adds what the parts' masks of a repetition have in common.

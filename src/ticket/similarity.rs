@@ -1,6 +1,7 @@
 //! How similar the layers of a search's tickets are: dense, core, specialists, union, or what the method made of them.
 
 use super::experiment::{Experiment, Repetition, Ticket};
+use crate::device::Device;
 use crate::error::Result;
 use crate::nn::network::Network;
 use crate::nn::plan::Use;
@@ -26,8 +27,8 @@ const MEMORY: usize = 256 << 20;
 ///
 /// # Errors
 /// [`crate::Error::Device`] when memory runs out; [`crate::Error::File`] if the folder cannot be written.
-pub fn of_tickets(repetition: &Repetition, tickets: &[Ticket]) -> Result<Similarity> {
-    let Experiment { device, data, config, folder, progress, .. } = *repetition.experiment;
+pub fn of_tickets(repetition: &Repetition, device: &Device, tickets: &[Ticket]) -> Result<Similarity> {
+    let Experiment { data, config, folder, progress, .. } = *repetition.experiment;
     let stage = folder.similarity(repetition.seed)?;
     if let Some(similarity) = stage.similarity()? {
         return Ok(similarity);

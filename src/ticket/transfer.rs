@@ -11,6 +11,7 @@ use super::result::Outcome;
 use super::rows::repeat;
 use super::settings::check_levels;
 use super::{controls, lth};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
@@ -165,7 +166,8 @@ impl Transfer {
                 if lth.masks.kept() == keep { ticket.at(TICKET) } else { ticket }
             }
             Lth::Found(levels) => {
-                let masks = lth::to_count(repetition, TICKET, *levels, keep)?;
+                let found = |device: &Device| lth::to_count(repetition, device, TICKET, *levels, keep);
+                let masks = repetition.experiment.streams.one(found)?;
                 Ticket::new("lth", "lth", masks).after(*levels).at(TICKET)
             }
         };
@@ -195,9 +197,9 @@ pub fn transfer(experiment: &Experiment, transfer: &Transfer) -> Result<Outcome>
     let model = experiment.config.build()?;
     let all = transfer.ticket.masks.layers().iter().map(|(name, mask)| (name.clone(), Mask::ones(mask.shape())));
     let candidates = MaskSet::new(all.collect());
-    repeat(experiment, |seed, rows| {
+    repeat(experiment, |splits, seed, rows| {
         let start = transfer.dense.clone().unwrap_or_else(|| init::draw(&model, seed));
-        let repetition = Repetition::new(experiment, seed, candidates.clone(), start)?;
-        transfer.tickets(&repetition)?.iter().try_for_each(|ticket| rows.judge(&repetition, ticket))
+        let repetition = Repetition::new(experiment, splits, seed, candidates.clone(), start)?;
+        rows.judge(&repetition, &transfer.tickets(&repetition)?)
     })
 }

@@ -44,6 +44,7 @@ mod similarity;
 mod similarity_cli;
 mod similarity_modules;
 mod step;
+mod streams;
 mod structure;
 mod support;
 mod tickets;
