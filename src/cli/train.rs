@@ -13,8 +13,8 @@ use dilt::nn::network::Network;
 use dilt::nn::plan::{Group, Use};
 use dilt::nn::weights::Weights;
 use dilt::report::table::table;
-use dilt::ticket::experiment::{Saver, resume};
 use dilt::ticket::run::TrainingFolder;
+use dilt::ticket::saver::{Saver, resume};
 use dilt::train::{Images, Labelled, Training, evaluate};
 use serde::Serialize;
 

@@ -1,13 +1,12 @@
 //! One repetition of an experiment: it trains networks under masks, each in a folder of its own, and scores tickets.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::heads::{HeadDensities, head_densities};
 use super::run::{RunFolder, StageFolder};
+use super::saver::{Saver, resume};
 use super::settings::{Repetitions, Search};
 use super::streams::Streams;
 use crate::data::partition::Part;
@@ -24,12 +23,7 @@ use crate::nn::paths::Planning;
 use crate::nn::plan::Use;
 use crate::nn::weights::Weights;
 use crate::report::progress::Progress;
-use crate::train::{
-    Checkpoint, Chunk, Images, Labelled, MetricsFile, Observer, Recipe, Training, evaluate, refresh_statistics,
-};
-
-/// Environment variable: a training writes a checkpoint when so many seconds have passed since the last.
-const CHECKPOINT_SECONDS: &str = "DILT_CHECKPOINT_SECONDS";
+use crate::train::{Images, Labelled, Recipe, Training, evaluate, refresh_statistics};
 
 /// The method of the network that keeps everything, which has no ticket file.
 pub(super) const DENSE: &str = "dense";
@@ -101,8 +95,9 @@ impl Splits {
     /// # Errors
     /// As [`Images::new`].
     pub fn new(experiment: &Experiment) -> Result<Self> {
-        let Experiment { device, data, .. } = *experiment;
-        Ok(Splits { train: Images::new(device, data, &data.train)?, test: Images::new(device, data, &data.test)? })
+        let Experiment { device, streams, data, .. } = *experiment;
+        let images = |split| Ok(Images::new(device, data, split)?.shared_by(streams.count()));
+        Ok(Splits { train: images(&data.train)?, test: images(&data.test)? })
     }
 }
 
@@ -523,84 +518,4 @@ pub fn check_body(weights: &Weights, model: &Model) -> Result<()> {
 /// Removes the checkpoint of a training that is done; left behind, it would only take space.
 fn remove_checkpoint(folder: &StageFolder) {
     let _ = std::fs::remove_file(folder.checkpoint());
-}
-
-/// Puts a network into the state of a checkpoint, if there is one; returns the steps done.
-///
-/// # Errors
-/// [`Error::File`] if it is damaged or of another training than `identity`.
-pub fn resume(network: &mut Network, path: &Path, identity: &str) -> Result<usize> {
-    if !path.exists() {
-        return Ok(0);
-    }
-    let checkpoint = Checkpoint::load(path)?;
-    if checkpoint.identity != identity {
-        return Err(Error::file(
-            path,
-            "the checkpoint is of a training with other settings, data, weights or device; give the command it was \
-             begun with, choose another folder, or remove it",
-        ));
-    }
-    checkpoint.restore(network)?;
-    Ok(checkpoint.step)
-}
-
-/// How often a training writes a checkpoint: `DILT_CHECKPOINT_SECONDS`, 20 if not set; 0 after every chunk of steps.
-fn checkpoint_every() -> Result<Duration> {
-    let Ok(text) = std::env::var(CHECKPOINT_SECONDS) else { return Ok(Duration::from_secs(20)) };
-    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    seconds.ok_or_else(|| Error::Usage(format!("{CHECKPOINT_SECONDS}: expected a number of at least 0, got '{text}'")))
-}
-
-/// Writes metrics and checkpoints of a training, and shows its progress.
-pub struct Saver<'a> {
-    metrics: MetricsFile,
-    checkpoint: PathBuf,
-    identity: String,
-    every: Duration,
-    /// When the state was kept last.
-    saved: Instant,
-    shown: &'a mut dyn FnMut(usize, f32),
-    /// Where other trainings run, whose failure ends this one.
-    beside: Option<&'a Streams>,
-}
-
-impl<'a> Saver<'a> {
-    /// Goes on with the metrics after `done` steps. Checkpoints are of the training `identity`; `shown` is given the
-    /// steps done and the last loss.
-    ///
-    /// # Errors
-    /// As [`MetricsFile::resume`]; [`Error::Usage`] if the interval of checkpoints is no number.
-    pub fn new(
-        folder: &StageFolder,
-        done: usize,
-        identity: String,
-        shown: &'a mut dyn FnMut(usize, f32),
-    ) -> Result<Self> {
-        let every = checkpoint_every()?;
-        let metrics = MetricsFile::resume(&folder.metrics(), done)?;
-        let (checkpoint, saved) = (folder.checkpoint(), Instant::now());
-        Ok(Saver { metrics, checkpoint, identity, every, saved, shown, beside: None })
-    }
-
-    /// Leaves a checkpoint and ends the training when one beside it fails.
-    pub fn beside(self, streams: &'a Streams) -> Self {
-        Saver { beside: Some(streams), ..self }
-    }
-}
-
-impl Observer for Saver<'_> {
-    fn chunk(&mut self, chunk: &Chunk, network: &Network, done: usize, total: usize) -> Result<()> {
-        self.metrics.append(chunk)?;
-        (self.shown)(done, *chunk.loss.last().expect("a chunk has a step"));
-        if done == total {
-            return Ok(());
-        }
-        let stopped = self.beside.map_or(Ok(()), Streams::check);
-        if stopped.is_err() || self.saved.elapsed() >= self.every {
-            Checkpoint::take(network, done, &self.identity)?.save(&self.checkpoint)?;
-            self.saved = Instant::now();
-        }
-        stopped
-    }
 }

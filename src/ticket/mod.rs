@@ -1,6 +1,7 @@
 //! Tickets: how they are found, what they are compared with, and the run folder that holds them.
 //!
-//! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder; [`lth`],
+//! [`settings`] says what a search does; [`experiment`] trains, prunes and scores within a [`run`] folder, with
+//! checkpoints by [`saver`]; [`lth`],
 //! [`parts`] (DiLT and COLT) and [`controls`] decide masks; [`find`], [`assemble`] and [`transfer`] put them together into
 //! [`rows`], which become a [`result`]; trainings that do not need each other share the device by [`streams`]. [`select`] is the exact choice by magnitude that all share;
 //! [`heads`] counts what masks keep of attention heads; [`similarity`] compares the layers of a search's tickets; [`report`] is
@@ -17,6 +18,7 @@ pub mod report;
 pub mod result;
 pub mod rows;
 pub mod run;
+pub mod saver;
 pub mod select;
 pub mod settings;
 pub mod similarity;

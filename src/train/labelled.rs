@@ -59,6 +59,12 @@ impl Images {
     pub fn with_workers(self, workers: usize) -> Self {
         Images { workers: workers.max(1), ..self }
     }
+
+    /// The same for `count` trainings at a time, which share the threads that decode.
+    pub fn shared_by(self, count: usize) -> Self {
+        let workers = self.workers / count.max(1);
+        self.with_workers(workers)
+    }
 }
 
 /// Threads that decode files.

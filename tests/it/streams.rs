@@ -1,13 +1,14 @@
 //! Trainings side by side: the same bytes with any number of them, also after a kill, and one error for all.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::command::{SMALL, assert_same_files, dilt, fails, files, json, output, run_folder};
 use crate::resume::kill_after;
 
-/// Two seeds, two searches on parts, controls, structured tickets and a rewound start: every stage that there is.
-const FIND: &[&str] = &["find", "--levels", "2", "--seeds", "2", "--rewind", "2", "--structure", "refill"];
+/// Two seeds, two searches on parts, controls, structured tickets and a rewound start: every kind of training.
+const FIND: &[&str] =
+    &["find", "--levels", "2", "--seeds", "2", "--rewind", "2", "--structure", "refill", "--no-similarity"];
 
 fn find(streams: &str) -> Vec<&str> {
     [FIND, SMALL, &["--streams", streams]].concat()
@@ -106,23 +107,28 @@ fn a_training_that_fails_is_named_once_and_stops_the_others() {
 }
 
 #[test]
-fn trainings_beside_one_that_fails_leave_checkpoints_and_go_on_later() {
+fn memory_that_runs_out_says_for_which_training_and_how_many_share_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let large = [FIND, &["--batch", "10000000", "--epochs", "1", "--streams", "2", "-q"]].concat();
+    fails(folder.path(), &large, 1, &["error: seed_", "out of memory", "--batch", "--streams 2"]);
+}
+
+#[test]
+fn trainings_beside_one_that_fails_end_and_go_on_later() {
     let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let args = |streams| {
         let long = ["--set", "widths=[4,8,16]", "--limit", "160", "--epochs", "40", "--batch", "32", "-q"];
         let lth = ["find", "--method", "lth", "--levels", "1", "--seeds", "2", "--no-similarity"];
         [&lth[..], &long, &["--streams", streams]].concat()
     };
-    output(whole.path(), &args("2"));
-    // A folder where a file must be fails one training.
-    let mut command = dilt(broken.path(), &args("1"));
-    command.timeout(Duration::from_millis(300)).env("DILT_CHECKPOINT_SECONDS", "0");
-    let _ = command.output();
-    let blocked = run_folder(broken.path()).join("seed_1/search/lth/level-1/metrics.csv");
+    output(whole.path(), &args("1"));
+    // A folder where a file must be fails one training, at its beginning.
+    let run = broken.path().join("runs").join(run_folder(whole.path()).file_name().unwrap());
+    let blocked = run.join("seed_1/search/lth/level-1/metrics.csv");
     std::fs::create_dir_all(&blocked).unwrap();
     let said = error(broken.path(), &args("2"));
-    assert!(said.matches("metrics.csv").count() == 1 && said.contains("seed_1"), "{said}");
-    assert!(!broken.path().join("result.json").exists());
+    assert!(said.matches("error").count() == 1 && said.contains("seed_1/search/lth/level-1/metrics.csv"), "{said}");
+    assert!(!run.join("seed_0/tickets/lth/score.json").exists(), "the other seed went on");
     std::fs::remove_dir(&blocked).unwrap();
     output(broken.path(), &args("2"));
     assert_same_files(broken.path(), whole.path());
