@@ -169,7 +169,7 @@ impl Streams {
         thread::scope(|scope| {
             for _ in 0..threads {
                 let (to_done, next, work) = (to_done.clone(), &next, &work);
-                scope.spawn(move || {
+                let thread = move || {
                     while let Some((place, job)) = next() {
                         match catch_unwind(AssertUnwindSafe(|| work(job))) {
                             Ok(Ok(result)) => {
@@ -182,7 +182,10 @@ impl Streams {
                             }
                         }
                     }
-                });
+                };
+                if let Err(error) = thread::Builder::new().name("training".into()).spawn_scoped(scope, thread) {
+                    self.stop(Error::Device(format!("a thread for a training cannot start: {error}; fewer --streams")));
+                }
             }
             drop(to_done);
             let (mut early, mut turn) = (BTreeMap::new(), 0);

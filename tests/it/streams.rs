@@ -109,7 +109,7 @@ fn a_training_that_fails_is_named_once_and_stops_the_others() {
 #[test]
 fn memory_that_runs_out_says_for_which_training_and_how_many_share_it() {
     let folder = tempfile::tempdir().unwrap();
-    let large = [FIND, &["--batch", "10000000", "--epochs", "1", "--streams", "2", "-q"]].concat();
+    let large = ["find", "--batch", "10000000", "--epochs", "1", "--streams", "2", "-q"];
     fails(folder.path(), &large, 1, &["error: seed_", "out of memory", "--batch", "--streams 2"]);
 }
 
@@ -127,7 +127,7 @@ fn trainings_beside_one_that_fails_end_and_go_on_later() {
     let blocked = run.join("seed_1/search/lth/level-1/metrics.csv");
     std::fs::create_dir_all(&blocked).unwrap();
     let said = error(broken.path(), &args("2"));
-    assert!(said.matches("error").count() == 1 && said.contains("seed_1/search/lth/level-1/metrics.csv"), "{said}");
+    assert!(said.matches("error:").count() == 1 && said.contains("seed_1/search/lth/level-1/metrics.csv"), "{said}");
     assert!(!run.join("seed_0/tickets/lth/score.json").exists(), "the other seed went on");
     std::fs::remove_dir(&blocked).unwrap();
     output(broken.path(), &args("2"));
