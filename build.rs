@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, thread};
 
-/// A kernel file: its kernels, and the argument structs whose layout Rust and C++ must agree on.
+/// A kernel file as it is compiled for one precision of activations: its kernels, and the argument structs whose layout
+/// Rust and C++ must agree on.
 struct Source {
     stem: String,
     path: PathBuf,
+    bf16: bool,
     kernels: Vec<String>,
     structs: Vec<(String, Vec<String>)>,
 }
@@ -32,7 +34,7 @@ fn main() {
         );
     }
     paths.sort();
-    let sources: Vec<_> = paths.iter().map(|path| scan(path)).collect();
+    let sources: Vec<_> = paths.iter().flat_map(|path| scan(path)).collect();
     let wrappers: Vec<_> = sources.iter().map(|source| write_wrapper(source, &out)).collect();
 
     let sets = compile_host(&root, &out, &wrappers, sanitizer.as_ref());
@@ -85,16 +87,27 @@ struct Cuda {
 }
 
 /// A kernel file's `KERNEL(name, ...)` lines, and the structs named `...Args` or `...Shape`, one field declaration a
-/// line, of the file and of the headers beside it that it includes.
-fn scan(path: &Path) -> Source {
-    let mut source = Source {
-        stem: path.file_stem().unwrap().to_str().unwrap().to_owned(),
-        path: path.to_owned(),
-        kernels: Vec::new(),
-        structs: Vec::new(),
-    };
+/// line, of the file and of the headers beside it that it includes. A file that names its kernels `REAL(name)` is compiled
+/// for each precision.
+fn scan(path: &Path) -> Vec<Source> {
+    let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
+    let mut source = Source { stem, path: path.to_owned(), bf16: false, kernels: Vec::new(), structs: Vec::new() };
     scan_into(&mut source, path);
-    source
+    let real = |name: &String| name.strip_prefix("REAL(").and_then(|name| name.strip_suffix(')')).map(str::to_owned);
+    let names: Vec<String> = source.kernels.iter().filter_map(real).collect();
+    if names.is_empty() {
+        source.bf16 = source.kernels.iter().all(|name| name.ends_with("_bf16"));
+        return vec![source];
+    }
+    assert!(names.len() == source.kernels.len(), "{}: either all kernels are named REAL(...) or none", path.display());
+    let compiled = |bf16: bool, suffix: &str| Source {
+        stem: format!("{}{}", source.stem, if bf16 { "_bf16" } else { "" }),
+        path: source.path.clone(),
+        bf16,
+        kernels: names.iter().map(|name| format!("{name}_{suffix}")).collect(),
+        structs: source.structs.clone(),
+    };
+    vec![compiled(false, "f32"), compiled(true, "bf16")]
 }
 
 fn scan_into(source: &mut Source, path: &Path) {
@@ -139,7 +152,8 @@ fn write_wrapper(source: &Source, out: &Path) -> (String, PathBuf) {
     }
     let stem = &source.stem;
     let text = format!(
-        "#include \"{}\"\nBARRIER_FREE_KERNEL(layout_{stem}, LayoutArgs, 1) {{\n{body}}}\n",
+        "{}#include \"{}\"\nBARRIER_FREE_KERNEL(layout_{stem}, LayoutArgs, 1) {{\n{body}}}\n",
+        if source.bf16 { "#define DILT_BF16\n" } else { "" },
         source.path.display()
     );
     let path = out.join(format!("{stem}.cu"));

@@ -8,6 +8,9 @@
 // Both take one more argument where ptxas guesses wrong: the blocks that a multiprocessor shall hold at a time, whose
 // number limits a thread's registers.
 //
+// Activations, and weights as products read them, are `Real`: float, or bf16. A file that names its kernels REAL(name) is
+// compiled for both, to name_f32 and name_bf16; another is for the one that its kernels' names end with.
+//
 // The body sees its argument struct as `a`, and threadIdx, blockIdx, blockDim, gridDim. Helper functions take the
 // indices they need as arguments: on the host these are locals of the kernel, not globals.
 // SHARED(Type, name) names the block's shared memory, whose type the KERNEL line gives (NoShared: none). UNROLL unrolls the loop that follows. EACH(i, n) shares the
@@ -17,6 +20,19 @@
 #include <stdint.h>
 
 struct NoShared {};
+
+// bfloat16, the upper half of a float. Loads widen it, stores round to nearest, ties to even; in between all is f32.
+struct bf16 {
+    uint16_t bits;
+};
+
+#ifdef DILT_BF16
+using Real = bf16;
+#define REAL(name) name##_bf16
+#else
+using Real = float;
+#define REAL(name) name##_f32
+#endif
 
 #ifdef __CUDACC__
 
@@ -95,6 +111,45 @@ DEVICE void store(float* p, const Samples<L>& x) {
     }
 }
 
+DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+DEVICE bf16 round_to_bf16(float x) {
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+// Two of them in a word, `low` in its lower half.
+DEVICE uint32_t round_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+template <int L>
+DEVICE Samples<L> load(const bf16* p) {
+    Samples<L> x;
+    if constexpr (L % 4 == 0) {
+        UNROLL for (int i = 0; i < L; i += 4) {
+            const uint2 v = *reinterpret_cast<const uint2*>(p + i);
+            x.lane[i] = __uint_as_float(v.x << 16), x.lane[i + 1] = __uint_as_float(v.x & 0xffff0000u);
+            x.lane[i + 2] = __uint_as_float(v.y << 16), x.lane[i + 3] = __uint_as_float(v.y & 0xffff0000u);
+        }
+    } else {
+        UNROLL for (int i = 0; i < L; ++i) x.lane[i] = widen(p[i]);
+    }
+    return x;
+}
+
+template <int L>
+DEVICE void store(bf16* p, const Samples<L>& x) {
+    if constexpr (L % 4 == 0) {
+        UNROLL for (int i = 0; i < L; i += 4)
+            *reinterpret_cast<uint2*>(p + i) =
+                make_uint2(round_pair(x.lane[i], x.lane[i + 1]), round_pair(x.lane[i + 2], x.lane[i + 3]));
+    } else {
+        UNROLL for (int i = 0; i < L; ++i) p[i] = round_to_bf16(x.lane[i]);
+    }
+}
+
 // Lane by lane x <= limit ? yes : no, so `no` where one of the two is NaN.
 template <int L>
 DEVICE Samples<L> where_at_most(const Samples<L>& x, const Samples<L>& limit, Samples<L> yes, const Samples<L>& no) {
@@ -122,6 +177,11 @@ DEVICE void transpose(Samples<L> (&rows)[L]) {
 #else
 #include "host.cuh"
 #endif
+
+// One value, from and to memory.
+DEVICE float widen(float x) { return x; }
+DEVICE void put(float* p, float x) { *p = x; }
+DEVICE void put(bf16* p, float x) { *p = round_to_bf16(x); }
 
 // Lanes of the vectors that cut every row of samples evenly, since rows are padded to a multiple of 8.
 constexpr int ROW_LANES = LANES < 8 ? LANES : 8;

@@ -62,6 +62,9 @@ void dilt_host_barrier(const char* site);
 // Gives `value` to the warp, waits for the lanes in `mask`, returns what lane `source` gave.
 uint64_t dilt_host_exchange(const char* site, uint32_t mask, uint64_t value, uint32_t source_xor, uint32_t source_add);
 uint32_t dilt_host_ballot(const char* site, uint32_t mask, uint32_t predicate);
+void dilt_host_warp_barrier(const char* site);
+// Waits for the whole warp, returns the four words that each lane gave: there until the lane's next operation but one.
+const uint64_t (*dilt_host_gather(const char* site, const uint64_t (*words)[4]))[4];
 }
 template <class T>
 DEVICE T dilt_exchange(const char* site, uint32_t mask, T value, uint32_t source_xor, uint32_t source_add) {
@@ -73,6 +76,7 @@ DEVICE T dilt_exchange(const char* site, uint32_t mask, T value, uint32_t source
     return value;
 }
 #define __syncthreads() dilt_host_barrier(DILT_SITE)
+#define __syncwarp() dilt_host_warp_barrier(DILT_SITE)
 #define __shfl_xor_sync(mask, value, lanes) dilt_exchange(DILT_SITE, mask, value, lanes, 0)
 #define __shfl_down_sync(mask, value, lanes) dilt_exchange(DILT_SITE, mask, value, 0, lanes)
 #define __ballot_sync(mask, predicate) dilt_host_ballot(DILT_SITE, mask, (predicate) ? 1u : 0u)
@@ -113,12 +117,35 @@ struct SamplesOf {
     typedef float type __attribute__((vector_size(4 * L)));
     typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
     typedef int32_t words __attribute__((vector_size(4 * L)));
+    typedef uint32_t bits __attribute__((vector_size(4 * L)));
+    typedef uint16_t halves __attribute__((vector_size(2 * L)));
+    typedef uint16_t unaligned_halves __attribute__((vector_size(2 * L), aligned(2), may_alias));
 };
 template <int L>
 using Samples = typename SamplesOf<L>::type;
 
 template <int L>
 DEVICE Samples<L> load(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::unaligned*>(p); }
+DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+DEVICE bf16 round_to_bf16(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return {uint16_t(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+DEVICE uint32_t round_pair(float low, float high) {
+    return round_to_bf16(low).bits | uint32_t(round_to_bf16(high).bits) << 16;
+}
+template <int L>
+DEVICE Samples<L> load(const bf16* p) {
+    const typename SamplesOf<L>::halves halves = *reinterpret_cast<const typename SamplesOf<L>::unaligned_halves*>(p);
+    return (Samples<L>)(__builtin_convertvector(halves, typename SamplesOf<L>::bits) << 16);
+}
+template <int L>
+DEVICE void store(bf16* p, const Samples<L>& x) {
+    const auto bits = (typename SamplesOf<L>::bits)x;
+    const auto rounded = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : (bits & 0) + 0x7fff;
+    *reinterpret_cast<typename SamplesOf<L>::unaligned_halves*>(p) =
+        __builtin_convertvector(rounded, typename SamplesOf<L>::halves);
+}
 // R values that are each multiplied with a vector: it is loaded into all lanes from where it lies.
 template <int R>
 DEVICE const float* load_uniform(const float* p) {

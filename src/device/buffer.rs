@@ -29,16 +29,16 @@ pub struct Buffer<T> {
 
 /// A shared view of consecutive elements.
 pub struct Slice<'a, T> {
-    address: u64,
-    len: usize,
-    element: PhantomData<&'a T>,
+    pub(super) address: u64,
+    pub(super) len: usize,
+    pub(super) element: PhantomData<&'a T>,
 }
 
 /// An exclusive view of consecutive elements.
 pub struct SliceMut<'a, T> {
-    address: u64,
-    len: usize,
-    element: PhantomData<&'a mut T>,
+    pub(super) address: u64,
+    pub(super) len: usize,
+    pub(super) element: PhantomData<&'a mut T>,
 }
 
 impl<T> Clone for Slice<'_, T> {

@@ -25,7 +25,7 @@ const STACK_BYTES: usize = 256 * 1024;
 /// Written at the end of each stack, and looked at after each block: a guard page per stack would use up the kernel's
 /// table of mappings.
 const CANARY: u64 = 0x5ca1_ab1e_0ddb_a115;
-const WARP: usize = 32;
+pub(super) const WARP: usize = 32;
 
 /// A launch on the host.
 pub(super) struct Grid<'a> {
@@ -210,6 +210,9 @@ struct Wait {
     lanes: u32,
 }
 
+/// What a lane gives to its warp: registers of a fragment, or a smaller value in the first element.
+type Given = [u64; 4];
+
 type Suspender = Yielder<(), Wait>;
 
 struct Fiber {
@@ -225,10 +228,12 @@ struct Block {
     suspenders: Vec<Cell<*const Suspender>>,
     /// What each lane gave to the last two warp operations: two, since a lane may reach the next operation before
     /// another has read the last.
-    given: [Vec<Cell<u64>>; 2],
+    given: [Vec<Cell<Given>>; 2],
     turn: Vec<Cell<usize>>,
     /// Block barriers passed so far.
     barrier: Cell<usize>,
+    /// Barriers of its warp that each thread has come to so far.
+    warp_barrier: Vec<Cell<usize>>,
     tsan: Vec<tsan::Thread>,
 }
 
@@ -246,9 +251,10 @@ impl Block {
             barrier_free,
             current: Cell::new(0),
             suspenders: vec![Cell::new(std::ptr::null()); threads],
-            given: [vec![Cell::new(0); threads], vec![Cell::new(0); threads]],
+            given: [vec![Cell::new([0; 4]); threads], vec![Cell::new([0; 4]); threads]],
             turn: vec![Cell::new(0); threads],
             barrier: Cell::new(0),
+            warp_barrier: vec![Cell::new(0); threads],
             tsan,
         }
     }
@@ -271,9 +277,20 @@ extern "C" fn dilt_host_barrier(site: *const c_char) {
     let Some(block) = running_block() else { return WAITED_AT.set(site) };
     let thread = block.current.get();
     let turn = block.barrier.get();
-    block.tsan[thread].arrive(turn);
+    block.tsan[thread].arrive(tsan::Barrier::Block, turn);
     block.wait(thread, Wait { site, lanes: 0 });
-    block.tsan[thread].pass(turn);
+    block.tsan[thread].pass(tsan::Barrier::Block, turn);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn dilt_host_warp_barrier(site: *const c_char) {
+    let Some(block) = running_block() else { return WAITED_AT.set(site) };
+    let thread = block.current.get();
+    let turn = block.warp_barrier[thread].get();
+    block.warp_barrier[thread].set(turn + 1);
+    block.tsan[thread].arrive(tsan::Barrier::Warp, turn);
+    block.wait(thread, Wait { site, lanes: u32::MAX });
+    block.tsan[thread].pass(tsan::Barrier::Warp, turn);
 }
 
 #[unsafe(no_mangle)]
@@ -283,10 +300,10 @@ extern "C" fn dilt_host_exchange(site: *const c_char, lanes: u32, value: u64, xo
         return value;
     };
     let thread = block.current.get();
-    let given = give(block, thread, site, lanes, value);
+    let given = give(block, thread, site, lanes, [value, 0, 0, 0]);
     let source = ((thread % WARP) ^ xor as usize) + add as usize;
     match given.get(thread / WARP * WARP + source) {
-        Some(from) if source < WARP => from.get(),
+        Some(from) if source < WARP => from.get()[0],
         _ => value,
     }
 }
@@ -298,13 +315,29 @@ extern "C" fn dilt_host_ballot(site: *const c_char, lanes: u32, predicate: u32) 
         return predicate;
     };
     let thread = block.current.get();
-    let given = give(block, thread, site, lanes, u64::from(predicate));
+    let given = give(block, thread, site, lanes, [u64::from(predicate), 0, 0, 0]);
     let warp = given[thread / WARP * WARP..].iter().take(WARP).enumerate();
-    warp.filter(|(lane, _)| lanes >> lane & 1 == 1).fold(0, |votes, (lane, vote)| votes | (vote.get() as u32) << lane)
+    warp.filter(|(lane, _)| lanes >> lane & 1 == 1)
+        .fold(0, |votes, (lane, vote)| votes | (vote.get()[0] as u32) << lane)
+}
+
+/// What all 32 lanes of the warp give, each the four words at `value`; the result lies there until the lane's next but one
+/// warp operation.
+#[unsafe(no_mangle)]
+extern "C" fn dilt_host_gather(site: *const c_char, value: *const Given) -> *const Given {
+    static NOTHING: [Given; WARP] = [[0; 4]; WARP];
+    let Some(block) = running_block() else {
+        WAITED_AT.set(site);
+        return NOTHING.as_ptr();
+    };
+    let thread = block.current.get();
+    // SAFETY: the caller's own array.
+    let given = give(block, thread, site, u32::MAX, unsafe { *value });
+    given[thread / WARP * WARP..].as_ptr().cast()
 }
 
 /// Gives a value to the warp, waits for the lanes, returns what all have given.
-fn give(block: &Block, thread: usize, site: *const c_char, lanes: u32, value: u64) -> &[Cell<u64>] {
+fn give(block: &Block, thread: usize, site: *const c_char, lanes: u32, value: Given) -> &[Cell<Given>] {
     let turn = block.turn[thread].get();
     block.turn[thread].set(1 - turn);
     block.given[turn][thread].set(value);

@@ -14,6 +14,7 @@ mod cuda;
 mod fiber;
 mod host;
 mod kernel;
+mod reals;
 mod shared;
 mod staging;
 mod tsan;
@@ -30,6 +31,8 @@ pub(crate) use kernel::kernel_args;
 pub use kernel::{
     Kernel, KernelArgs, Launch, Layout, Ptr, embedded_archs, embedded_images, host_instruction_sets, kernel_files,
 };
+pub(crate) use reals::real_kernel;
+pub use reals::{Precision, Real, RealBuffer, RealKernel, Reals, RealsMut};
 pub use staging::Staging;
 
 use crate::error::{Error, Result};

@@ -12,6 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::fiber::WARP;
 use super::shared::SharedMemory;
 
 const ON: bool = cfg!(dilt_sanitize = "thread");
@@ -81,7 +82,15 @@ struct Running {
     objects: Objects,
     blocks: usize,
     shared: Vec<SharedMemory>,
-    barriers: Vec<Objects>,
+    /// Of each block: its barriers, then those of each warp.
+    barriers: Vec<Box<[[u64; 2]]>>,
+}
+
+/// Whose barrier a thread comes to.
+#[derive(Clone, Copy)]
+pub(super) enum Barrier {
+    Block,
+    Warp,
 }
 
 /// What a GPU thread needs of its launch and block.
@@ -89,6 +98,7 @@ struct Running {
 pub(super) struct Thread {
     launch: *const [u64; 2],
     barriers: *const [u64; 2],
+    warp: *const [u64; 2],
     fiber: *mut c_void,
 }
 
@@ -113,7 +123,8 @@ impl Launch {
 
     /// The threads of one more block.
     pub(super) fn block(&self, threads: usize) -> Vec<Thread> {
-        let none = Thread { launch: std::ptr::null(), barriers: std::ptr::null(), fiber: std::ptr::null_mut() };
+        let null = std::ptr::null();
+        let none = Thread { launch: null, barriers: null, warp: null, fiber: std::ptr::null_mut() };
         let Some(running) = &self.running else { return vec![none; threads] };
         let running = &mut *running.borrow_mut();
         let first = threads * place(running.blocks, MOST_FIBERS / threads);
@@ -122,10 +133,17 @@ impl Launch {
             // SAFETY: creating a fiber asks nothing.
             running.fibers.0.push(unsafe { __tsan_create_fiber(0) });
         }
-        running.barriers.push(Objects::default());
-        let barriers = &raw const **running.barriers.last().expect("just pushed");
-        let thread = Thread { launch: &raw const *running.objects, barriers, ..none };
-        running.fibers.0[first..][..threads].iter().map(|&fiber| Thread { fiber, ..thread }).collect()
+        running.barriers.push(vec![[0; 2]; 1 + threads.div_ceil(WARP)].into_boxed_slice());
+        let barriers = running.barriers.last().expect("just pushed");
+        let launch = &raw const *running.objects;
+        let fibers = running.fibers.0[first..][..threads].iter().enumerate();
+        let thread = |(thread, &fiber)| Thread {
+            launch,
+            barriers: &raw const barriers[0],
+            warp: &raw const barriers[1 + thread / WARP],
+            fiber,
+        };
+        fibers.map(thread).collect()
     }
 
     /// Keeps a block's shared memory until the launch ends, so that no other block gets the same addresses.
@@ -190,16 +208,23 @@ impl Thread {
         self.leave();
     }
 
-    /// Called on this thread when it comes to the block's barrier number `turn`.
-    pub(super) fn arrive(self, turn: usize) {
+    /// Called on this thread when it comes to barrier number `turn` of its block or warp.
+    pub(super) fn arrive(self, of: Barrier, turn: usize) {
         // SAFETY: the block's objects live until the launch ends.
-        unsafe { __tsan_release(address(self.barriers, turn % 2)) };
+        unsafe { __tsan_release(address(self.objects(of), turn % 2)) };
         self.leave();
     }
 
     /// Called on this thread when the barrier lets it go on.
-    pub(super) fn pass(self, turn: usize) {
+    pub(super) fn pass(self, of: Barrier, turn: usize) {
         // SAFETY: as in `arrive`.
-        unsafe { __tsan_acquire(address(self.barriers, turn % 2)) };
+        unsafe { __tsan_acquire(address(self.objects(of), turn % 2)) };
+    }
+
+    fn objects(self, of: Barrier) -> *const [u64; 2] {
+        match of {
+            Barrier::Block => self.barriers,
+            Barrier::Warp => self.warp,
+        }
     }
 }
