@@ -1,4 +1,4 @@
-//! Single operations on the shapes of ResNet-20 at batch 128 and of vision transformers, f32, augmentation at 224 too,
+//! Single operations on the shapes of ResNet-20 at batch 128 and of vision transformers, products in bf16 too, augmentation at 224 too,
 //! exact selection of 1M and 25M weights, and couplings of 256 and 512 probes.
 //!
 //! `cargo bench --bench ops [FILTER]`, on the device that `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set).
@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
-use dilt::device::{Buffer, Device};
+use dilt::device::{Buffer, Device, Precision};
 use dilt::ops::Columns;
 use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 use dilt::ops::augment::{
@@ -104,22 +104,27 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// In both precisions.
     fn passes(&mut self, name: &str, shape: ConvShape) -> dilt::Result<()> {
         let flop = Throughput::Elements(2 * shape.multiply_adds() as u64);
-        let (x, w, dy) =
-            (self.tensor(shape.input_len()), self.tensor(shape.weight_len()), self.tensor(shape.output_len()));
-        let (mut y, mut dx) = (self.tensor(shape.output_len()), self.tensor(shape.input_len()));
-        let (mut dw, mut scratch) =
-            (self.tensor(shape.weight_len()), self.tensor(shape.gradient_scratch_len(&self.device)));
-        self.time(&format!("{name}: forward"), flop.clone(), |device| {
-            conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut())
-        });
-        self.time(&format!("{name}: input gradient"), flop.clone(), |device| {
-            conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())
-        });
-        self.time(&format!("{name}: weight gradient"), flop, |device| {
-            conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
-        });
+        for precision in Precision::ALL {
+            let reals = |len: usize| self.device.upload_reals(&numbers(len), precision);
+            let (x, w) = (reals(shape.input_len())?, reals(shape.read_weight_len(precision))?);
+            let (dy, mut y, mut dx) =
+                (reals(shape.output_len())?, reals(shape.output_len())?, reals(shape.input_len())?);
+            let scratch_len = shape.gradient_scratch_len(&self.device, precision);
+            let (mut dw, mut scratch) = (self.tensor(shape.weight_len()), self.tensor(scratch_len));
+            let name = if precision.is_f32() { name.to_owned() } else { format!("bf16 {name}") };
+            self.time(&format!("{name}: forward"), flop.clone(), |device| {
+                conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut())
+            });
+            self.time(&format!("{name}: input gradient"), flop.clone(), |device| {
+                conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())
+            });
+            self.time(&format!("{name}: weight gradient"), flop.clone(), |device| {
+                conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
+            });
+        }
         Ok(())
     }
 
@@ -134,28 +139,29 @@ impl Bench<'_> {
         let (mut dgamma, mut dbeta) = (tensor(features), tensor(features));
         let count = self.device.upload(&[BATCH as u32])?;
         let bytes = 4 * shape.len() as u64;
-        let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
+        let input = NormInput { x: x.view().into(), residual: None, relu: true, map: None, count: count.view() };
         let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
         self.time(&format!("norm forward {features}x{image}x{image}"), Throughput::Bytes(3 * bytes), |device| {
             let running = NormRunning { mean: mean.view_mut(), var: var.view_mut(), momentum: 0.1 };
             let saved = NormSaved { mean: saved.view_mut(), invstd: invstd.view_mut() };
-            norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut())
+            norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut().into())
         });
-        self.time(&format!("norm backward {features}x{image}x{image}"), Throughput::Bytes(7 * bytes), |device| {
+        self.time(&format!("norm backward {features}x{image}x{image}"), Throughput::Bytes(5 * bytes), |device| {
             let input = NormBackward {
                 map: None,
-                x: x.view(),
-                y: y.view(),
-                dy: dy.view(),
+                x: x.view().into(),
+                y: None,
+                dy: dy.view().into(),
                 relu: true,
                 gamma: gamma.view(),
+                beta: beta.view(),
                 mean: saved.view(),
                 invstd: invstd.view(),
                 training: true,
                 count: count.view(),
             };
             let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-            norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, None, dx.view_mut())
+            norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, None, dx.view_mut().into())
         });
         Ok(())
     }
@@ -172,12 +178,12 @@ impl Bench<'_> {
         self.time(&format!("layer norm forward {name}"), Throughput::Bytes(2 * bytes), |device| {
             let affine = LayerNormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-6 };
             let saved = LayerNormStatistics { mean: mean.view_mut(), invstd: invstd.view_mut() };
-            layer_norm_forward(device, &shape, x.view(), affine, count.view(), Some(saved), y.view_mut())
+            layer_norm_forward(device, &shape, x.view().into(), affine, count.view(), Some(saved), y.view_mut().into())
         });
         self.time(&format!("layer norm backward {name}"), Throughput::Bytes(3 * bytes), |device| {
             let input = LayerNormBackward {
-                x: x.view(),
-                dy: dy.view(),
+                x: x.view().into(),
+                dy: dy.view().into(),
                 gamma: gamma.view(),
                 mean: mean.view(),
                 invstd: invstd.view(),
@@ -185,7 +191,7 @@ impl Bench<'_> {
                 accumulate: false,
             };
             let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-            layer_norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut())
+            layer_norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut().into())
         });
         Ok(())
     }
@@ -197,15 +203,15 @@ impl Bench<'_> {
         let (mut y, mut dqkv) = (self.tensor(shape.output_len()), self.tensor(shape.qkv_len()));
         let (mut lse, mut delta) = (self.tensor(shape.statistic_len()), self.tensor(shape.statistic_len()));
         let (live, count) = (self.device.upload(&vec![1u32; heads])?, self.device.upload(&[n as u32])?);
-        let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
+        let input = AttentionInput { qkv: qkv.view().into(), live: live.view(), count: count.view() };
         let name = format!("{heads} heads of {head_dim}, {tokens} tokens, {n} samples");
         let product = (2 * heads * head_dim * tokens * tokens * n) as u64;
         self.time(&format!("attention forward {name}"), Throughput::Elements(2 * product), |device| {
-            attention_forward(device, &shape, input, Some(lse.view_mut()), y.view_mut())
+            attention_forward(device, &shape, input, Some(lse.view_mut()), y.view_mut().into())
         });
         self.time(&format!("attention backward {name}"), Throughput::Elements(5 * product), |device| {
-            let saved = AttentionSaved { y: y.view(), lse: lse.view() };
-            attention_backward(device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut())
+            let saved = AttentionSaved { y: y.view().into(), lse: lse.view() };
+            attention_backward(device, &shape, input, saved, dy.view().into(), delta.view_mut(), dqkv.view_mut().into())
         });
         Ok(())
     }
@@ -216,12 +222,12 @@ impl Bench<'_> {
         let mut index = self.device.alloc::<u8>(shape.output_len())?;
         let bytes = Throughput::Bytes((4 * shape.input_len() + 5 * shape.output_len()) as u64);
         self.time("max pool 3x3 stride 2, 64x32x32", bytes, |device| {
-            max_pool_forward(device, &shape, x.view(), index.view_mut(), y.view_mut())
+            max_pool_forward(device, &shape, x.view().into(), index.view_mut(), y.view_mut().into())
         });
         let shape = MeanPoolShape::new(64, 64, BATCH)?;
         let (x, mut y) = (self.tensor(shape.input_len()), self.tensor(shape.output_len()));
         self.time("mean pool 64x8x8", Throughput::Bytes(4 * shape.input_len() as u64), |device| {
-            mean_pool_forward(device, &shape, x.view(), y.view_mut())
+            mean_pool_forward(device, &shape, x.view().into(), y.view_mut().into())
         });
         Ok(())
     }
@@ -244,7 +250,7 @@ impl Bench<'_> {
         let (name, bytes) =
             (format!("3x{image}x{image} of {stored}"), Throughput::Bytes(5 * shape.output_len() as u64));
         self.time(&format!("gather {name}"), bytes.clone(), |device| {
-            let into = GatherInto { mean, std, x: x.view_mut(), labels: to_labels.view_mut() };
+            let into = GatherInto { mean, std, x: x.view_mut().into(), labels: to_labels.view_mut() };
             gather(device, &shape, source, Some(RandomCrop { pad: 4, flip: true, seed: 0 }), into)
         });
         for jitter in [0.0, 0.4] {
@@ -255,7 +261,7 @@ impl Bench<'_> {
                     grey_means(device, &shape, source, boxes.view(), factors.view(), grey.view_mut())?;
                 }
                 let colours = (jitter > 0.0).then_some(Colours { factors: factors.view(), grey: grey.view() });
-                let into = GatherInto { mean, std, x: x.view_mut(), labels: to_labels.view_mut() };
+                let into = GatherInto { mean, std, x: x.view_mut().into(), labels: to_labels.view_mut() };
                 resample(device, &shape, source, boxes.view(), colours, into)
             });
         }
@@ -271,9 +277,9 @@ impl Bench<'_> {
             (self.device.alloc::<f32>(1)?, self.device.alloc(1)?, self.device.alloc(1)?);
         self.time("cross entropy, 1000 classes", Throughput::Bytes(8 * shape.len() as u64), |device| {
             let (labels, count, step) = (labels.view(), count.view(), step.view());
-            let input = LossInput { logits: logits.view(), labels, count, step, smoothing: 0.1 };
+            let input = LossInput { logits: logits.view().into(), labels, count, step, smoothing: 0.1 };
             let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
-            cross_entropy(device, &shape, input, tables, Some(gradient.view_mut()))
+            cross_entropy(device, &shape, input, tables, Some(gradient.view_mut().into()))
         });
         Ok(())
     }
@@ -314,7 +320,7 @@ impl Bench<'_> {
         let operations = Throughput::Elements((3 * features * n * n / 2) as u64);
         self.time(&format!("distances of {n} probes, {features} features"), operations, |device| {
             let (scratch, c, largest) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
-            distance_matrix(device, &shape, Metric::Euclidean, x.view(), scratch, c, largest)
+            distance_matrix(device, &shape, Metric::Euclidean, x.view().into(), scratch, c, largest)
         });
         Ok(())
     }

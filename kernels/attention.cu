@@ -1,4 +1,4 @@
-// attention.cu - attention on a GPU: a block owns a tile of queries, or, in a second kernel of the backward pass, of keys,
+// attention.cu - attention on a GPU in f32: a block owns a tile of queries, or, in a second kernel of the backward pass, of keys,
 // so that nothing is added by two blocks: seven products.
 #include "kernels/attention.cuh"
 
@@ -38,7 +38,7 @@ struct BackwardTiles {
 
 // A tile of a head's rows; zeros beyond the rows' ends and the last feature.
 template <int HEAD_DIM, int PITCH>
-DEVICE void stage(const AttentionShape& d, float (&to)[HEAD_DIM][PITCH], const float* from, int first, int thread) {
+DEVICE void stage(const AttentionShape& d, float (&to)[HEAD_DIM][PITCH], const Real* from, int first, int thread) {
     constexpr int LOADS = Tile<HEAD_DIM>::COLUMNS / 4;
     UNROLL for (int i = 0; i < HEAD_DIM * LOADS / THREADS; ++i) {
         const int row = (thread + i * THREADS) / LOADS, c = (thread + i * THREADS) % LOADS * 4;
@@ -75,7 +75,7 @@ DEVICE void gather(Samples<T::PER> (&sum)[T::FEATURES], const float (&factor)[T:
 
 // Writes a thread's part of the result, padded tokens as zeros.
 template <int HEAD_DIM, class T = Tile<HEAD_DIM>>
-DEVICE void put_tile(const AttentionShape& d, float* rows, const Samples<T::PER> (&sum)[T::FEATURES], int column,
+DEVICE void put_tile(const AttentionShape& d, Real* rows, const Samples<T::PER> (&sum)[T::FEATURES], int column,
                      int lane) {
     constexpr int PER = T::PER;
     if (column >= d.columns.row) return;
@@ -95,7 +95,7 @@ DEVICE void forward(const AttentionForwardArgs& a, ForwardTiles<HEAD_DIM>& tile,
     const int first = block % tiles * T::COLUMNS, lane = thread % SIDE, mine = thread / SIDE * PER;
     Samples<PER> y[T::FEATURES];
     UNROLL for (int r = 0; r < T::FEATURES; ++r) y[r] = splat<PER>(0.0f);
-    float* to = a.y + rows_of(d, QUERY, head, sample);
+    Real* to = a.y + rows_of(d, QUERY, head, sample);
     if (sample >= int(*a.count) || !a.live[head]) {
         put_tile<HEAD_DIM>(d, to, y, first + mine, lane);
         return;

@@ -1,4 +1,4 @@
-// attention.cuh - scaled dot product attention of many heads, fused, forward and backward, f32.
+// attention.cuh - scaled dot product attention of many heads, fused, forward and backward.
 //
 //   S[i,j] = scale * sum over d of Q[d,i] K[d,j]   P[i,j] = exp(S[i,j] - lse[i])   lse[i] = log of sum over j of exp S[i,j]
 //   Y[d,i] = sum over j of P[i,j] V[d,j]
@@ -6,12 +6,14 @@
 //   dQ[d,i] = scale * sum over j of dS[i,j] K[d,j]   dK[d,j] = scale * sum over i of dS[i,j] Q[d,i]
 //   dV[d,j] = sum over i of P[i,j] dY[d,i]           i: queries, j: keys, both the true tokens of one sample
 //
-// qkv, dqkv: [3, heads, head_dim, N, T padded]; y, dy: [heads, head_dim, N, T padded]; lse, delta: [heads, N, T padded].
+// qkv, dqkv: [3, heads, head_dim, N, T padded]; y, dy: [heads, head_dim, N, T padded], all Real; lse, delta:
+// [heads, N, T padded], f32, as are S, P, dS and every sum.
 // Padded tokens and samples are zero in qkv and dy, and written as zeros in y and dqkv; so are heads whose `live` is 0.
 //
 // No matrix of T x T is in memory: scores are made tile by tile, with a running maximum and sum in the forward pass
 // (Milakov and Gimelshein 2018), again from lse in the backward pass (Dao et al. 2022). Sums have an order that depends
-// on the shape and the policy alone. Limit: FLOPs. On a GPU attention.cu, on the host attention_direct.cu.
+// on the shape and the policy alone. Limit: FLOPs. On a GPU attention.cu and, in bf16, attention_mma.cu; on the
+// host attention_direct.cu.
 #pragma once
 #include "kernels/lib/device.cuh"
 
@@ -22,24 +24,24 @@ struct AttentionShape {
 };
 
 struct AttentionForwardArgs {
-    const float* qkv;
+    const Real* qkv;
     const uint32_t* live;   // [heads]
     const uint32_t* count;  // number of true samples
     float* lse;             // or null
-    float* y;
+    Real* y;
     AttentionShape shape;
     float scale;
 };
 
 struct AttentionBackwardArgs {
-    const float* qkv;
+    const Real* qkv;
     const uint32_t* live;
     const uint32_t* count;
-    const float* y;
+    const Real* y;
     const float* lse;
-    const float* dy;
+    const Real* dy;
     float* delta;  // staged: written by the queries' kernel, read by the keys'
-    float* dqkv;
+    Real* dqkv;
     AttentionShape shape;
     float scale;
 };

@@ -1,5 +1,6 @@
 // attention_direct.cu - attention on the host: a block of one thread owns a head of a sample, and makes all its gradients
-// in one kernel, five products.
+// in one kernel, five products. Seven where the keys' sums take several tiles and gradients are bf16: there the queries'
+// sums cannot wait in dqkv from tile to tile without being rounded, so that they have a pass of their own.
 #include "kernels/attention.cuh"
 
 // A panel is a few vectors of queries: one to each lane, so that softmax over the keys needs no sum over lanes. Every
@@ -42,20 +43,20 @@ DEVICE void set_zero(Samples<LANES> (&sum)[COUNT][V]) {
 }
 
 // sum[i] += sum over t < depth of left[i * row_step + t * step] right[t * pitch ..]
-template <int COUNT, int V>
-DEVICE void multiply(Samples<LANES> (&sum)[COUNT][V], const float* left, int64_t row_step, int64_t step,
+template <int COUNT, int V, class T>
+DEVICE void multiply(Samples<LANES> (&sum)[COUNT][V], const T* left, int64_t row_step, int64_t step,
                      const float* right, int pitch, int depth) {
     for (int t = 0; t < depth; ++t, left += step, right += pitch) {
         Samples<LANES> read[V];
         UNROLL for (int v = 0; v < V; ++v) read[v] = load<LANES>(right + v * LANES);
         UNROLL for (int i = 0; i < COUNT; ++i)
-            UNROLL for (int v = 0; v < V; ++v) sum[i][v] += read[v] * left[i * row_step];
+            UNROLL for (int v = 0; v < V; ++v) sum[i][v] += read[v] * widen(left[i * row_step]);
     }
 }
 
 // The same, added to COUNT rows of `to`.
-template <int COUNT, int V>
-DEVICE void add_product(float* to, int to_pitch, const float* left, int64_t row_step, const float* right, int pitch,
+template <int COUNT, int V, class T>
+DEVICE void add_product(float* to, int to_pitch, const T* left, int64_t row_step, const float* right, int pitch,
                         int depth) {
     Samples<LANES> sum[COUNT][V];
     UNROLL for (int i = 0; i < COUNT; ++i)
@@ -67,7 +68,7 @@ DEVICE void add_product(float* to, int to_pitch, const float* left, int64_t row_
 
 // To each of the features' rows of a panel: its row of `left` times the rows of `right`.
 template <int V>
-DEVICE void add_features(float* to, int features, const float* left, int64_t stride, const float* right, int depth) {
+DEVICE void add_features(float* to, int features, const Real* left, int64_t stride, const float* right, int depth) {
     constexpr int P = V * LANES;
     int d = 0;
     for (; d + ROWS<V> <= features; d += ROWS<V>)
@@ -85,7 +86,7 @@ DEVICE void add_keys(float* to, const float* left, const float* right, int featu
 
 // Columns of a tensor's rows as a panel, times `scale`; zeros beyond the row's end and the last feature.
 template <int V>
-DEVICE void take(const AttentionShape& d, const float* from, int first, float scale, int rows, float* panel) {
+DEVICE void take(const AttentionShape& d, const Real* from, int first, float scale, int rows, float* panel) {
     for (int row = 0; row < rows; ++row) {
         for (int c = 0; c < V * LANES; c += ROW_LANES) {
             Samples<ROW_LANES> x = splat<ROW_LANES>(0.0f);
@@ -97,17 +98,17 @@ DEVICE void take(const AttentionShape& d, const float* from, int first, float sc
 }
 
 // Writes a vector's columns: zeros to padded tokens, nothing beyond the row's end.
-DEVICE void put(const Columns& d, float* row, int first, const Samples<LANES>& x) {
+DEVICE void put(const Columns& d, Real* row, int first, const Samples<LANES>& x) {
     if (first + LANES <= d.tokens) {
         store<LANES>(row + first, x);
         return;
     }
     alignas(64) float lanes[LANES];
     store<LANES>(lanes, x);
-    for (int i = 0; i < LANES && first + i < d.row; ++i) row[first + i] = first + i < d.tokens ? lanes[i] : 0.0f;
+    for (int i = 0; i < LANES && first + i < d.row; ++i) put(row + first + i, first + i < d.tokens ? lanes[i] : 0.0f);
 }
 
-DEVICE void put_zeros(const AttentionShape& d, float* rows, int first, int end) {
+DEVICE void put_zeros(const AttentionShape& d, Real* rows, int first, int end) {
     for (int row = 0; row < d.head_dim; ++row)
         for (int c = first; c < end; c += ROW_LANES)
             store<ROW_LANES>(rows + row * stride_of(d) + c, splat<ROW_LANES>(0.0f));
@@ -118,8 +119,8 @@ DEVICE void panel(const AttentionForwardArgs& a, ForwardLocal& local, int head, 
     constexpr int P = V * LANES;
     const AttentionShape& d = a.shape;
     const int64_t stride = stride_of(d);
-    const float* k = a.qkv + rows_of(d, KEY, head, sample);
-    const float* v = a.qkv + rows_of(d, VALUE, head, sample);
+    const Real* k = a.qkv + rows_of(d, KEY, head, sample);
+    const Real* v = a.qkv + rows_of(d, VALUE, head, sample);
     take<V>(d, a.qkv + rows_of(d, QUERY, head, sample), first, a.scale, d.head_dim, local.q);
     Samples<LANES> top[V], total[V];
     UNROLL for (int u = 0; u < V; ++u) top[u] = splat<LANES>(-INFINITY), total[u] = splat<LANES>(0.0f);
@@ -155,7 +156,7 @@ DEVICE void panel(const AttentionForwardArgs& a, ForwardLocal& local, int head, 
         add_features<V>(local.y, d.head_dim, v + key, stride, local.p, keys);
     }
 
-    float* y = a.y + rows_of(d, QUERY, head, sample);
+    Real* y = a.y + rows_of(d, QUERY, head, sample);
     UNROLL for (int u = 0; u < V; ++u) {
         alignas(64) float sums[LANES], tops[LANES];
         store<LANES>(sums, total[u]);
@@ -184,7 +185,7 @@ DEVICE void turn(const float* panel, int features, float* turned) {
 }
 
 // Sums over [key][feature] to rows of dqkv.
-DEVICE void put_turned(const AttentionShape& d, const float* sums, int features, int key, int keys, float* rows) {
+DEVICE void put_turned(const AttentionShape& d, const float* sums, int features, int key, int keys, Real* rows) {
     for (int row = 0; row < d.head_dim; row += LANES) {
         for (int j = 0; j < keys; j += LANES) {
             Samples<LANES> square[LANES];
@@ -196,16 +197,21 @@ DEVICE void put_turned(const AttentionShape& d, const float* sums, int features,
     }
 }
 
+// The gradients that a pass makes.
+struct Wanted {
+    bool dq, dkv;
+};
+
 // What the queries of a panel and `keys` keys from `key` on give to dq, dk and dv.
 template <int V>
 DEVICE void panel(const AttentionBackwardArgs& a, BackwardLocal& local, int head, int sample, int first, int key,
-                  int keys) {
+                  int keys, Wanted wanted) {
     constexpr int P = V * LANES;
     const AttentionShape& d = a.shape;
     const int64_t stride = stride_of(d), rows = rows_of(d, QUERY, head, sample);
     const int features = multiple(d.head_dim, LANES);
-    const float* k = a.qkv + rows_of(d, KEY, head, sample) + key;
-    const float* v = a.qkv + rows_of(d, VALUE, head, sample) + key;
+    const Real* k = a.qkv + rows_of(d, KEY, head, sample) + key;
+    const Real* v = a.qkv + rows_of(d, VALUE, head, sample) + key;
     Samples<LANES> lse[V], delta[V];
     take<V>(d, a.y + rows, first, 1.0f, d.head_dim, local.q);
     take<V>(d, a.dy + rows, first, 1.0f, features, local.dy);
@@ -222,7 +228,7 @@ DEVICE void panel(const AttentionBackwardArgs& a, BackwardLocal& local, int head
     turn<V>(local.q, features, local.qt);
     turn<V>(local.dy, features, local.dyt);
     // dq is summed over the tiles of keys where it will stay.
-    if (key > 0)
+    if (wanted.dq && key > 0)
         take<V>(d, a.dqkv + rows, first, 1.0f, d.head_dim, local.dq);
     else
         for (int c = 0; c < d.head_dim * P; c += LANES) store<LANES>(local.dq + c, splat<LANES>(0.0f));
@@ -244,13 +250,14 @@ DEVICE void panel(const AttentionBackwardArgs& a, BackwardLocal& local, int head
                     const Samples<LANES> p = load<LANES>(local.p + i * P + u * LANES);
                     store<LANES>(ds + i * P + u * LANES, p * (s[i][u] - delta[u]));
                 }
-            for (int i = 0; i < ROWS<V>; i += 4) {
+            for (int i = 0; wanted.dkv && i < ROWS<V>; i += 4) {
                 add_keys<VECTORS>(local.dv + (j + i) * features, local.p + i * P, local.dyt, features, P, 0);
                 add_keys<VECTORS>(local.dk + (j + i) * features, ds + i * P, local.qt, features, P, 0);
             }
         }
-        add_features<V>(local.dq, d.head_dim, k + begin, stride, local.ds, end - begin);
+        if (wanted.dq) add_features<V>(local.dq, d.head_dim, k + begin, stride, local.ds, end - begin);
     }
+    if (!wanted.dq) return;
     const float scale = key + keys == d.columns.tokens ? a.scale : 1.0f;
     for (int row = 0; row < d.head_dim; ++row)
         UNROLL for (int u = 0; u < V; ++u)
@@ -278,8 +285,8 @@ DEVICE void forward(const AttentionForwardArgs& a, ForwardLocal& local, int samp
 
 DEVICE void backward(const AttentionBackwardArgs& a, BackwardLocal& local, int sample, int head) {
     const AttentionShape& d = a.shape;
-    float* dk = a.dqkv + rows_of(d, KEY, head, sample);
-    float* dv = a.dqkv + rows_of(d, VALUE, head, sample);
+    Real* dk = a.dqkv + rows_of(d, KEY, head, sample);
+    Real* dv = a.dqkv + rows_of(d, VALUE, head, sample);
     if (sample >= int(*a.count) || !a.live[head]) {
         put_zeros(d, a.dqkv + rows_of(d, QUERY, head, sample), 0, d.columns.row);
         put_zeros(d, dk, 0, d.columns.row);
@@ -289,13 +296,15 @@ DEVICE void backward(const AttentionBackwardArgs& a, BackwardLocal& local, int s
     const int features = multiple(d.head_dim, LANES), tokens = d.columns.tokens;
     const int tiles = int(ceil_div(tokens, KEY_SUMS / features / LANES * LANES));
     const int most = multiple(int(ceil_div(tokens, tiles)), LANES);
+    const bool apart = tiles > 1 && sizeof(Real) < sizeof(float);
+    if (apart) panels<VECTORS>(a, local, head, sample, 0, 0, tokens, Wanted{true, false});
     for (int key = 0; key < tokens; key += most) {
         const int keys = int(min64(most, tokens - key));
         for (int c = 0; c < multiple(keys, LANES) * features; c += LANES) {
             store<LANES>(local.dk + c, splat<LANES>(0.0f));
             store<LANES>(local.dv + c, splat<LANES>(0.0f));
         }
-        panels<VECTORS>(a, local, head, sample, 0, key, keys);
+        panels<VECTORS>(a, local, head, sample, 0, key, keys, Wanted{!apart, true});
         put_turned(d, local.dk, features, key, keys, dk);
         put_turned(d, local.dv, features, key, keys, dv);
     }
@@ -305,12 +314,12 @@ DEVICE void backward(const AttentionBackwardArgs& a, BackwardLocal& local, int s
 }
 
 // Grid: samples, heads.
-BARRIER_FREE_KERNEL(attention_forward_direct_f32, AttentionForwardArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(attention_forward_direct), AttentionForwardArgs, 1) {
     LOCAL(ForwardLocal, local);
     forward(a, local, blockIdx.x, blockIdx.y);
 }
 
-BARRIER_FREE_KERNEL(attention_backward_direct_f32, AttentionBackwardArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(attention_backward_direct), AttentionBackwardArgs, 1) {
     LOCAL(BackwardLocal, local);
     backward(a, local, blockIdx.x, blockIdx.y);
 }

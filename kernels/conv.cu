@@ -8,8 +8,8 @@
 // columns of a feature row: samples, or the tokens of all samples. N is a multiple of 8. What lies outside the image is
 // zero. Sums are f32 in an order that depends on the shape alone.
 //
-// Sums of splits and the bias gradient are for both devices, the rest are the GPU's tilings: a block copies tiles through shared memory, two at a time so that one is read while
-// the next arrives, and its threads multiply from there. Those of the host are in conv_direct.cu. Forward and input gradient
+// Sums of splits are for both devices and precisions, the rest are the GPU's tilings of f32: a block copies tiles through shared memory, two at a time so that one is read while
+// the next arrives, and its threads multiply from there. Those of the host are in conv_direct.cu, those of bf16 in conv_mma.cu. Forward and input gradient
 // are one template: they differ only in which input row a filter tap reads (Taps, PixelClass). Limit: multiply-adds. H200,
 // 2026-11-26: 3x3 on 128 channels of 16x16, 128 samples, 35 TFLOP/s forward, half of the datasheet's 67.
 #include "kernels/conv.cuh"
@@ -21,42 +21,8 @@ struct ConvSumArgs {
     int32_t splits;
 };
 
-struct ConvBiasGradientArgs {
-    const float* dy;  // [K, row]
-    float* dbias;     // [K]
-    int64_t row;
-};
-
 constexpr int THREADS = 256;
 constexpr int GRADIENT_DEPTH = 16;  // columns of a stage of the weight gradient
-
-// Output pixels that meet the same filter taps, of a pass: all of the forward pass; of the input gradient those of one
-// remainder by the stride in each direction, so that no tap is multiplied that falls between the rows of dy.
-struct PixelClass {
-    int first_h, first_w, step;   // output pixels: first + i step
-    int height, width;            // how many
-    int first_r, first_s;         // filter taps: first + i step
-    int r, s;                     // how many
-    int origin_h, origin_w;       // what pixel 0 reads at tap 0
-};
-
-template <bool GRADIENT>
-DEVICE PixelClass pixel_class(const ConvShape& d, int number) {
-    if (!GRADIENT) return {0, 0, 1, d.p, d.q, 0, 0, d.r, d.s, -d.pad, -d.pad};
-    const int h = number / d.stride, w = number % d.stride;
-    const int r = (h + d.pad) % d.stride, s = (w + d.pad) % d.stride;
-    return {h,
-            w,
-            d.stride,
-            h < d.h ? (d.h - 1 - h) / d.stride + 1 : 0,
-            w < d.w ? (d.w - 1 - w) / d.stride + 1 : 0,
-            r,
-            s,
-            r < d.r ? (d.r - 1 - r) / d.stride + 1 : 0,
-            s < d.s ? (d.s - 1 - s) / d.stride + 1 : 0,
-            (h + d.pad) / d.stride,
-            (w + d.pad) / d.stride};
-}
 
 // A step of the reduction, over channels and the taps of a class, and how it moves on: without a division.
 struct Step {
@@ -108,13 +74,14 @@ DEVICE void staged(const ConvArgs& a, typename ProductTile<ROWS, COLUMNS, PER_RO
     using Tile = ProductTile<ROWS, COLUMNS, PER_ROWS, PER_COLUMNS>;
     constexpr int DEPTH = Tile::DEPTH;
     const ConvShape& d = a.shape;
-    const PixelClass pixels = pixel_class<GRADIENT>(d, number);
+    const PixelClass pixels = Pass::pixels(d, number);
     const int columns = pixels.height * pixels.width * d.n;
     if (column_tile * COLUMNS >= columns) return;
     const int depth = Pass::channels(d) * pixels.r * pixels.s;
     const int from_height = Pass::from_height(d), from_width = Pass::from_width(d);
     const int plane = from_height * from_width * d.n;
-    const int row_stride = int(Pass::row_stride(d)), channel_stride = int(Pass::channel_stride(d));
+    const WeightStrides strides = weight_strides<float>(d);
+    const int row_stride = int(Pass::row_stride(strides)), channel_stride = int(Pass::channel_stride(strides));
     const int row0 = row_tile * ROWS, rows = Pass::rows(d);
 
     // What this thread copies: always the same samples of a pixel, and the same rows of w.
@@ -422,14 +389,4 @@ BARRIER_FREE_KERNEL(conv_sum_splits_f32, ConvSumArgs, THREADS) {
         for (; split < a.splits; ++split) sum[0] += a.partial[split * a.count + i];
         a.sum[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
-}
-
-// One block per output channel.
-KERNEL(conv_bias_gradient_f32, ConvBiasGradientArgs, WarpSums, THREADS) {
-    SHARED(WarpSums, shared);
-    const float* dy = a.dy + int64_t(blockIdx.x) * a.row;
-    Samples<ROW_LANES> lanes = splat<ROW_LANES>(0.0f);
-    for (int64_t i = threadIdx.x * ROW_LANES; i < a.row; i += blockDim.x * ROW_LANES) lanes += load<ROW_LANES>(dy + i);
-    const float sum = block_sum(lane_sum<ROW_LANES>(lanes), shared.scratch, threadIdx.x, blockDim.x);
-    if (threadIdx.x == 0) a.dbias[blockIdx.x] = sum;
 }

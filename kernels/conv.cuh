@@ -1,5 +1,5 @@
-// conv.cuh - what the kernels of convolutions share: the shape, which input a filter tap reads, and the arguments of
-// conv.cu and conv_direct.cu.
+// conv.cuh - what the kernels of convolutions share: the shape, where weights lie, which input a filter tap reads, and the
+// arguments of conv.cu, conv_mma.cu and conv_direct.cu.
 #pragma once
 #include "kernels/lib/device.cuh"
 
@@ -9,6 +9,32 @@ struct ConvShape {
     int32_t p, q;         // output rows and columns
     int32_t stride, pad;  // the same in both directions
     int32_t n;            // samples of a row, a multiple of 8
+};
+
+// Channels of a filter tap in memory, where weights are bf16 and lie as [K, R, S, channels]: copies of 16 bytes need
+// multiples of 8. An image of a few channels has them close together, and rows alone are padded.
+DEVICE int channel_pitch(const ConvShape& d) { return d.c < 8 ? d.c : (d.c + 7) / 8 * 8; }
+
+// Elements of w between filters, channels, and the rows and columns of a filter. What lies between is zero.
+struct WeightStrides {
+    int64_t filter, channel, row, column;
+};
+
+template <class T>
+DEVICE WeightStrides weight_strides(const ConvShape& d) {
+    if constexpr (sizeof(T) == 4) return {int64_t(d.c) * d.r * d.s, int64_t(d.r) * d.s, d.s, 1};
+    const int pitch = channel_pitch(d);
+    return {(int64_t(d.r) * d.s * pitch + 7) / 8 * 8, 1, int64_t(d.s) * pitch, pitch};
+}
+
+// Output pixels that meet the same filter taps, of a pass: all of the forward pass; of the input gradient those of one
+// remainder by the stride in each direction, so that no tap is multiplied that falls between the rows of dy.
+struct PixelClass {
+    int first_h, first_w, step;   // output pixels: first + i step
+    int height, width;            // how many
+    int first_r, first_s;         // filter taps: first + i step
+    int r, s;                     // how many
+    int origin_h, origin_w;       // what pixel 0 reads at tap 0
 };
 
 // The filter taps of one axis that fall into the input, for output coordinate `o`: tap first + i*step reads input
@@ -27,8 +53,25 @@ struct Taps {
     static DEVICE int from_height(const ConvShape& d) { return GRADIENT ? d.p : d.h; }
     static DEVICE int from_width(const ConvShape& d) { return GRADIENT ? d.q : d.w; }
     // Distance in w between rows of the product, and between channels of the reduction.
-    static DEVICE int64_t row_stride(const ConvShape& d) { return int64_t(d.r) * d.s * (GRADIENT ? 1 : d.c); }
-    static DEVICE int64_t channel_stride(const ConvShape& d) { return int64_t(d.r) * d.s * (GRADIENT ? d.c : 1); }
+    static DEVICE int64_t row_stride(const WeightStrides& w) { return GRADIENT ? w.channel : w.filter; }
+    static DEVICE int64_t channel_stride(const WeightStrides& w) { return GRADIENT ? w.filter : w.channel; }
+
+    static DEVICE PixelClass pixels(const ConvShape& d, int number) {
+        if (!GRADIENT) return {0, 0, 1, d.p, d.q, 0, 0, d.r, d.s, -d.pad, -d.pad};
+        const int h = number / d.stride, w = number % d.stride;
+        const int r = (h + d.pad) % d.stride, s = (w + d.pad) % d.stride;
+        return {h,
+                w,
+                d.stride,
+                h < d.h ? (d.h - 1 - h) / d.stride + 1 : 0,
+                w < d.w ? (d.w - 1 - w) / d.stride + 1 : 0,
+                r,
+                s,
+                r < d.r ? (d.r - 1 - r) / d.stride + 1 : 0,
+                s < d.s ? (d.s - 1 - s) / d.stride + 1 : 0,
+                (h + d.pad) / d.stride,
+                (w + d.pad) / d.stride};
+    }
 
     static DEVICE Axis axis(int o, int filter, int extent, const ConvShape& d) {
         if (GRADIENT) {
@@ -49,10 +92,10 @@ struct Taps {
 
 // Forward: x to y. Input gradient: dy to dx; bias is null.
 struct ConvArgs {
-    const float* from;
-    const float* w;
+    const Real* from;
+    const Real* w;
     const float* bias;     // [K], or null
-    float* to;
+    Real* to;
     const uint32_t* count; // number of true samples; read only where there is a bias, since padded columns stay zero
     ConvShape shape;
     Columns columns;       // what the shape's N is made of; read only where there is a bias
@@ -60,8 +103,8 @@ struct ConvArgs {
 };
 
 struct ConvWeightGradientArgs {
-    const float* x;
-    const float* dy;
+    const Real* x;
+    const Real* dy;
     float* partial;    // [splits, K, C*R*S]; dw itself if there is one split
     ConvShape shape;
     int32_t splits;    // ranges of columns (p,q,n), summed apart

@@ -1,5 +1,5 @@
 // conv_direct.cu - convolution on the host: the formulas of conv.cu, each thread a register tile that reads rows where they
-// lie; the cache does the staging. Filters of one tap and stride 1 are in linear.cu.
+// lie; the cache does the staging. In f32 filters of one tap and stride 1 are in linear.cu.
 #include "kernels/conv.cuh"
 
 // Register tiles: rows x vectors of samples for the product, rows x taps for the weight gradient. The accumulators and
@@ -25,27 +25,28 @@ DEVICE void direct_tile(const ConvArgs& a, const Axis& down, const Axis& across,
     using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
     const int64_t width = Pass::from_width(d), plane = Pass::from_height(d) * width * d.n;
-    const int64_t row_stride = Pass::row_stride(d), channel_stride = Pass::channel_stride(d);
-    const float* from = a.from + (down.source * width + across.source) * d.n + n;
-    const float* w = a.w + row * row_stride + int64_t(down.first) * d.s + across.first;
+    const WeightStrides strides = weight_strides<Real>(d);
+    const int64_t row_stride = Pass::row_stride(strides), channel_stride = Pass::channel_stride(strides);
+    const Real* from = a.from + (down.source * width + across.source) * d.n + n;
+    const Real* w = a.w + row * row_stride + down.first * strides.row + across.first * strides.column;
     Samples<L> sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < ROWS; ++i)
         UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = splat<L>(a.bias ? a.bias[row + i] : 0.0f);
     for (int channel = 0; channel < Pass::channels(d); ++channel, from += plane, w += channel_stride) {
         for (int r = 0; r < down.count; ++r) {
-            const float* x = from + r * down.source_step * width * d.n;
-            const float* tap = w + int64_t(r) * down.step * d.s;
-            for (int s = 0; s < across.count; ++s, x += across.source_step * d.n, tap += across.step) {
+            const Real* x = from + r * down.source_step * width * d.n;
+            const Real* tap = w + r * down.step * strides.row;
+            for (int s = 0; s < across.count; ++s, x += across.source_step * d.n, tap += across.step * strides.column) {
                 Samples<L> read[VECTORS];
                 UNROLL for (int v = 0; v < VECTORS; ++v) read[v] = load<L>(x + v * L);
                 UNROLL for (int i = 0; i < ROWS; ++i)
-                    UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] += read[v] * tap[i * row_stride];
+                    UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] += read[v] * widen(tap[i * row_stride]);
             }
         }
     }
     const int64_t pixels = int64_t(Pass::to_height(d)) * Pass::to_width(d);
     UNROLL for (int i = 0; i < ROWS; ++i) {
-        float* to = a.to + ((row + i) * pixels + pixel) * d.n + n;
+        Real* to = a.to + ((row + i) * pixels + pixel) * d.n + n;
         UNROLL for (int v = 0; v < VECTORS; ++v) {
             if (a.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
             if (a.accumulate) sum[i][v] += load<L>(to + v * L);
@@ -90,7 +91,7 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
                           float (&total)[GRADIENT_ROWS][GRADIENT_TAPS]) {
     const ConvShape& d = a.shape;
     const int taps = d.c * d.r * d.s, filter = d.r * d.s;
-    const float outside[GRADIENT_OUTSIDE] = {};
+    const Real outside[GRADIENT_OUTSIDE] = {};
     int64_t dy[GRADIENT_ROWS];
     int c[GRADIENT_TAPS], r[GRADIENT_TAPS], s[GRADIENT_TAPS];
     int left = 0, right = d.q;  // columns q from left to right read inside the image for every tap
@@ -105,7 +106,7 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
     UNROLL for (int i = 0; i < GRADIENT_ROWS; ++i)
         UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) sum[i][t] = splat<L>(0.0f);
     for (int p = begin; p < end; ++p) {
-        const float* row[GRADIENT_TAPS];  // where the tap reads for q = 0, or null above and below the image
+        const Real* row[GRADIENT_TAPS];  // where the tap reads for q = 0, or null above and below the image
         bool all = true, any = false;
         UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
             const int h = p * d.stride - d.pad + r[t];
@@ -121,13 +122,13 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
             const int pixels = inside && d.stride == 1 ? right - q : 1;
             const int columns = pixels * d.n, run = inside ? columns : int(min64(columns, GRADIENT_OUTSIDE));
             for (int first = 0; first < columns; first += run) {
-                const float* x[GRADIENT_TAPS];
+                const Real* x[GRADIENT_TAPS];
                 UNROLL for (int t = 0; t < GRADIENT_TAPS; ++t) {
                     const int w = q * d.stride - d.pad + s[t];
                     const bool reads = inside || (row[t] && w >= 0 && w < d.w);
                     x[t] = reads ? row[t] + int64_t(q) * d.stride * d.n + first : outside;
                 }
-                const float* g = a.dy + (int64_t(p) * d.q + q) * d.n + first;
+                const Real* g = a.dy + (int64_t(p) * d.q + q) * d.n + first;
                 const int length = int(min64(run, columns - first));
                 for (int i = 0; i < length; i += L) {
                     Samples<L> read[GRADIENT_TAPS];
@@ -147,13 +148,13 @@ DEVICE void gradient_tile(const ConvWeightGradientArgs& a, int k, int j, int beg
 
 // ---------------------------------------------------------------------------------------------------------- kernels
 
-BARRIER_FREE_KERNEL(conv_forward_direct_f32, ConvArgs, 1) { direct<false>(a, blockIdx.x, blockIdx.y, blockIdx.z); }
+BARRIER_FREE_KERNEL(REAL(conv_forward_direct), ConvArgs, 1) { direct<false>(a, blockIdx.x, blockIdx.y, blockIdx.z); }
 
-BARRIER_FREE_KERNEL(conv_input_gradient_direct_f32, ConvArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_input_gradient_direct), ConvArgs, 1) {
     direct<true>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_weight_gradient_direct_f32, ConvWeightGradientArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_weight_gradient_direct), ConvWeightGradientArgs, 1) {
     const ConvShape& d = a.shape;
     const int k = blockIdx.y * GRADIENT_ROWS, taps = d.c * d.r * d.s;
     const int first = int(int64_t(d.p) * blockIdx.z / a.splits), last = int(int64_t(d.p) * (blockIdx.z + 1) / a.splits);

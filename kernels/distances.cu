@@ -1,20 +1,17 @@
-// distances.cu - how far apart n probes are in a layer's eyes:
+// distances.cu - the squared distances between probes as a layer sees them:
 //
-//   squared distance:  d[i,j] = sum over f of (x[f,i] - y[f,j])^2
-//   Euclidean:         C[i,j] = sqrt(d[i,j])                            of x and x itself
-//   cosine:            C[i,j] = 1 - x_i·x_j / (|x_i| |x_j|)  = (d[i,j] - (|x_i| - |x_j|)^2) / (2 |x_i| |x_j|)
+//   d[i,j] = sum over f of (x[f,i] - y[f,j])^2
 //
-// x: [features, samples], y likewise; C: [n, pitch], divided by its largest element, zeros beyond column n. Vectors beyond
-// the n of an operand are the origin, so that row n of d holds squared lengths: cosine needs nothing else. Differences
-// are squared, instead of the product of x and y subtracted from squared lengths, since near probes would lose all digits.
+// x: [features, samples], y likewise, Real; d: [splits, rows, pitch], f32. Vectors beyond the n of an operand are the
+// origin, so that row n of d holds squared lengths. Differences are squared, instead of the product of x and y subtracted
+// from squared lengths, since near probes would lose all digits. distance_matrix.cu makes distances of them.
 //
 // A block owns a 64 x 64 tile of d and a split of the features, which pass through memory of its own, 64 at a time. Their
-// sums are f32, added to f32 totals; splits are added in f64, in order. C is symmetric to the bit: below the diagonal
-// nothing is computed. Limit: additions and multiplications, 3 an element of d and a feature.
+// sums are f32, added to f32 totals. Limit: additions and multiplications, 3 an element of d and a feature.
 #include "kernels/lib/device.cuh"
 
 struct RepresentationArgs {
-    const float* x;       // [features, positions, columns]
+    const Real* x;        // [features, positions, columns]
     float* out;           // [rows, columns.n]: features (pooled), or features, positions and tokens
     int64_t elements;     // of out
     int64_t positions;
@@ -24,23 +21,14 @@ struct RepresentationArgs {
 };
 
 struct SquaredDistancesArgs {
-    const float* x;       // [features, x_pitch]
-    const float* y;       // [features, y_pitch]
+    const Real* x;        // [features, x_pitch]
+    const Real* y;        // [features, y_pitch]
     float* out;           // [splits, rows, pitch]
     int64_t features, x_pitch, y_pitch, pitch;
     int32_t x_n, y_n;
     int32_t rows, columns;
     int32_t splits;
     int32_t upper;        // only tiles that reach above the diagonal
-};
-
-struct DistanceMatrixArgs {
-    const float* squared;  // [splits, n + 1, squared_pitch], of which the upper triangle is read
-    float* c;              // [n, pitch]
-    float* largest;        // [n + 1]: of each row, and of all
-    int64_t squared_pitch, pitch;
-    int32_t n, splits;
-    int32_t cosine;
 };
 
 constexpr int TILE = 64;
@@ -55,7 +43,7 @@ struct LocalStage : Stage {
 };
 
 // ROW_LANES vectors of an operand from `at` on, at a feature.
-DEVICE Samples<ROW_LANES> vectors(const float* row, int at, int n, int64_t pitch) {
+DEVICE Samples<ROW_LANES> vectors(const Real* row, int at, int n, int64_t pitch) {
     if (at >= n || at >= pitch) return splat<ROW_LANES>(0.0f);
     return first_lanes<ROW_LANES>(load<ROW_LANES>(row + at), n - at);
 }
@@ -105,7 +93,7 @@ DEVICE void put(const SquaredDistancesArgs& a, float* out, int row, int column, 
 DEVICE int64_t split_begin(const SquaredDistancesArgs& a, int64_t split) { return a.features * split / a.splits; }
 
 // Grid: tiles of columns, tiles of rows, splits.
-KERNEL(squared_distances_f32, SquaredDistancesArgs, Stage, THREADS) {
+KERNEL(REAL(squared_distances), SquaredDistancesArgs, Stage, THREADS) {
     SHARED(Stage, stage);
     const int row = blockIdx.y * TILE, column = blockIdx.x * TILE, thread = threadIdx.x;
     if (a.upper && column + TILE <= row) return;
@@ -122,7 +110,7 @@ KERNEL(squared_distances_f32, SquaredDistancesArgs, Stage, THREADS) {
     put<4, 1, 4>(a, a.out + int64_t(blockIdx.z) * a.rows * a.pitch, own_row, own_column, total);
 }
 
-BARRIER_FREE_KERNEL(squared_distances_direct_f32, SquaredDistancesArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(squared_distances_direct), SquaredDistancesArgs, 1) {
     LOCAL(LocalStage, stage);
     constexpr int R = 4, V = 2, WIDTH = V * LANES;
     const int row = blockIdx.y * TILE, column = blockIdx.x * TILE;
@@ -148,8 +136,8 @@ BARRIER_FREE_KERNEL(squared_distances_direct_f32, SquaredDistancesArgs, 1) {
                              begin < end ? load<ROW_LANES>(&stage.total[i][j]) : splat<ROW_LANES>(0.0f));
 }
 
-// Rows of a layer's output for squared_distances: what is pooled, or whose samples do not lie side by side.
-BARRIER_FREE_KERNEL(representation_f32, RepresentationArgs, THREADS) {
+// f32 rows of a layer's output for squared_distances: what is pooled, or whose samples do not lie side by side.
+BARRIER_FREE_KERNEL(REAL(representation), RepresentationArgs, THREADS) {
     const int64_t tokens = a.columns.tokens, parts = a.pooled ? 1 : a.positions * tokens;
     EACH(i, a.elements) {
         const int64_t sample = i % a.columns.n, row = i / a.columns.n;
@@ -158,56 +146,9 @@ BARRIER_FREE_KERNEL(representation_f32, RepresentationArgs, THREADS) {
         const int64_t from = a.pooled ? 0 : part % tokens, to = a.pooled ? tokens : from + 1;
         double sum = 0.0;
         for (int64_t p = first; p < last && sample < a.n; ++p) {
-            const float* x = a.x + ((feature * a.positions + p) * a.columns.n + sample) * a.columns.row;
-            for (int64_t t = from; t < to; ++t) sum += double(x[t]);
+            const Real* x = a.x + ((feature * a.positions + p) * a.columns.n + sample) * a.columns.row;
+            for (int64_t t = from; t < to; ++t) sum += double(widen(x[t]));
         }
         a.out[i] = float(sum / double((last - first) * (to - from)));
     }
-}
-
-DEVICE double squared(const DistanceMatrixArgs& a, int i, int j) {
-    const float* d = a.squared + (i < j ? i * a.squared_pitch + j : j * a.squared_pitch + i);
-    double sum = 0.0;
-    for (int split = 0; split < a.splits; ++split) sum += double(d[split * (a.n + 1) * a.squared_pitch]);
-    return sum;
-}
-
-DEVICE float distance(const DistanceMatrixArgs& a, int i, int j) {
-    if (!a.cosine) return sqrtf(float(squared(a, i, j)));
-    const double x = sqrt(squared(a, i, a.n)), y = sqrt(squared(a, j, a.n)), apart = x - y;
-    // A vector of length 0 has no direction: as far from all others as one at a right angle.
-    if (x == 0.0 || y == 0.0) return x == y ? 0.0f : 1.0f;
-    const double c = (squared(a, i, j) - apart * apart) / (2.0 * x * y);
-    return float(c < 0.0 ? 0.0 : c);
-}
-
-struct RowLargest {
-    float of[THREADS];
-};
-
-// A block a row.
-KERNEL(distance_matrix_f32, DistanceMatrixArgs, RowLargest, THREADS) {
-    SHARED(RowLargest, shared);
-    const int i = blockIdx.x;
-    float largest = 0.0f;
-    for (int j = threadIdx.x; j < a.pitch; j += blockDim.x) {
-        const float c = j < a.n && j != i ? distance(a, i, j) : 0.0f;
-        // What is not finite shows on the diagonal alone if there is one probe.
-        largest = larger(largest, j == i ? float(squared(a, i, a.n) * 0.0) : c);
-        a.c[i * a.pitch + j] = c;
-    }
-    shared.of[threadIdx.x] = largest;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (uint32_t thread = 1; thread < blockDim.x; ++thread) largest = larger(largest, shared.of[thread]);
-    a.largest[i] = largest;
-}
-
-// A block a row.
-BARRIER_FREE_KERNEL(distance_scale_f32, DistanceMatrixArgs, THREADS) {
-    float largest = 0.0f;
-    for (int i = 0; i < a.n; ++i) largest = larger(largest, a.largest[i]);
-    float* c = a.c + blockIdx.x * a.pitch;
-    for (int j = threadIdx.x; j < a.n; j += blockDim.x) c[j] = largest == 0.0f ? 0.0f : c[j] / largest;
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.largest[a.n] = largest;
 }

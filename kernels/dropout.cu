@@ -1,5 +1,5 @@
 // dropout.cu - what training leaves out at random: single elements (dropout, Srivastava et al. 2014), and whole branches
-// at residual sums (stochastic depth, Huang et al. 2016), there with layer scale (Touvron et al. 2021). f32.
+// at residual sums (stochastic depth, Huang et al. 2016), there with layer scale (Touvron et al. 2021).
 //
 //   keep = 0 with probability `rate`, else 1 / (1 - rate)
 //   dropout:   y = keep(element) x;   dx = keep(element) dy
@@ -10,9 +10,9 @@
 // the vectors of a machine. The counter's words: step, purpose, place, stream, where augment.cu leaves the second 0. Of
 // a sample the purpose is 1 and word 0 of the four decides; of elements 4 i to 4 i + 3 it is 2, and a word each decides.
 //
-// Dropout: vectors of any shape, a multiple of 8 elements. Residual: x, y, branch and their gradients [D, columns];
-// gamma: [D]. Padded columns stay zero, since all summands are. A block owns ROWS features: a draw serves them all, and
-// the sum of a feature is its block's, in an order that depends on the shape and the threads of the block.
+// Dropout: vectors of any shape, a multiple of 8 elements. Residual: x, y, branch and their gradients [D, columns], Real;
+// gamma, dgamma: [D], f32. Padded columns stay zero, since all summands are. A block owns ROWS features: a draw serves
+// them all, and the sum of a feature is its block's, in an order that depends on the shape and the threads of the block.
 // Limit: bytes, each tensor touched once; of dropout on the host the arithmetic of Philox.
 #include "kernels/lib/device.cuh"
 
@@ -25,8 +25,8 @@ struct DropArgs {
 };
 
 struct DropoutArgs {
-    const float* from;
-    float* to;
+    const Real* from;
+    Real* to;
     int64_t length;
     DropArgs drop;
 };
@@ -37,20 +37,20 @@ struct ResidualShape {
 };
 
 struct ResidualForwardArgs {
-    const float* x;
-    const float* branch;
+    const Real* x;
+    const Real* branch;
     const float* gamma;  // null: 1
-    float* y;
+    Real* y;
     ResidualShape shape;
     DropArgs drop;
 };
 
 struct ResidualBackwardArgs {
-    const float* branch;  // read for dgamma only
-    const float* dy;
+    const Real* branch;  // read for dgamma only
+    const Real* dy;
     const float* gamma;  // null: 1
     float* dgamma;       // or null
-    float* dbranch;
+    Real* dbranch;
     ResidualShape shape;
     DropArgs drop;
 };
@@ -78,7 +78,7 @@ DEVICE void drop_elements(const DropoutArgs& a, int64_t first) {
 }
 
 // Forward: x to y. Backward: dy to dx.
-BARRIER_FREE_KERNEL(dropout_f32, DropoutArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(dropout), DropoutArgs, THREADS) {
     EACH(i, a.length / ROW_LANES) drop_elements<ROW_LANES>(a, i * ROW_LANES);
 }
 
@@ -170,11 +170,11 @@ DEVICE void residual_gradient(const ResidualBackwardArgs& a, WarpSums& shared, d
         body<ROW_LANES>(__VA_ARGS__)
 
 // Grid of both: groups of ROWS features, pieces of the columns; with dgamma one piece.
-BARRIER_FREE_KERNEL(residual_forward_f32, ResidualForwardArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(residual_forward), ResidualForwardArgs, THREADS) {
     WITH_LANES(residual, a, blockIdx, gridDim, threadIdx.x, blockDim.x);
 }
 
-KERNEL(residual_backward_f32, ResidualBackwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(residual_backward), ResidualBackwardArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(residual_gradient, a, shared, blockIdx, gridDim, threadIdx.x, blockDim.x);
 }

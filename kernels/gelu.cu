@@ -1,4 +1,4 @@
-// gelu.cu - the exact GELU (Hendrycks and Gimpel 2016), forward and backward, f32.
+// gelu.cu - the exact GELU (Hendrycks and Gimpel 2016), forward and backward.
 //
 //   y = x Phi(x);   dx = dy (Phi(x) + x phi(x));   Phi, phi: distribution and density of the standard normal
 //
@@ -7,14 +7,14 @@
 // below e^-86.64 (|x| > 13.16) it is 0. libm's erff is no choice: g++ does not vectorise it.
 //
 // x, y and their gradients: vectors of any shape, a multiple of 8 elements. GELU(0) = 0, so padding stays zero; -inf
-// gives -0, NaN stays. One thread makes one vector. Limit: bytes on a GPU, 4 an element read and 4 written (backward
-// reads 8); on the host the arithmetic, about 60 instructions a vector.
+// gives -0, NaN stays. One thread makes one vector. Limit: bytes on a GPU, an element read and one written (backward
+// reads two); on the host the arithmetic, about 60 instructions a vector.
 #include "kernels/lib/device.cuh"
 
 struct GeluArgs {
-    const float* x;
-    const float* dy;  // read by the backward pass only
-    float* to;        // y, or dx
+    const Real* x;
+    const Real* dy;  // read by the backward pass only
+    Real* to;        // y, or dx
     int64_t length;
 };
 
@@ -84,6 +84,6 @@ DEVICE void backward(const GeluArgs& a, int64_t i) {
     if (a.length % LANES != 0 && blockIdx.x == 0 && threadIdx.x == 0)                                        \
         body<ROW_LANES>(a, a.length - ROW_LANES)
 
-BARRIER_FREE_KERNEL(gelu_forward_f32, GeluArgs, THREADS) { EACH_VECTOR(forward); }
+BARRIER_FREE_KERNEL(REAL(gelu_forward), GeluArgs, THREADS) { EACH_VECTOR(forward); }
 
-BARRIER_FREE_KERNEL(gelu_backward_f32, GeluArgs, THREADS) { EACH_VECTOR(backward); }
+BARRIER_FREE_KERNEL(REAL(gelu_backward), GeluArgs, THREADS) { EACH_VECTOR(backward); }

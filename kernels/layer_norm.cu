@@ -1,21 +1,21 @@
-// layer_norm.cu - layer norm of each column over its features (Ba et al. 2016), forward and backward, f32.
+// layer_norm.cu - layer norm of each column over its features (Ba et al. 2016), forward and backward.
 //
 //   xhat = (x - mean) invstd,  invstd = 1 / sqrt(var + epsilon);   y = gamma xhat + beta
 //   dx = invstd (g - mean of g - xhat mean of (g xhat)),  g = gamma dy;   dgamma = sum of dy xhat;   dbeta = sum of dy
 //
-// x, y and their gradients: [D, columns]; gamma, beta: [D]; mean, invstd: [columns]. Means are over the D features of a
-// column, the sums of dgamma and dbeta over the columns of a feature. Padded columns are zero in x and dy, and are
-// written as zeros, in mean and invstd too.
+// x, y and their gradients: [D, columns], Real; gamma, beta: [D], mean, invstd: [columns], f32. Means, of x as stored, are
+// over the D features of a column, the sums of dgamma and dbeta over the columns of a feature. Padded columns are zero in
+// x and dy, and are written as zeros, in mean and invstd too.
 //
 // A block owns a tile of 64 columns and walks down its rows by chunks of 8, which a thread holds at once. On a GPU the
 // 8 warps of a block share the chunks, each lane has columns `lane` and `lane + 32`, and the warps' sums meet in shared
-// memory; on the host the block's one thread has vectors of columns, 256 bytes of a row at a time with AVX-512. The
+// memory; on the host the block's one thread has vectors of columns, 64 of a row at a time with AVX-512. The
 // variance is that of deviations from the mean of each chunk, joined by Chan's formula, all of it relative to the
 // column's first value: nothing is lost where the mean is large.
 //
-// dgamma and dbeta: each block sums the columns of its tile, a second kernel adds the tiles in their order. So sums
+// dgamma and dbeta: each block sums the columns of its tile, layer_norm_sum.cu adds the tiles in their order. So sums
 // have a fixed order, which depends on the shape and the threads of a block.
-// Limit: bytes. Forward reads x twice, the second time from cache if a tile of 256 D bytes stays there, and writes y;
+// Limit: bytes. Forward reads x twice, the second time from cache if a tile of 64 D values stays there, and writes y;
 // backward reads x and dy twice in the same way and writes dx, beside 2 / 64 of a tensor for the tiles' sums.
 #include "kernels/lib/device.cuh"
 
@@ -25,36 +25,28 @@ struct LayerNormShape {
 };
 
 struct LayerNormForwardArgs {
-    const float* x;
+    const Real* x;
     const float* gamma;
     const float* beta;
     const uint32_t* count;  // number of true samples
     float* mean;            // null: not wanted
     float* invstd;
-    float* y;
+    Real* y;
     LayerNormShape shape;
     float epsilon;
 };
 
 struct LayerNormBackwardArgs {
-    const float* x;
-    const float* dy;
+    const Real* x;
+    const Real* dy;
     const float* gamma;
     const float* mean;
     const float* invstd;
     const uint32_t* count;
     float* partial;  // [tiles, 2, D rounded up to a multiple of 8]: sums of dy xhat and of dy over a tile
-    float* dx;
+    Real* dx;
     LayerNormShape shape;
     int32_t accumulate;  // add to what dx holds
-};
-
-struct LayerNormSumArgs {
-    const float* partial;
-    float* dgamma;
-    float* dbeta;
-    int32_t features;
-    int32_t tiles;
 };
 
 constexpr int TILE = 64;  // columns of a block
@@ -86,10 +78,12 @@ struct Share {
 
     DEVICE int column(int v) const { return first + v * (STAGED ? 32 * L : L); }
     DEVICE bool inside(int v) const { return !STAGED || column(v) < columns; }
-    DEVICE Samples<L> read(const float* row, int v) const {
+    template <class T>
+    DEVICE Samples<L> read(const T* row, int v) const {
         return inside(v) ? load<L>(row + column(v)) : splat<L>(0.0f);
     }
-    DEVICE void write(float* row, int v, const Samples<L>& x) const {
+    template <class T>
+    DEVICE void write(T* row, int v, const Samples<L>& x) const {
         if (inside(v)) store<L>(row + column(v), x);
     }
     // 1 in true columns, 0 in the others. As floats, since g++ 12 makes scalar code of bits within a loop over rows.
@@ -143,7 +137,7 @@ DEVICE void join(Samples<L>& mean, Samples<L>& squares, float before, const Samp
 template <int L, int V, bool STAGED>
 DEVICE void forward(const LayerNormForwardArgs& a, WarpColumns* shared, const Share<L, V, STAGED>& own) {
     const int features = a.shape.features, warps = own.warps;
-    const float* x = a.x;
+    const Real* x = a.x;
     Samples<L> pivot[V], mean[V], squares[V], invstd[V];
     UNROLL for (int v = 0; v < V; ++v) {
         pivot[v] = own.read(x, v);
@@ -322,41 +316,10 @@ DEVICE void backward(const LayerNormBackwardArgs& a, WarpColumns* shared, const 
     body(a, &shared, Share<1, TILE / 32, true>{tile, tile * TILE + lane, columns_of(a.shape), lane, warp, false})
 
 // Grid of these four: tiles.
-KERNEL(layer_norm_forward_staged_f32, LayerNormForwardArgs, WarpColumns, THREADS) { BY_WARPS(forward); }
+KERNEL(REAL(layer_norm_forward_staged), LayerNormForwardArgs, WarpColumns, THREADS, 4) { BY_WARPS(forward); }
 
-BARRIER_FREE_KERNEL(layer_norm_forward_direct_f32, LayerNormForwardArgs, 1) { BY_ONE_THREAD(forward); }
+BARRIER_FREE_KERNEL(REAL(layer_norm_forward_direct), LayerNormForwardArgs, 1) { BY_ONE_THREAD(forward); }
 
-KERNEL(layer_norm_backward_staged_f32, LayerNormBackwardArgs, WarpColumns, THREADS) { BY_WARPS(backward); }
+KERNEL(REAL(layer_norm_backward_staged), LayerNormBackwardArgs, WarpColumns, THREADS) { BY_WARPS(backward); }
 
-BARRIER_FREE_KERNEL(layer_norm_backward_direct_f32, LayerNormBackwardArgs, 1) { BY_ONE_THREAD(backward); }
-
-// Adds the tiles' sums at places `first` to first + L of the 2 D; the warps share the tiles.
-template <int L, bool STAGED>
-DEVICE void add_tiles(const LayerNormSumArgs& a, WarpColumns* shared, int first, int lane, int warp) {
-    const int stride = padded(a.features), warps = STAGED ? WARPS : 1;
-    Samples<L> sum = splat<L>(0.0f);
-    if (first < 2 * stride)
-        for (int tile = warp; tile < a.tiles; tile += warps)
-            sum += load<L>(a.partial + int64_t(tile) * 2 * stride + first);
-    if constexpr (STAGED) {
-        store<L>(&shared->first[warp][lane], sum);
-        __syncthreads();
-        if (warp > 0) return;
-        for (int other = 1; other < warps; ++other) sum += load<L>(&shared->first[other][lane]);
-    }
-    float* to = first < stride ? a.dgamma : a.dbeta;
-    const int feature = first % stride;
-    UNROLL for (int i = 0; i < L; ++i)
-        if (first < 2 * stride && feature + i < a.features) to[feature + i] = sum[i];
-}
-
-// Grid of both: groups of 32 places.
-KERNEL(layer_norm_sum_staged_f32, LayerNormSumArgs, WarpColumns, THREADS) {
-    SHARED(WarpColumns, shared);
-    const int lane = int(threadIdx.x) % 32;
-    add_tiles<1, true>(a, &shared, int(blockIdx.x) * 32 + lane, lane, int(threadIdx.x) / 32);
-}
-
-BARRIER_FREE_KERNEL(layer_norm_sum_direct_f32, LayerNormSumArgs, 1) {
-    for (int i = 0; i < 32; i += ROW_LANES) add_tiles<ROW_LANES, false>(a, nullptr, int(blockIdx.x) * 32 + i, 0, 0);
-}
+BARRIER_FREE_KERNEL(REAL(layer_norm_backward_direct), LayerNormBackwardArgs, 1) { BY_ONE_THREAD(backward); }

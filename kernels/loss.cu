@@ -1,13 +1,13 @@
-// loss.cu - softmax cross entropy with label smoothing, its gradient, and top-1 and top-5 counts, f32.
+// loss.cu - softmax cross entropy with label smoothing, its gradient, and top-1 and top-5 counts.
 //
 //   z = logits - their maximum,  t = 1 - s + s/C for the label, s/C for the others   (s: smoothing)
 //   loss    = mean over the true samples of  log(sum of exp z) - (1 - s) z[label] - s mean(z)
 //   dlogits = (softmax - t) / count;  rank of the label = classes with a larger logit, and lower ones with an equal
 //
-// logits, dlogits: [C, N]; labels: [N]; loss, top1, top5: tables with a row per step, of which row *step is written.
+// logits, dlogits: [C, N], Real; labels: [N]; loss, top1, top5: tables with a row per step, of which row *step is written.
 // One block for all samples, each thread some of them: the sum over samples has one fixed order, and the results need
 // no second kernel. A NaN logit, or a label that is no class, gives a NaN loss and counts as wrong. dlogits of padded
-// samples are zero. Limit: latency and one multiprocessor's bandwidth; 3 reads and 2 writes of [C, N], mostly in cache.
+// samples are zero. Limit: latency and one multiprocessor's bandwidth; 3 reads and a write of [C, N], mostly in cache.
 #include "kernels/lib/device.cuh"
 
 struct LossShape {
@@ -16,14 +16,14 @@ struct LossShape {
 };
 
 struct LossArgs {
-    const float* logits;
+    const Real* logits;
     const uint32_t* labels;
     const uint32_t* count;  // number of true samples
     const uint32_t* step;
     float* loss;
     uint32_t* top1;
     uint32_t* top5;
-    float* dlogits;         // or null
+    Real* dlogits;          // or null
     LossShape shape;
     uint32_t rows;          // of the tables; a step past them writes nothing there
     float smoothing;
@@ -47,19 +47,19 @@ template <int L>
 DEVICE void score(const LossArgs& a, int n, int live, float share, Score& total) {
     const int classes = a.shape.classes;
     const int64_t row = a.shape.n;
-    const float* logits = a.logits + n;
-    float* dlogits = a.dlogits ? a.dlogits + n : nullptr;
+    const Real* logits = a.logits + n;
+    Real* dlogits = a.dlogits ? a.dlogits + n : nullptr;
 
     float most[L], at_label[L];
     uint32_t label[L];
     UNROLL for (int i = 0; i < L; ++i) {
         label[i] = a.labels[n + i];
-        at_label[i] = label[i] < uint32_t(classes) ? logits[label[i] * row + i] : NAN;
-        most[i] = logits[i];
+        at_label[i] = label[i] < uint32_t(classes) ? widen(logits[label[i] * row + i]) : NAN;
+        most[i] = widen(logits[i]);
     }
     for (int c = 1; c < classes; ++c)
         UNROLL for (int i = 0; i < L; ++i) {
-            const float logit = logits[c * row + i];
+            const float logit = widen(logits[c * row + i]);
             most[i] = logit > most[i] ? logit : most[i];
         }
 
@@ -68,12 +68,11 @@ DEVICE void score(const LossArgs& a, int n, int live, float share, Score& total)
     uint32_t rank[L] = {};
     for (int c = 0; c < classes; ++c)
         UNROLL for (int i = 0; i < L; ++i) {
-            const float logit = logits[c * row + i], z = logit - most[i], e = expf(z);
+            const float logit = widen(logits[c * row + i]), z = logit - most[i], e = expf(z);
             sum[i] += e;
             z_sum[i] += z;
             const bool below = uint32_t(c) < label[i] ? logit < at_label[i] : logit <= at_label[i];
             rank[i] += uint32_t(c) != label[i] && !below;  // so a NaN ranks before everything
-            if (dlogits) dlogits[c * row + i] = e;
         }
 
     const float s = a.smoothing;
@@ -91,8 +90,8 @@ DEVICE void score(const LossArgs& a, int n, int live, float share, Score& total)
     for (int c = 0; c < classes; ++c)
         UNROLL for (int i = 0; i < L; ++i) {
             const float target = (uint32_t(c) == label[i] ? 1.0f - s : 0.0f) + s / classes;
-            float& d = dlogits[c * row + i];
-            d = i < live ? (d * scale[i] - target) * share : 0.0f;
+            const float e = expf(widen(logits[c * row + i]) - most[i]);
+            put(dlogits + c * row + i, i < live ? (e * scale[i] - target) * share : 0.0f);
         }
 }
 
@@ -104,7 +103,7 @@ DEVICE void write(const LossArgs& a, const Score& total, float share) {
 }
 
 // One block, a sample a thread.
-KERNEL(cross_entropy_staged_f32, LossArgs, Shared, THREADS) {
+KERNEL(REAL(cross_entropy_staged), LossArgs, Shared, THREADS) {
     SHARED(Shared, shared);
     const int count = int(min64(*a.count, a.shape.n));
     const float share = 1.0f / max64(1, count);
@@ -117,7 +116,7 @@ KERNEL(cross_entropy_staged_f32, LossArgs, Shared, THREADS) {
 }
 
 // One thread, a vector of samples at a time: it reads whole cache lines.
-BARRIER_FREE_KERNEL(cross_entropy_direct_f32, LossArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(cross_entropy_direct), LossArgs, 1) {
     const int count = int(min64(*a.count, a.shape.n));
     const float share = 1.0f / max64(1, count);
     Score total;

@@ -1,18 +1,20 @@
-// norm.cu - batch norm over feature rows, with residual and relu in the same pass, forward and backward, f32.
+// norm.cu - batch norm over feature rows, with residual and relu in the same pass, forward and backward.
 //
 //   xhat = (x - mean) invstd,  invstd = 1 / sqrt(var + epsilon);   y = [relu](gamma xhat + beta [+ residual])
 //   dz = dy, with relu where y > 0;   dresidual = dz;   dbeta = sum of dz;   dgamma = sum of dz xhat
 //   dx = gamma invstd (dz - dbeta / M - xhat dgamma / M) in training; gamma invstd dz where the statistics are given
 //
-// x, y, residual and their gradients: [C, HW, N]; gamma, beta, statistics: [C]. M = HW * count true values of a row;
-// padded samples are no part of any sum and are written as zeros. With a map, y and residual have more rows than x: those
-// that no row of x is added to are the residual, or zero.
+// x, y, residual and their gradients: [C, HW, N], Real; gamma, beta, statistics: [C], f32. M = HW * count true values of a
+// row; padded samples are no part of any sum and are written as zeros. With a map, y and residual have more rows than x:
+// those that no row of x is added to are the residual, or zero.
 //
 // A row is cut into chunks of whole pixels, a function of the shape alone; block (split, feature) owns one. A first
 // kernel sums each chunk, a second adds the chunks' sums in their order (every block its feature's, at most 64) and
 // writes its chunk. The variance is that of deviations from the chunk's own mean, joined by Chan's formula: nothing is
-// lost where the mean is large. Sums are f32, in an order that depends on the shape and the threads of a block.
-// Limit: bytes. Training reads x twice (and once more from cache) and writes y; backward reads x, y, dy twice.
+// lost where the mean is large. Statistics are those of x as stored. Sums are f32, in an order that depends on the shape
+// and the threads of a block.
+// Limit: bytes. Training reads x twice (and once more from cache) and writes y; backward reads x and dy
+// twice, and y too where a residual was added.
 #include "kernels/lib/device.cuh"
 
 struct NormShape {
@@ -24,8 +26,8 @@ struct NormShape {
 };
 
 struct NormForwardArgs {
-    const float* x;
-    const float* residual;  // or null
+    const Real* x;
+    const Real* residual;  // or null
     const float* gamma;
     const float* beta;
     float* running_mean;
@@ -33,7 +35,7 @@ struct NormForwardArgs {
     float* mean;            // what normalised, for the backward pass
     float* invstd;
     float* partial;         // [C, splits, 2]: mean of a chunk, sum of its squared deviations
-    float* y;
+    Real* y;
     const uint32_t* count;   // number of true samples
     const uint32_t* source;  // the row of x that is added to each row of y, or 2^32 - 1 for none; null where they are one
     NormShape shape;
@@ -43,13 +45,13 @@ struct NormForwardArgs {
 };
 
 struct NormEvalArgs {
-    const float* x;
-    const float* residual;  // or null
+    const Real* x;
+    const Real* residual;  // or null
     const float* gamma;
     const float* beta;
     const float* mean;
     const float* var;
-    float* y;
+    Real* y;
     const uint32_t* count;
     const uint32_t* source;
     NormShape shape;
@@ -58,17 +60,18 @@ struct NormEvalArgs {
 };
 
 struct NormBackwardArgs {
-    const float* x;
-    const float* y;    // read with relu only
-    const float* dy;
+    const Real* x;
+    const Real* y;     // read with relu only; null where nothing was added before it: then x says where y is above 0
+    const Real* dy;
     const float* gamma;
+    const float* beta;
     const float* mean;
     const float* invstd;
     float* partial;    // [C, splits, 2]: sums of dz and of dz xhat over a chunk
     float* dgamma;
     float* dbeta;
-    float* dresidual;  // or null
-    float* dx;
+    Real* dresidual;   // or null
+    Real* dx;
     const uint32_t* count;
     const uint32_t* source;
     const uint32_t* target;  // the row of y that each row of x is added to
@@ -124,8 +127,8 @@ struct Sum {
 // y of a chunk; of the residual alone where x is null. `scale` is gamma invstd; the mean is taken off first, since beta -
 // mean scale would cancel.
 template <int L>
-DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, const float* x,
-                      const float* residual, bool relu, float mean, float scale, float beta, float* y) {
+DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, const Real* x,
+                      const Real* residual, bool relu, float mean, float scale, float beta, Real* y) {
     const Samples<L> zero = splat<L>(0.0f);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
         Samples<L> z = x ? (load<L>(x + i) - mean) * scale + beta : zero;
@@ -135,17 +138,19 @@ DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t 
     });
 }
 
-// dz of a vector.
+// dz of a vector of y, whose x lies `off` from the mean. Where y is above 0 is computed again as the forward pass did,
+// which is cheaper than reading it.
 template <int L>
-DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i) {
+DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i, const Samples<L>& off, float scale, float beta) {
     const Samples<L> dy = load<L>(a.dy + i), zero = splat<L>(0.0f);
-    return a.relu ? where_at_most<L>(load<L>(a.y + i), zero, zero, dy) : dy;
+    if (!a.relu) return dy;
+    return where_at_most<L>(a.y ? load<L>(a.y + i) : off * scale + beta, zero, zero, dy);
 }
 
 template <int L>
 DEVICE void statistics(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const float* x = a.x;
+    const Real* x = a.x;
     const int count = samples(d, a.count);
     const float items = float(max64(1, int64_t(pixels_of(d, block.x)) * count));
     Sum<L> sum;  // padded samples are zero: they need no mask here
@@ -221,12 +226,13 @@ template <int L>
 DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
     const float mean = a.mean[block.y], invstd = a.invstd[block.y];
+    const float scale = a.gamma[block.y] * invstd, beta = a.beta[block.y];
     const int64_t to_y = a.target ? behind(d, int(a.target[block.y]), block.y) : 0;
     Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
     each_vector<L>(d, block, thread, threads, d.n, [&](int64_t i, int, int chain) {
-        const Samples<L> dz = above<L>(a, i + to_y);
+        const Samples<L> off = load<L>(a.x + i) - mean, dz = above<L>(a, i + to_y, off, scale, beta);
         sum.chain[chain] += dz;
-        dot.chain[chain] += dz * ((load<L>(a.x + i) - mean) * invstd);
+        dot.chain[chain] += dz * (off * invstd);
     });
     const float sums = sum.over_block(shared, thread, threads);
     const float dots = dot.over_block(shared, thread, threads);
@@ -244,7 +250,7 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     if (feature < 0) {
         if (!a.dresidual) return;
         each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-            store<L>(a.dresidual + i, first_lanes<L>(above<L>(a, i), live));
+            store<L>(a.dresidual + i, first_lanes<L>(above<L>(a, i, splat<L>(0.0f), 0.0f, 0.0f), live));
         });
         return;
     }
@@ -258,13 +264,14 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     dot = block_sum(dot, shared.scratch, thread, threads);
 
     const float mean = a.mean[feature], invstd = a.invstd[feature], scale = a.gamma[feature] * invstd;
+    const float beta = a.beta[feature];
     const float items = float(max64(1, int64_t(d.pixels) * count));
     const float mean_dz = a.training ? sum / items : 0.0f;
     const float slope = a.training ? dot / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
     const int64_t to_x = behind(d, feature, block.y);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-        const Samples<L> dz = above<L>(a, i);
-        const Samples<L> dx = (dz - mean_dz - (load<L>(a.x + i + to_x) - mean) * slope) * scale;
+        const Samples<L> off = load<L>(a.x + i + to_x) - mean, dz = above<L>(a, i, off, scale, beta);
+        const Samples<L> dx = (dz - mean_dz - off * slope) * scale;
         store<L>(a.dx + i + to_x, first_lanes<L>(dx, live));
         if (a.dresidual) store<L>(a.dresidual + i, first_lanes<L>(dz, live));
     });
@@ -282,24 +289,24 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
         body<ROW_LANES>(__VA_ARGS__)
 
 // Grid of all: splits, and rows: of x for the sums, of y for the others.
-KERNEL(norm_statistics_f32, NormForwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_statistics), NormForwardArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(statistics, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-KERNEL(norm_forward_f32, NormForwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_forward), NormForwardArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(forward, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-KERNEL(norm_backward_sums_f32, NormBackwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_backward_sums), NormBackwardArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(backward_sums, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-KERNEL(norm_backward_f32, NormBackwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_backward), NormBackwardArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(backward, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-BARRIER_FREE_KERNEL(norm_eval_f32, NormEvalArgs, THREADS) { WITH_LANES(evaluate, a, blockIdx, threadIdx.x, blockDim.x); }
+BARRIER_FREE_KERNEL(REAL(norm_eval), NormEvalArgs, THREADS) { WITH_LANES(evaluate, a, blockIdx, threadIdx.x, blockDim.x); }

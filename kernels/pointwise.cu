@@ -4,7 +4,7 @@
 //   y[k,p,q,n]  = x[k-before, p*stride, q*stride, n], zero for channels before and after x's
 //   dx[c,h,w,n] = dy[c+before, h/stride, w/stride, n] where stride divides h and w, else zero
 // Where x and y have other channels left in them, a map says which is which in place of `before`.
-// x: [C, H, W, N], y: [K, P, Q, N]. One thread makes one vector of samples of one pixel. Limit: bytes.
+// x: [C, H, W, N], y: [K, P, Q, N], Real. One thread makes one vector of samples of one pixel. Limit: bytes.
 #include "kernels/lib/device.cuh"
 
 struct ShortcutShape {
@@ -17,8 +17,8 @@ struct ShortcutShape {
 
 // Forward: x to y. Backward: dy to dx.
 struct ShortcutArgs {
-    const float* from;
-    float* to;
+    const Real* from;
+    Real* to;
     const uint32_t* map;  // the channel that each written one is read from, or 2^32 - 1 for none; or null
     ShortcutShape shape;
 };
@@ -33,11 +33,11 @@ DEVICE int channel_read(const uint32_t* map, int to, int offset, int channels) {
 }
 
 // Grid: vectors of a channel of y, channels of y.
-BARRIER_FREE_KERNEL(shortcut_forward_f32, ShortcutArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(shortcut_forward), ShortcutArgs, THREADS) {
     const ShortcutShape& d = a.shape;
     const int c = channel_read(a.map, blockIdx.y, -d.before, d.c), vectors = d.n / L;
-    const float* x = c >= 0 ? a.from + int64_t(c) * d.h * d.w * d.n : nullptr;
-    float* y = a.to + int64_t(blockIdx.y) * d.p * d.q * d.n;
+    const Real* x = c >= 0 ? a.from + int64_t(c) * d.h * d.w * d.n : nullptr;
+    Real* y = a.to + int64_t(blockIdx.y) * d.p * d.q * d.n;
     EACH(i, int64_t(d.p) * d.q * vectors) {
         const int pixel = int(i) / vectors, n = int(i) % vectors * L;
         const int64_t source = int64_t(pixel / d.q * d.stride) * d.w + pixel % d.q * d.stride;
@@ -46,11 +46,11 @@ BARRIER_FREE_KERNEL(shortcut_forward_f32, ShortcutArgs, THREADS) {
 }
 
 // Grid: vectors of a channel of dx, channels of dx.
-BARRIER_FREE_KERNEL(shortcut_backward_f32, ShortcutArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(shortcut_backward), ShortcutArgs, THREADS) {
     const ShortcutShape& d = a.shape;
     const int k = channel_read(a.map, blockIdx.y, d.before, d.k), vectors = d.n / L;
-    const float* dy = a.from + int64_t(k < 0 ? 0 : k) * d.p * d.q * d.n;
-    float* dx = a.to + int64_t(blockIdx.y) * d.h * d.w * d.n;
+    const Real* dy = a.from + int64_t(k < 0 ? 0 : k) * d.p * d.q * d.n;
+    Real* dx = a.to + int64_t(blockIdx.y) * d.h * d.w * d.n;
     EACH(i, int64_t(d.h) * d.w * vectors) {
         const int pixel = int(i) / vectors, n = int(i) % vectors * L, h = pixel / d.w, w = pixel % d.w;
         const int64_t source = int64_t(h / d.stride) * d.q + w / d.stride;

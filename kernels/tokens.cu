@@ -1,4 +1,4 @@
-// tokens.cu - between images and columns of tokens: patches, embedding and pooling, f32.
+// tokens.cu - between images and columns of tokens: patches, embedding and pooling.
 //
 //   patches:   y[(c,r,s),n,t] = x[c, py*p+r, px*p+s, n] for token t = prefix + py*(W/p) + px; zero for t < prefix
 //   embedding: y[d,n,t] = (t < prefix ? token[d] : x[d,n,t] + bias[d]) + positions[t,d]
@@ -7,6 +7,7 @@
 //   pooling:   y[d,n] = x[d,n,0], or the mean of x[d,n,t] over t >= prefix, and its gradient
 //
 // x of patches: [C, H, W, N]. Columns of tokens: [D, N, row], the first `tokens` of a row true. positions: [tokens, D].
+// Images, tokens and their gradients are Real, parameters and theirs f32.
 // Padded tokens and the tokens of padded samples are written as zero. Limit: bytes, each read and written once.
 //
 // Patches transpose tokens and samples: one thread turns a square of EDGE x EDGE in its registers, so that it reads and
@@ -21,8 +22,8 @@ struct PatchShape {
 };
 
 struct PatchArgs {
-    const float* x;
-    float* y;
+    const Real* x;
+    Real* y;
     PatchShape shape;
 };
 
@@ -33,17 +34,17 @@ struct EmbedShape {
 };
 
 struct EmbedForwardArgs {
-    const float* x;
+    const Real* x;
     const float* token;      // [features], or null: no prefix
     const float* bias;       // [features], or null
     const float* positions;  // [tokens, features]
     const uint32_t* count;   // number of true samples
-    float* y;
+    Real* y;
     EmbedShape shape;
 };
 
 struct EmbedBackwardArgs {
-    const float* dy;
+    const Real* dy;
     float* dtoken;      // [features], or null
     float* dbias;       // [features], or null
     float* dpositions;  // [tokens, features]
@@ -59,8 +60,8 @@ struct TokenPoolShape {
 
 // Forward: x to y. Backward: dy to dx.
 struct TokenPoolArgs {
-    const float* from;
-    float* to;
+    const Real* from;
+    Real* to;
     TokenPoolShape shape;
 };
 
@@ -79,7 +80,7 @@ DEVICE uint32_t lanes_within(int token, int begin, int end) {
     return bits;
 }
 
-BARRIER_FREE_KERNEL(patches_forward_f32, PatchArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(patches_forward), PatchArgs, THREADS) {
     const PatchShape& d = a.shape;
     const int row = d.columns.row, n = d.columns.n, across = d.w / d.patch;
     const int64_t row_squares = row / EDGE, squares = n / EDGE * row_squares;
@@ -104,7 +105,7 @@ BARRIER_FREE_KERNEL(patches_forward_f32, PatchArgs, THREADS) {
 }
 
 // Grid: vectors of a feature's tokens in groups of EDGE samples, which share what is added to them; features.
-BARRIER_FREE_KERNEL(embed_forward_f32, EmbedForwardArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(embed_forward), EmbedForwardArgs, THREADS) {
     const EmbedShape& d = a.shape;
     const int feature = blockIdx.y, row = d.columns.row, tokens = d.columns.tokens, count = int(*a.count);
     const int64_t base = int64_t(feature) * d.columns.n * row;
@@ -133,11 +134,11 @@ struct EmbedShared {
 };
 
 // One block per feature. Of TOKENS tokens at a time, each thread sums a vector over its part of the samples.
-KERNEL(embed_backward_f32, EmbedBackwardArgs, EmbedShared, THREADS) {
+KERNEL(REAL(embed_backward), EmbedBackwardArgs, EmbedShared, THREADS) {
     SHARED(EmbedShared, shared);
     const EmbedShape& d = a.shape;
     const int feature = blockIdx.x, thread = threadIdx.x, threads = blockDim.x, row = d.columns.row;
-    const float* dy = a.dy + int64_t(feature) * d.columns.n * row;
+    const Real* dy = a.dy + int64_t(feature) * d.columns.n * row;
     const int parts = int(max64(1, threads / VECTORS)), part = thread / VECTORS;
     float dbias = 0.0f;
     for (int base = 0; base < row; base += TOKENS) {
@@ -162,15 +163,15 @@ KERNEL(embed_backward_f32, EmbedBackwardArgs, EmbedShared, THREADS) {
 }
 
 // One block per POOL_ROWS rows. Their number is a multiple of 8, so that all threads of a warp leave the loop together.
-KERNEL(token_pool_forward_f32, TokenPoolArgs, NoShared, THREADS) {
+KERNEL(REAL(token_pool_forward), TokenPoolArgs, NoShared, THREADS) {
     const TokenPoolShape& d = a.shape;
     const int width = blockDim.x == 1 ? 1 : ROW_THREADS, own = threadIdx.x % width;
     const int64_t begin = int64_t(blockIdx.x) * POOL_ROWS;
     const int64_t end = min64(begin + POOL_ROWS, int64_t(d.features) * d.columns.n);
     const float share = 1.0f / (d.columns.tokens - d.prefix);
     for (int64_t row = begin + threadIdx.x / width; row < end; row += blockDim.x / width) {
-        const float* x = a.from + row * d.columns.row;
-        float y = x[0];
+        const Real* x = a.from + row * d.columns.row;
+        float y = widen(x[0]);
         if (!d.first) {
             Samples<L> sum = splat<L>(0.0f);
             for (int t = own * L; t < d.columns.row; t += width * L)
@@ -179,20 +180,20 @@ KERNEL(token_pool_forward_f32, TokenPoolArgs, NoShared, THREADS) {
             for (int other = width / 2; other > 0; other /= 2) y += __shfl_xor_sync(0xffffffffu, y, other);
             y *= share;
         }
-        if (own == 0) a.to[row] = y;
+        if (own == 0) put(a.to + row, y);
     }
 }
 
 // Grid: vectors of a feature's dx, features.
-BARRIER_FREE_KERNEL(token_pool_backward_f32, TokenPoolArgs, THREADS) {
+BARRIER_FREE_KERNEL(REAL(token_pool_backward), TokenPoolArgs, THREADS) {
     const TokenPoolShape& d = a.shape;
     const int n = d.columns.n, vectors = d.columns.row / L;
-    const float* dy = a.from + int64_t(blockIdx.y) * n;
-    float* dx = a.to + int64_t(blockIdx.y) * n * d.columns.row;
+    const Real* dy = a.from + int64_t(blockIdx.y) * n;
+    Real* dx = a.to + int64_t(blockIdx.y) * n * d.columns.row;
     const int begin = d.first ? 0 : d.prefix, end = d.first ? 1 : d.columns.tokens;
     const float share = 1.0f / (end - begin);
     EACH(i, int64_t(n) * vectors) {
         const uint32_t reached = lanes_within(int(i) % vectors * L, begin, end);
-        store<L>(dx + i * L, kept<L>(splat<L>(dy[int(i) / vectors] * share), reached));
+        store<L>(dx + i * L, kept<L>(splat<L>(widen(dy[int(i) / vectors]) * share), reached));
     }
 }

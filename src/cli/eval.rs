@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use dilt::data::{DataSet, Examples};
+use dilt::device::Precision;
 use dilt::mask::set::MaskSet;
 use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
@@ -77,7 +78,7 @@ struct Evaluated {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     heads: Vec<HeadDensities>,
     device: String,
-    precision: &'static str,
+    precision: Precision,
 }
 
 impl Eval {
@@ -88,7 +89,7 @@ impl Eval {
         }
         let weights = Weights::load(&self.weights)?;
         let named = weights.metadata.get("model").map(String::as_str);
-        let (config, data) = self.target.load(named, &self.common.progress())?;
+        let (config, data) = self.target.load(named, &self.common)?;
         let model = config.build()?;
         let device = self.common.open()?;
         let fitted = self.target.renamed(weights, &config, &model);

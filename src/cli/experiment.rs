@@ -48,7 +48,7 @@ pub struct Opened<'a> {
 impl ExperimentOptions {
     /// Loads model and data, and opens the device. `named` is the model that a ticket says it is of.
     pub fn open(&self, named: Option<&String>) -> anyhow::Result<Opened<'_>> {
-        let (mut config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
+        let (mut config, data) = self.target.load(named.map(String::as_str), &self.common)?;
         let recipe = self.recipe.apply(&config)?;
         (config.image, config.classes) = (data.shape, data.classes);
         if self.common.tune && self.streams > 1 {

@@ -243,7 +243,7 @@ impl Similarity {
     fn plan(&self, path: &Path, name: &str) -> anyhow::Result<Planned> {
         let weights = Weights::load(path)?;
         let named = weights.metadata.get("model").map(String::as_str);
-        let config = self.target.config(named)?;
+        let config = self.target.config(named, &self.common)?;
         let model = config.build()?;
         let fitted = self.target.renamed(weights, &config, &model);
         let weights = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));

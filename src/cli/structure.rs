@@ -95,7 +95,7 @@ impl Structure {
             return Err(dilt::Error::file(&self.ticket, problem).into());
         }
         let named = weights.metadata.get("model").map(String::as_str);
-        let (config, data) = self.target.load(named, &self.common.progress())?;
+        let (config, data) = self.target.load(named, &self.common)?;
         let model = config.build()?;
         let fitted = self.target.renamed(weights, &config, &model);
         let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));

@@ -65,7 +65,7 @@ impl Train {
     pub fn run(&self) -> anyhow::Result<()> {
         let given = self.weights.as_ref().map(|path| Weights::load(path)).transpose()?;
         let named = given.as_ref().and_then(|weights| weights.metadata.get("model"));
-        let (config, data) = self.target.load(named.map(String::as_str), &self.common.progress())?;
+        let (config, data) = self.target.load(named.map(String::as_str), &self.common)?;
         let recipe = self.recipe.apply(&config)?;
         let model = config.build()?;
         let given = given.map(|weights| self.fit(weights, &config, &model)).transpose()?;

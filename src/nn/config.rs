@@ -7,6 +7,7 @@ use toml::{Table, Value};
 
 use super::model::Model;
 use super::{resnet, vit};
+use crate::device::Precision;
 use crate::error::{Error, Result};
 
 /// The model files that are part of the program.
@@ -54,6 +55,9 @@ pub struct ModelConfig {
     /// What lies between the two: the file's other fields.
     #[serde(flatten)]
     pub architecture: Architecture,
+    /// What activations are stored as; no field of the file.
+    #[serde(skip_serializing_if = "Precision::is_f32")]
+    pub precision: Precision,
     /// How it is trained unless options say otherwise: the fields of `train::Recipe`.
     pub train: Table,
 }
@@ -243,7 +247,7 @@ impl ModelConfig {
             Image::Square(size) => [3, size, size],
             Image::Sizes(image) => image,
         };
-        Ok(ModelConfig { name, image, classes, architecture, train })
+        Ok(ModelConfig { name, image, classes, architecture, precision: Precision::F32, train })
     }
 
     /// Builds the network.

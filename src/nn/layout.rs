@@ -11,7 +11,7 @@ use super::model::{Layer, Model};
 use super::paths::{Choice, Planning, choose};
 use super::plan::{Plan, Use};
 use super::ways::{Lists, MaskedLayer};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::ops::SAMPLE_ALIGNMENT;
@@ -89,6 +89,10 @@ pub(super) fn plan_layers(
     memory_for: Use,
     planning: &Planning,
 ) -> Result<Vec<Option<PlannedLayer>>> {
+    // Sparse products are f32: in bf16 a masked weight is a zero among the others.
+    if computed.precision != Precision::F32 {
+        return Ok(computed.layers.iter().map(|_| None).collect());
+    }
     let passes = if memory_for == Use::Evaluate { &Pass::ALL[..1] } else { &Pass::ALL };
     let masked = |layer: &Layer| {
         let Layer::Conv { weight, .. } = *layer else { return Ok(None) };

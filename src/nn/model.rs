@@ -5,6 +5,7 @@
 //! layers of residual networks and vision transformers, and each has its forward and backward in `passes.rs`.
 
 use super::config::ModelConfig;
+use crate::device::Precision;
 use crate::error::{Error, Result};
 use crate::ops::attention::AttentionShape;
 use crate::ops::conv::ConvShape;
@@ -390,6 +391,8 @@ pub struct Model {
     pub statistics: Vec<Statistics>,
     /// How weights are drawn.
     pub init: Init,
+    /// What activations are stored as.
+    pub precision: Precision,
 }
 
 impl Model {
@@ -397,8 +400,8 @@ impl Model {
     pub(super) fn new(file: &ModelConfig, init: Init) -> Self {
         let values = vec![Value { name: "input".into(), shape: Shape::Image(file.image) }];
         let (layers, parameters, statistics) = Default::default();
-        let (name, image, classes) = (file.name.clone(), file.image, file.classes);
-        Model { name, image, classes, layers, values, parameters, statistics, init }
+        let (name, image, classes, precision) = (file.name.clone(), file.image, file.classes, file.precision);
+        Model { name, image, classes, layers, values, parameters, statistics, init, precision }
     }
 
     pub(super) fn value(&mut self, name: &str, shape: Shape) -> ValueId {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use half::bf16;
 use ndarray::ArrayD;
 use sha2::{Digest, Sha256};
 
@@ -12,13 +13,14 @@ use super::paths::{Choice, Planning};
 use super::plan::{Fixed, Plan, Use};
 use super::ways::Lists;
 use super::weights::{Form, Weights};
-use crate::device::{Buffer, Device, Slice, SliceMut};
+use crate::device::{Buffer, Device, RealBuffer, Reals, RealsMut, Slice, SliceMut};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::mask::set::MaskSet;
 use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::optimizer::{AdamW, Clip, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step};
 use crate::ops::prune::apply_mask;
+use crate::ops::round::{RoundTable, round_weights};
 use crate::ops::row_map::RowMap;
 use crate::ops::step::StepCurrent;
 
@@ -80,8 +82,11 @@ pub struct Network {
     pub(super) heads: Buffer<u32>,
     /// What random layers draw from.
     pub(super) seed: u64,
-    pub(super) values: Vec<Buffer<f32>>,
-    pub(super) value_gradients: Vec<Buffer<f32>>,
+    pub(super) values: Vec<RealBuffer>,
+    pub(super) value_gradients: Vec<RealBuffer>,
+    /// The weights that products read, in bf16, and how they come about; in f32 they read the parameters.
+    pub(super) rounded: Buffer<bf16>,
+    round_table: Option<RoundTable>,
     /// What layers keep for their backward pass beside values.
     pub(super) kept: Vec<Buffer<f32>>,
     pub(super) pool_indices: Vec<Buffer<u8>>,
@@ -99,7 +104,7 @@ pub struct Network {
 /// What a step reads of its batch, filled by the loader.
 pub struct Batch<'a> {
     /// Images, `[C, H, W, n]`.
-    pub x: SliceMut<'a, f32>,
+    pub x: RealsMut<'a>,
     /// Labels, `[n]`.
     pub labels: SliceMut<'a, u32>,
     /// Settings of the step.
@@ -109,13 +114,13 @@ pub struct Batch<'a> {
 /// What the loss reads and writes.
 pub struct Head<'a> {
     /// Logits, `[classes, n]`.
-    pub logits: Slice<'a, f32>,
+    pub logits: Reals<'a>,
     /// Labels, `[n]`.
     pub labels: Slice<'a, u32>,
     /// Number of true samples, `[1]`.
     pub count: Slice<'a, u32>,
     /// Gradient of the logits, in a network that is trained.
-    pub gradient: Option<SliceMut<'a, f32>>,
+    pub gradient: Option<RealsMut<'a>>,
 }
 
 impl Network {
@@ -153,7 +158,12 @@ impl Network {
         let gradients = plan.gradient_slots.iter().flatten().max().map_or(0, |slot| slot + 1);
         let pool_indices = rest.split_off(rest.len() - plan.pools).into_iter().map(Buffer::cast).collect();
         let kept = rest.split_off(values + gradients).into_iter().map(Buffer::cast).collect();
-        let value_gradients = rest.split_off(values).into_iter().map(Buffer::cast).collect();
+        let precision = computed.precision;
+        let reals = |words: Buffer<u32>| {
+            let len = words.len() * 4 / precision.bytes();
+            RealBuffer::new(words, len, precision)
+        };
+        let value_gradients = rest.split_off(values).into_iter().map(reals).collect();
         let mut network = Network {
             device: device.clone(),
             model: model.clone(),
@@ -179,8 +189,10 @@ impl Network {
             step: piece(Fixed::Step),
             heads: piece(Fixed::Heads),
             seed: 0,
-            values: rest.into_iter().map(Buffer::cast).collect(),
+            values: rest.into_iter().map(reals).collect(),
             value_gradients,
+            rounded: piece(Fixed::Rounded).cast(),
+            round_table: plan.rounded.upload(device)?,
             kept,
             pool_indices,
             paths: Vec::new(),
@@ -234,6 +246,9 @@ impl Network {
         for (choice, layer) in self.choices.iter().zip(&self.computed.layers) {
             let name = &self.computed.values[layer.output()].name;
             hash.update(format!("{name}: {}\n", choice.as_ref().map_or("dense".into(), Choice::name)));
+        }
+        if !self.computed.precision.is_f32() {
+            hash.update(self.computed.precision.name());
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -292,11 +307,18 @@ impl Network {
         let [first, second] = self.moments.each_mut().map(Buffer::view_mut);
         let weights = self.parameters.view_mut();
         match optimizer {
-            Optimizer::Sgd(sgd) => sgd_step(&self.device, sgd, input, weights, first),
+            Optimizer::Sgd(sgd) => sgd_step(&self.device, sgd, input, weights, first)?,
             Optimizer::AdamW(adamw) => {
-                adamw_step(&self.device, adamw, input, self.corrections.view(), weights, first, second)
+                adamw_step(&self.device, adamw, input, self.corrections.view(), weights, first, second)?;
             }
         }
+        self.round()
+    }
+
+    /// Makes the weights that products read of those that are trained, after every change of these.
+    pub(super) fn round(&mut self) -> Result<()> {
+        let (table, weights) = (self.round_table.as_ref(), self.parameters.view());
+        table.map_or(Ok(()), |table| round_weights(&self.device, table, weights, self.rounded.view_mut()))
     }
 
     // ------------------------------------------------------------------------------------ weights, masks, settings
@@ -399,6 +421,7 @@ impl Network {
             self.set_paths(&layers)?;
         }
         apply_mask(&self.device, self.mask.view(), self.parameters.view_mut())?;
+        self.round()?;
         self.moments.iter_mut().try_for_each(|moment| self.device.zero(moment.view_mut()))?;
         self.set_heads(&weights.masks)?;
         self.masks = weights.masks.clone();
@@ -514,7 +537,7 @@ impl Network {
     pub fn first_not_finite(&mut self) -> Result<String> {
         self.forward(Mode::Train)?;
         for (value, slot) in self.computed.values.iter().zip(&self.plan.value_slots) {
-            let values = self.device.read(self.values[*slot].view())?;
+            let values = self.device.read_reals(self.values[*slot].view())?;
             if values.iter().any(|value| !value.is_finite()) {
                 return Ok(value.name.clone());
             }
@@ -528,7 +551,7 @@ impl Network {
     /// # Errors
     /// [`crate::Error::Device`] if the device fails.
     pub fn feature_magnitudes(&self, value: ValueId) -> Result<Vec<f64>> {
-        let values = self.device.read(self.values[self.plan.value_slots[value]].view())?;
+        let values = self.device.read_reals(self.values[self.plan.value_slots[value]].view())?;
         let row = values.len() / self.computed.values[value].features();
         Ok(values.chunks(row).map(|row| row.iter().map(|x| f64::from(x.abs())).sum()).collect())
     }

@@ -4,10 +4,11 @@ use super::model::{Layer, ParameterId, ValueId};
 use super::network::{Mode, Network};
 use super::plan::aligned;
 use super::ways::Lists;
-use crate::device::{Buffer, Slice, SliceMut};
+use crate::device::{Precision, RealBuffer, Reals, RealsMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
-use crate::ops::conv::{Bias, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::bias::bias_gradient;
+use crate::ops::conv::{Bias, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
     KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
@@ -29,6 +30,8 @@ use crate::profile::range;
 
 /// Added to a batch norm's variance before its root is taken; PyTorch's default.
 const NORM_EPSILON: f32 = 1e-5;
+/// What is said of products of kept weights alone, which are f32.
+const SPARSE: &str = "sparse products";
 /// Share of the batch's statistics in the running ones; PyTorch's default.
 const NORM_MOMENTUM: f32 = 0.1;
 
@@ -47,7 +50,7 @@ impl Network {
     ///
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails; what `done` returns.
-    pub fn forward_with(&mut self, mode: Mode, mut done: impl FnMut(usize, Slice<f32>) -> Result<()>) -> Result<()> {
+    pub fn forward_with(&mut self, mode: Mode, mut done: impl FnMut(usize, Reals) -> Result<()>) -> Result<()> {
         for index in 0..self.computed.layers.len() {
             let slot = self.plan.value_slots[self.computed.layers[index].output()];
             // Taken out, so that the others can be read while it is written.
@@ -64,13 +67,14 @@ impl Network {
         &self.computed.values[self.computed.layers[index].output()].name
     }
 
-    fn layer_forward(&mut self, index: usize, mode: Mode, y: SliceMut<f32>) -> Result<()> {
+    fn layer_forward(&mut self, index: usize, mode: Mode, y: RealsMut) -> Result<()> {
         let Network {
             device,
             computed: model,
             plan,
             n,
             parameters,
+            rounded,
             values,
             statistics,
             saved,
@@ -88,6 +92,10 @@ impl Network {
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
         let parameter = |id: ParameterId| parameters.slice(plan.range(id));
+        let read_weight = |id: ParameterId| match model.precision {
+            Precision::F32 => parameter(id).into(),
+            Precision::Bf16 => rounded.slice(plan.rounded.place(index)).into(),
+        };
         let count = count.view();
         // Nothing is left out in evaluation.
         let draw = |rate: f32| Draw {
@@ -104,16 +112,17 @@ impl Network {
                     lists.gather(device, parameter(weight))?;
                 }
                 match lists_of(paths, index, Pass::Forward) {
-                    Some(kept) => conv_sparse_forward(device, kept, value(input), bias, y),
+                    Some(kept) => conv_sparse_forward(device, kept, value(input).f32(SPARSE)?, bias, y.f32(SPARSE)?),
                     None => {
-                        conv_forward(device, &model.conv_shape(layer, n)?, value(input), parameter(weight), bias, y)
+                        conv_forward(device, &model.conv_shape(layer, n)?, value(input), read_weight(weight), bias, y)
                     }
                 }
             }
             Layer::Norm { scale, shift, statistics: own, input, residual, relu, .. } => {
                 let shape = model.norm_shape(input, n)?;
                 let [mean, var] = plan.statistic_ranges(model, own);
-                let (x, residual, map) = (value(input), residual.map(value), maps[index].as_ref());
+                let (x, map) = (value(input), maps[index].as_ref());
+                let residual = residual.map(value);
                 let norm = NormInput { x, residual, map, relu, count };
                 let affine = NormAffine { gamma: parameter(scale), beta: parameter(shift), epsilon: NORM_EPSILON };
                 if !train {
@@ -187,13 +196,14 @@ impl Network {
         Ok(())
     }
 
-    fn layer_backward(&mut self, index: usize, dy: Slice<f32>) -> Result<()> {
+    fn layer_backward(&mut self, index: usize, dy: Reals) -> Result<()> {
         let Network {
             device,
             computed: model,
             plan,
             n,
             parameters,
+            rounded,
             gradients,
             values,
             value_gradients,
@@ -212,6 +222,10 @@ impl Network {
         let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
         let parameter = |id: ParameterId| parameters.slice(plan.range(id));
+        let read_weight = |id: ParameterId| match model.precision {
+            Precision::F32 => parameter(id).into(),
+            Precision::Bf16 => rounded.slice(plan.rounded.place(index)).into(),
+        };
         let range = |id: ParameterId| plan.range(id);
         let slot = |id: ValueId| plan.gradient_slots[id];
         let count = count.view();
@@ -220,27 +234,30 @@ impl Network {
             Layer::Conv { weight, bias, input, .. } => {
                 let (shape, x, dw) = (model.conv_shape(layer, n)?, value(input), gradients.slice_mut(range(weight)));
                 match lists_of(paths, index, Pass::WeightGradient) {
-                    Some(kept) => conv_sparse_weight_gradient(device, kept, x, dy, dw)?,
+                    Some(kept) => conv_sparse_weight_gradient(device, kept, x.f32(SPARSE)?, dy.f32(SPARSE)?, dw)?,
                     None => conv_weight_gradient(device, &shape, x, dy, scratch.view_mut(), dw)?,
                 }
                 if let Some(bias) = bias {
-                    conv_bias_gradient(device, &shape, dy, gradients.slice_mut(range(bias)))?;
+                    bias_gradient(device, dy, gradients.slice_mut(range(bias)))?;
                 }
                 if slot(input).is_none() {
                     return Ok(());
                 }
                 let dx = at(value_gradients, slot(input));
                 match lists_of(paths, index, Pass::InputGradient) {
-                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, accumulate, dx),
-                    None => conv_input_gradient(device, &shape, dy, parameter(weight), accumulate, dx),
+                    Some(kept) => {
+                        conv_sparse_input_gradient(device, kept, dy.f32(SPARSE)?, accumulate, dx.f32(SPARSE)?)
+                    }
+                    None => conv_input_gradient(device, &shape, dy, read_weight(weight), accumulate, dx),
                 }
             }
             Layer::Norm { scale, shift, statistics, input, residual, relu, output } => {
                 let shape = model.norm_shape(input, n)?;
                 let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
-                let (x, y, gamma) = (value(input), value(output), parameter(scale));
+                let (x, gamma, beta) = (value(input), parameter(scale), parameter(shift));
+                let y = residual.filter(|_| relu).map(|_| value(output));
                 let map = maps[index].as_ref();
-                let norm = NormBackward { x, y, dy, relu, gamma, mean, invstd, training: true, map, count };
+                let norm = NormBackward { x, y, dy, relu, gamma, beta, mean, invstd, training: true, map, count };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
                 let x = slot(input).expect("a norm comes after a convolution");
                 let (dx, dresidual) = match residual.and_then(slot) {
@@ -277,7 +294,7 @@ impl Network {
             Layer::LayerNorm { scale, shift, input, .. } => {
                 let shape = model.layer_norm_shape(input, n)?;
                 let [mean, invstd] = moments(shape.columns()).map(|range| kept[plan.kept_slots[index]].slice(range));
-                let (x, gamma) = (value(input), parameter(scale));
+                let (x, dy, gamma) = (value(input), dy, parameter(scale));
                 let norm = LayerNormBackward { x, dy, gamma, mean, invstd, count, accumulate };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
                 layer_norm_backward(
@@ -326,7 +343,7 @@ impl Network {
 }
 
 /// Where the gradient of what a layer reads lies.
-fn at(gradients: &mut [Buffer<f32>], slot: Option<usize>) -> SliceMut<'_, f32> {
+fn at(gradients: &mut [RealBuffer], slot: Option<usize>) -> RealsMut<'_> {
     gradients[slot.expect("a layer after a parameter")].view_mut()
 }
 

@@ -8,10 +8,11 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::model::{Layer, Model, Parameter, ParameterId, ValueId};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::optimizer::GRADIENT_NORM_PARTIALS;
+use crate::ops::round::RoundPlan;
 
 /// Pieces and parameters start at multiples of this many words of four bytes.
 const ALIGNMENT: usize = 64;
@@ -114,6 +115,8 @@ pub struct Plan {
     pub(super) pools: usize,
     /// Where the flags of each layer's heads begin; for attention.
     pub(super) heads: Vec<usize>,
+    /// Which weights products read in bf16, by layer; none in f32.
+    pub(super) rounded: RoundPlan,
 }
 
 /// The order of a plan's pieces; value pieces, gradient pieces, kept pieces and pool indices follow.
@@ -134,6 +137,7 @@ pub(super) enum Fixed {
     Corrections,
     Step,
     Heads,
+    Rounded,
     Pieces,
 }
 
@@ -219,9 +223,12 @@ impl Plan {
             _ => 0,
         }));
         carve.piece(Group::Masks, "heads with a kept projection", head_len);
+        let rounded = round_plan(model, &parameters, n)?;
+        carve.piece(Group::Parameters, "weights in bf16", rounded.len().div_ceil(2));
         debug_assert_eq!(carve.pieces.len(), Fixed::Pieces as usize);
 
-        let sizes: Vec<usize> = model.values.iter().map(|value| value.elements(n)).collect();
+        let sizes: Vec<usize> =
+            model.values.iter().map(|value| value.elements(n) * model.precision.bytes() / 4).collect();
         let value_slots = match memory_for {
             Use::Train(_) => carve_values(&mut carve, model, &sizes),
             Use::Evaluate => carve_shared(&mut carve, Group::Activations, model, &sizes, &forward_lives(model)),
@@ -231,7 +238,7 @@ impl Plan {
         let lives = if train { gradient_lives(model, &owners) } else { vec![None; sizes.len()] };
         let own_slots = carve_shared(&mut carve, Group::ActivationGradients, model, &sizes, &lives);
         let gradient_slots = owners.iter().map(|&owner| own_slots[owner]).collect();
-        let (kept_slots, pools) = carve_kept(&mut carve, model, n, &sizes, train)?;
+        let (kept_slots, pools) = carve_kept(&mut carve, model, n, train)?;
         Ok(Plan {
             tensors: carve.tensors,
             bytes: carve.end * 4,
@@ -247,6 +254,7 @@ impl Plan {
             kept_slots,
             pools,
             heads,
+            rounded,
         })
     }
 
@@ -280,12 +288,23 @@ fn offsets(sizes: impl Iterator<Item = usize>) -> (Vec<usize>, usize) {
     (offsets, end)
 }
 
+/// The weights that products read in bf16: of every layer that multiplies.
+fn round_plan(model: &Model, parameters: &[usize], n: usize) -> Result<RoundPlan> {
+    let rounded = |layer: &Layer| match layer {
+        Layer::Conv { weight, .. } if model.precision == Precision::Bf16 => {
+            Ok(Some((parameters[*weight], model.conv_shape(layer, n)?)))
+        }
+        _ => Ok(None),
+    };
+    Ok(RoundPlan::new(model.layers.iter().map(rounded).collect::<Result<Vec<_>>>()?))
+}
+
 /// Elements of scratch memory that the backward pass of the largest of the layers needs.
 fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
     let mut most = 0;
     for layer in &model.layers {
         most = most.max(match layer {
-            Layer::Conv { .. } => model.conv_shape(layer, n)?.gradient_scratch_len(device),
+            Layer::Conv { .. } => model.conv_shape(layer, n)?.gradient_scratch_len(device, model.precision),
             Layer::Norm { output, .. } => model.norm_shape(*output, n)?.scratch_len(),
             Layer::LayerNorm { output, .. } => model.layer_norm_shape(*output, n)?.scratch_len(),
             Layer::Attention { .. } => model.attention_shape(layer, n)?.statistic_len(),
@@ -297,13 +316,7 @@ fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
 
 /// Pieces for what layers keep for their backward pass beside values, then for the indices of max pools, which a
 /// forward pass always writes: the number of each layer's piece, and the number of max pools.
-fn carve_kept(
-    carve: &mut Carver,
-    model: &Model,
-    n: usize,
-    sizes: &[usize],
-    train: bool,
-) -> Result<(Vec<usize>, usize)> {
+fn carve_kept(carve: &mut Carver, model: &Model, n: usize, train: bool) -> Result<(Vec<usize>, usize)> {
     let (mut slots, mut kept) = (vec![0; model.layers.len()], 0);
     for (slot, layer) in slots.iter_mut().zip(&model.layers).filter(|_| train) {
         let (what, words) = match layer {
@@ -321,7 +334,7 @@ fn carve_kept(
     for (slot, layer) in slots.iter_mut().zip(&model.layers) {
         if let Layer::MaxPool { output, .. } = layer {
             let name = format!("{} index", model.values[*output].name);
-            carve.piece(Group::Activations, &name, sizes[*output].div_ceil(4));
+            carve.piece(Group::Activations, &name, model.values[*output].elements(n).div_ceil(4));
             *slot = pools;
             pools += 1;
         }

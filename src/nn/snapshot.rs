@@ -46,7 +46,8 @@ impl Snapshot {
         let Network { device, parameters, moments, statistics, .. } = network;
         device.copy(self.parameters.view(), parameters.view_mut())?;
         device.copy(self.statistics.view(), statistics.view_mut())?;
-        let moments = self.moments.iter().zip(moments);
-        moments.into_iter().try_for_each(|(from, to)| device.copy(from.view(), to.view_mut()))
+        let mut moments = self.moments.iter().zip(moments);
+        moments.try_for_each(|(from, to)| device.copy(from.view(), to.view_mut()))?;
+        network.round()
     }
 }

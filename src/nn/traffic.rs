@@ -14,7 +14,7 @@ use super::layout::{Layout, PlannedLayer};
 use super::model::{Layer, ValueId};
 use super::plan::Use;
 use super::ways::Way;
-use crate::device::{Device, Policy};
+use crate::device::{Device, Policy, Precision};
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::attention::AttentionShape;
@@ -22,7 +22,7 @@ use crate::ops::conv::ConvShape;
 use crate::ops::layer_norm::LayerNormShape;
 use crate::ops::tokens::TokenPool;
 
-/// Bytes of an element of activations, weights and gradients.
+/// Bytes of an element of weights that are trained, gradients of weights, and statistics.
 const ELEMENT: usize = size_of::<f32>();
 /// Bytes of what says which weight a kept one is.
 const PLACE: usize = size_of::<u32>();
@@ -39,9 +39,15 @@ pub struct Work {
 }
 
 impl Work {
-    /// Reads and writes so many elements.
+    /// Reads and writes so many elements of f32.
     pub fn elements(read: usize, written: usize) -> Self {
-        Work { flop: 0, read: ELEMENT * read, written: ELEMENT * written }
+        Self::reals(Precision::F32, read, written)
+    }
+
+    /// Reads and writes so many elements of activations.
+    pub fn reals(precision: Precision, read: usize, written: usize) -> Self {
+        let bytes = precision.bytes();
+        Work { flop: 0, read: bytes * read, written: bytes * written }
     }
 
     /// The same, with so many multiply-adds.
@@ -98,21 +104,23 @@ struct Multiplied {
     kept: usize,
     /// Bytes of their values, and of the list that says which they are.
     bytes: usize,
+    /// Of what they are multiplied with.
+    precision: Precision,
 }
 
 impl Multiplied {
-    fn all(shape: &ConvShape) -> Self {
+    fn all(shape: &ConvShape, precision: Precision) -> Self {
         let count = shape.weight_len();
-        Multiplied { count, kept: count, bytes: ELEMENT * count }
+        Multiplied { count, kept: count, bytes: precision.bytes() * shape.read_weight_len(precision), precision }
     }
 
     /// In the three passes of a layer.
-    fn of(shape: &ConvShape, planned: Option<&PlannedLayer>) -> [Self; 3] {
-        let Some(planned) = planned else { return [Self::all(shape); 3] };
-        let kept = planned.layer.places().len();
+    fn of(shape: &ConvShape, precision: Precision, planned: Option<&PlannedLayer>) -> [Self; 3] {
+        let Some(planned) = planned else { return [Self::all(shape, precision); 3] };
+        let (kept, layer) = (planned.layer.places().len(), &planned.layer);
         std::array::from_fn(|pass| match planned.choice.ways[pass] {
-            Way::Dense => Self::all(shape),
-            way => Multiplied { count: planned.layer.multiplied(way)[pass], kept, bytes: (ELEMENT + PLACE) * kept },
+            Way::Dense => Self::all(shape, precision),
+            way => Multiplied { count: layer.multiplied(way)[pass], kept, bytes: (ELEMENT + PLACE) * kept, precision },
         })
     }
 
@@ -121,76 +129,82 @@ impl Multiplied {
     }
 
     fn forward(&self, shape: &ConvShape) -> Work {
-        let work = Work::elements(shape.input_len(), shape.output_len());
+        let work = Work::reals(self.precision, shape.input_len(), shape.output_len());
         Work { read: work.read + self.bytes, ..work }.with_multiply_adds(self.multiply_adds(shape))
     }
 
     fn input_gradient(&self, shape: &ConvShape, accumulate: bool) -> Work {
         let added_to = if accumulate { shape.input_len() } else { 0 };
-        let work = Work::elements(shape.output_len() + added_to, shape.input_len());
+        let work = Work::reals(self.precision, shape.output_len() + added_to, shape.input_len());
         Work { read: work.read + self.bytes, ..work }.with_multiply_adds(self.multiply_adds(shape))
     }
 
     /// With `partial` elements of partial sums, written and read again.
     fn weight_gradient(&self, shape: &ConvShape, partial: usize) -> Work {
-        Work::elements(shape.input_len() + shape.output_len() + partial, partial + self.kept)
-            .with_multiply_adds(self.multiply_adds(shape))
+        let read = Work::reals(self.precision, shape.input_len() + shape.output_len(), 0);
+        (read + Work::elements(partial, partial + self.kept)).with_multiply_adds(self.multiply_adds(shape))
     }
 }
 
 /// Convolution with all weights, forward.
-pub fn conv_forward(shape: &ConvShape) -> Work {
-    Multiplied::all(shape).forward(shape)
+pub fn conv_forward(shape: &ConvShape, precision: Precision) -> Work {
+    Multiplied::all(shape, precision).forward(shape)
 }
 
 /// Input gradient of a convolution with all weights, overwritten.
-pub fn conv_input_gradient(shape: &ConvShape) -> Work {
-    Multiplied::all(shape).input_gradient(shape, false)
+pub fn conv_input_gradient(shape: &ConvShape, precision: Precision) -> Work {
+    Multiplied::all(shape, precision).input_gradient(shape, false)
 }
 
 /// Weight gradient of a convolution with all weights.
-pub fn conv_weight_gradient(device: &Device, shape: &ConvShape) -> Work {
-    Multiplied::all(shape).weight_gradient(shape, shape.gradient_scratch_len(device))
+pub fn conv_weight_gradient(device: &Device, shape: &ConvShape, precision: Precision) -> Work {
+    Multiplied::all(shape, precision).weight_gradient(shape, shape.gradient_scratch_len(device, precision))
 }
 
 /// Batch norm of x elements to y elements with the batch's statistics, with another value added to it or not.
-pub fn norm_forward(x: usize, y: usize, residual: bool) -> Work {
-    Work::elements(2 * x + if residual { y } else { 0 }, y)
+pub fn norm_forward(precision: Precision, x: usize, y: usize, residual: bool) -> Work {
+    Work::reals(precision, 2 * x + if residual { y } else { 0 }, y)
 }
 
-/// Its backward pass, which reads y where ReLU follows, and writes a gradient of what was added where that has one.
-pub fn norm_backward(x: usize, y: usize, relu: bool, residual: bool) -> Work {
-    let read = x + y + if relu { y } else { 0 };
-    Work::elements(2 * read, x + if residual { y } else { 0 })
+/// Its backward pass, which reads y where ReLU follows a sum (`relu_of_sum`), and writes a gradient of what was added where that
+/// has one.
+pub fn norm_backward(precision: Precision, x: usize, y: usize, relu_of_sum: bool, residual: bool) -> Work {
+    let read = x + y + if relu_of_sum { y } else { 0 };
+    Work::reals(precision, 2 * read, x + if residual { y } else { 0 })
 }
 
 /// Layer norm, which keeps mean and deviation of each column.
-pub fn layer_norm_forward(shape: &LayerNormShape) -> Work {
-    Work::elements(shape.len(), shape.len() + 2 * shape.columns())
+pub fn layer_norm_forward(shape: &LayerNormShape, precision: Precision) -> Work {
+    Work::reals(precision, shape.len(), shape.len()) + Work::elements(0, 2 * shape.columns())
 }
 
 /// Its backward pass, which adds to what dx holds or overwrites it.
-pub fn layer_norm_backward(shape: &LayerNormShape, accumulate: bool) -> Work {
+pub fn layer_norm_backward(shape: &LayerNormShape, precision: Precision, accumulate: bool) -> Work {
     let added_to = if accumulate { shape.len() } else { 0 };
     let (statistics, partial) = (2 * shape.columns(), shape.scratch_len());
-    Work::elements(2 * shape.len() + added_to + statistics + partial, shape.len() + partial)
+    Work::reals(precision, 2 * shape.len() + added_to, shape.len()) + Work::elements(statistics + partial, partial)
 }
 
 /// Attention, which keeps the log-sum-exp of each query: two products.
-pub fn attention_forward(shape: &AttentionShape) -> Work {
-    Work::elements(shape.qkv_len(), shape.output_len() + shape.statistic_len())
-        .with_multiply_adds(2 * shape.multiply_adds())
+pub fn attention_forward(shape: &AttentionShape, precision: Precision) -> Work {
+    let work = Work::reals(precision, shape.qkv_len(), shape.output_len()) + Work::elements(0, shape.statistic_len());
+    work.with_multiply_adds(2 * shape.multiply_adds())
 }
 
 /// Its backward pass: five products, by one kernel on the host, by one of queries and one of keys on a GPU.
-pub fn attention_backward(device: &Device, shape: &AttentionShape) -> Work {
+pub fn attention_backward(device: &Device, shape: &AttentionShape, precision: Precision) -> Work {
     let (d, statistic) = (shape.output_len(), shape.statistic_len());
     // y is read for delta alone, which the kernel of keys reads again.
-    let (read, written) = match device.policy() {
-        Policy::Direct => (shape.qkv_len() + 2 * d + statistic, shape.qkv_len()),
-        Policy::Staged => (2 * (shape.qkv_len() + d + statistic) + d + statistic, shape.qkv_len() + statistic),
+    let work = match device.policy() {
+        Policy::Direct => {
+            Work::reals(precision, shape.qkv_len() + 2 * d, shape.qkv_len()) + Work::elements(statistic, 0)
+        }
+        Policy::Staged => {
+            let reals = Work::reals(precision, 2 * (shape.qkv_len() + d) + d, shape.qkv_len());
+            reals + Work::elements(3 * statistic, statistic)
+        }
     };
-    Work::elements(read, written).with_multiply_adds(5 * shape.multiply_adds())
+    work.with_multiply_adds(5 * shape.multiply_adds())
 }
 
 /// An optimizer's step over so many parameters, with a bit for the mask of each and one for weight decay where it is
@@ -231,10 +245,11 @@ pub fn training_step(
         step.push(LayerWork { name, forward, backward, update: Work::default() });
     }
     let logits = model.values[model.output()].elements(n);
-    let (forward, backward, update) = (Work::elements(logits, logits), Work::default(), Work::default());
+    let (forward, backward, update) = (Work::reals(model.precision, logits, logits), Work::default(), Work::default());
     step.push(LayerWork { name: "loss".into(), forward, backward, update });
     let norm = if clip { gradient_norm(plan.parameter_len) } else { Work::default() };
-    let update = norm + optimizer_step(plan.parameter_len, memory_for.moments(), true);
+    let rounded = Work::elements(plan.rounded.len(), 0) + Work::reals(Precision::Bf16, 0, plan.rounded.len());
+    let update = norm + optimizer_step(plan.parameter_len, memory_for.moments(), true) + rounded;
     let forward = Work::default();
     step.push(LayerWork { name: "optimizer".into(), forward, backward, update });
     Ok(step)
@@ -248,15 +263,18 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Resul
     let accumulate = plan.accumulates[index];
     let y = elements(layer.output());
     // What moves each element once, forward and backward.
-    let moved = |x: usize| (Work::elements(x, y), Work::elements(y, x));
+    let precision = model.precision;
+    let reals = |read: usize, written: usize| Work::reals(precision, read, written);
+    let moved = |x: usize| (reals(x, y), reals(y, x));
     Ok(match *layer {
         Layer::Conv { bias, input, .. } => {
             let shape = model.conv_shape(layer, n)?;
-            let [forward, dx, dw] = Multiplied::of(&shape, layout.layers[index].as_ref());
-            let partial = if dw.count == shape.weight_len() { shape.gradient_scratch_len(device) } else { 0 };
+            let [forward, dx, dw] = Multiplied::of(&shape, precision, layout.layers[index].as_ref());
+            let partial =
+                if dw.count == shape.weight_len() { shape.gradient_scratch_len(device, precision) } else { 0 };
             let mut backward = dw.weight_gradient(&shape, partial);
             if bias.is_some() {
-                backward = backward + Work::elements(y, 0);
+                backward = backward + reals(y, 0);
             }
             if has_gradient(input) {
                 backward = backward + dx.input_gradient(&shape, accumulate);
@@ -266,13 +284,14 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Resul
         Layer::Norm { input, residual, relu, .. } => {
             let x = elements(input);
             let gradient = residual.is_some_and(has_gradient);
-            (norm_forward(x, y, residual.is_some()), norm_backward(x, y, relu, gradient))
+            let relu_of_sum = relu && residual.is_some();
+            (norm_forward(precision, x, y, residual.is_some()), norm_backward(precision, x, y, relu_of_sum, gradient))
         }
         // Pixels between strides are not read, but their gradient is written.
         Layer::Shortcut { input, output, .. } => {
             let features = |value: ValueId| model.values[value].features();
             let read = y / features(output) * features(input).min(features(output));
-            (Work::elements(read, y), Work::elements(read, elements(input)))
+            (reals(read, y), reals(read, elements(input)))
         }
         // A byte for each window says where its maximum is.
         Layer::MaxPool { input, .. } => {
@@ -283,24 +302,24 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Resul
             moved(elements(input))
         }
         // The gradient of what it reads is that of what it writes.
-        Layer::Embed { input, .. } => (Work::elements(elements(input), y), Work::elements(y, 0)),
+        Layer::Embed { input, .. } => (reals(elements(input), y), reals(y, 0)),
         Layer::LayerNorm { input, .. } => {
             let shape = model.layer_norm_shape(input, n)?;
-            (layer_norm_forward(&shape), layer_norm_backward(&shape, accumulate))
+            (layer_norm_forward(&shape, precision), layer_norm_backward(&shape, precision, accumulate))
         }
         Layer::Attention { .. } => {
             let shape = model.attention_shape(layer, n)?;
-            (attention_forward(&shape), attention_backward(device, &shape))
+            (attention_forward(&shape, precision), attention_backward(device, &shape, precision))
         }
-        Layer::Gelu { .. } => (Work::elements(y, y), Work::elements(2 * y, y)),
-        Layer::Residual { .. } if layer.adds_plainly() => (Work::elements(2 * y, y), Work::default()),
+        Layer::Gelu { .. } => (reals(y, y), reals(2 * y, y)),
+        Layer::Residual { .. } if layer.adds_plainly() => (reals(2 * y, y), Work::default()),
         Layer::Residual { scale, .. } => {
             let branch = if scale.is_some() { y } else { 0 };
-            (Work::elements(2 * y, y), Work::elements(y + branch, y))
+            (reals(2 * y, y), reals(y + branch, y))
         }
         Layer::TokenPool { pool, input, .. } => {
             let read = if pool == TokenPool::First { y } else { elements(input) };
-            (Work::elements(read, y), Work::elements(y, elements(input)))
+            (reals(read, y), reals(y, elements(input)))
         }
     })
 }

@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::device::{Buffer, Device, Slice};
+use crate::device::{Buffer, Device, Precision, Slice};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::groups::group_rows;
@@ -199,7 +199,7 @@ impl Trial {
             y: device.alloc(shape.output_len())?,
             dx: device.alloc(shape.input_len())?,
             dw: device.alloc(shape.weight_len())?,
-            scratch: device.alloc(shape.gradient_scratch_len(device))?,
+            scratch: device.alloc(shape.gradient_scratch_len(device, Precision::F32))?,
             device: device.clone(),
             shape: *shape,
         })
@@ -233,13 +233,20 @@ impl Trial {
     fn run(&mut self, pass: Pass, lists: Option<&mut KeptWeights>) -> Result<()> {
         let Trial { device, x, dy, w, y, dx, dw, scratch, shape } = self;
         match (pass, lists) {
-            (Pass::Forward, None) => conv_forward(device, shape, x.view(), w.view(), None, y.view_mut()),
+            (Pass::Forward, None) => {
+                conv_forward(device, shape, x.view().into(), w.view().into(), None, y.view_mut().into())
+            }
             (Pass::InputGradient, None) => {
-                conv_input_gradient(device, shape, dy.view(), w.view(), false, dx.view_mut())
+                conv_input_gradient(device, shape, dy.view().into(), w.view().into(), false, dx.view_mut().into())
             }
-            (Pass::WeightGradient, None) => {
-                conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
-            }
+            (Pass::WeightGradient, None) => conv_weight_gradient(
+                device,
+                shape,
+                x.view().into(),
+                dy.view().into(),
+                scratch.view_mut(),
+                dw.view_mut(),
+            ),
             (Pass::Forward, Some(lists)) => {
                 lists.gather(device, w.view())?;
                 conv_sparse_forward(device, lists, x.view(), None, y.view_mut())

@@ -1,39 +1,45 @@
 //! Scaled dot product attention of many heads, fused (`kernels/attention.cuh`).
 
-use super::{Columns, check_len, layouts_of};
-use crate::device::{Device, Kernel, KernelArgs, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{Columns, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Kernel, KernelArgs, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut,
+    kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of attention: `heads` heads of `head_dim` features each, in all D; qkv `[3 D, N, Tp]`, y `[D, N, Tp]`.
     pub struct AttentionShape { heads: i32, head_dim: i32, columns: Columns }
     struct AttentionForwardArgs {
-        qkv: Ptr<f32>, live: Ptr<u32>, count: Ptr<u32>, lse: Ptr<f32>, y: Ptr<f32>, shape: AttentionShape, scale: f32,
+        qkv: Ptr<Real>, live: Ptr<u32>, count: Ptr<u32>, lse: Ptr<f32>, y: Ptr<Real>, shape: AttentionShape, scale: f32,
     }
     struct AttentionBackwardArgs {
-        qkv: Ptr<f32>, live: Ptr<u32>, count: Ptr<u32>, y: Ptr<f32>, lse: Ptr<f32>, dy: Ptr<f32>, delta: Ptr<f32>,
-        dqkv: Ptr<f32>, shape: AttentionShape, scale: f32,
+        qkv: Ptr<Real>, live: Ptr<u32>, count: Ptr<u32>, y: Ptr<Real>, lse: Ptr<f32>, dy: Ptr<Real>, delta: Ptr<f32>,
+        dqkv: Ptr<Real>, shape: AttentionShape, scale: f32,
     }
 }
 layouts_of!(AttentionShape, AttentionForwardArgs, AttentionBackwardArgs);
 
-static FORWARD_DIRECT: Kernel<AttentionForwardArgs> = Kernel::new("attention_forward_direct_f32");
-static BACKWARD_DIRECT: Kernel<AttentionBackwardArgs> = Kernel::new("attention_backward_direct_f32");
+static FORWARD_DIRECT: RealKernel<AttentionForwardArgs> = real_kernel!("attention_forward_direct");
+static BACKWARD_DIRECT: RealKernel<AttentionBackwardArgs> = real_kernel!("attention_backward_direct");
 
 /// The kernels that cut tokens into tiles, for heads of up to so many features.
 struct Staged {
     head_dim: usize,
     /// Tokens of a block's tile.
     tokens: usize,
+    threads: u32,
     forward: Kernel<AttentionForwardArgs>,
     backward_queries: Kernel<AttentionBackwardArgs>,
     backward_keys: Kernel<AttentionBackwardArgs>,
 }
 
-static STAGED: [Staged; 3] = [
+/// Those of `kernels/attention.cu`.
+static STAGED_F32: [Staged; 3] = [
     Staged {
         head_dim: 32,
         tokens: 64,
+        threads: 256,
         forward: Kernel::new("attention_forward_32_f32"),
         backward_queries: Kernel::new("attention_backward_queries_32_f32"),
         backward_keys: Kernel::new("attention_backward_keys_32_f32"),
@@ -41,20 +47,49 @@ static STAGED: [Staged; 3] = [
     Staged {
         head_dim: 64,
         tokens: 64,
+        threads: 256,
         forward: Kernel::new("attention_forward_64_f32"),
         backward_queries: Kernel::new("attention_backward_queries_64_f32"),
         backward_keys: Kernel::new("attention_backward_keys_64_f32"),
     },
     Staged {
-        head_dim: MOST_HEAD_DIM,
+        head_dim: 128,
         tokens: 32,
+        threads: 256,
         forward: Kernel::new("attention_forward_128_f32"),
         backward_queries: Kernel::new("attention_backward_queries_128_f32"),
         backward_keys: Kernel::new("attention_backward_keys_128_f32"),
     },
 ];
 
-const THREADS: u32 = 256;
+/// Those of `kernels/attention_mma.cu`.
+static STAGED_BF16: [Staged; 3] = [
+    Staged {
+        head_dim: 32,
+        tokens: 64,
+        threads: 128,
+        forward: Kernel::new("attention_forward_32_bf16"),
+        backward_queries: Kernel::new("attention_backward_queries_32_bf16"),
+        backward_keys: Kernel::new("attention_backward_keys_32_bf16"),
+    },
+    Staged {
+        head_dim: 64,
+        tokens: 64,
+        threads: 128,
+        forward: Kernel::new("attention_forward_64_bf16"),
+        backward_queries: Kernel::new("attention_backward_queries_64_bf16"),
+        backward_keys: Kernel::new("attention_backward_keys_64_bf16"),
+    },
+    Staged {
+        head_dim: 128,
+        tokens: 64,
+        threads: 128,
+        forward: Kernel::new("attention_forward_128_bf16"),
+        backward_queries: Kernel::new("attention_backward_queries_128_bf16"),
+        backward_keys: Kernel::new("attention_backward_keys_128_bf16"),
+    },
+];
+
 /// Most features of a head.
 const MOST_HEAD_DIM: usize = 128;
 
@@ -111,20 +146,34 @@ impl AttentionShape {
     }
 
     /// The kernels of the staged policy for this shape.
-    fn staged(&self) -> &'static Staged {
-        let kernels = STAGED.iter().find(|kernels| self.head_dim as usize <= kernels.head_dim);
+    fn staged(&self, precision: Precision) -> &'static Staged {
+        let kernels = match precision {
+            Precision::F32 => &STAGED_F32,
+            Precision::Bf16 => &STAGED_BF16,
+        };
+        let kernels = kernels.iter().find(|kernels| self.head_dim as usize <= kernels.head_dim);
         kernels.expect("the last one holds the largest head")
     }
 
-    fn launch<A: KernelArgs>(&self, device: &Device, direct: &Kernel<A>, staged: &Kernel<A>, args: &A) -> Result<()> {
+    /// Launches one of the staged kernels, or the direct one.
+    fn launch<A: KernelArgs>(
+        &self,
+        device: &Device,
+        precision: Precision,
+        direct: &RealKernel<A>,
+        staged: impl Fn(&'static Staged) -> &'static Kernel<A>,
+        args: &A,
+    ) -> Result<()> {
         let (kernel, blocks, threads) = match device.policy() {
-            Policy::Direct => (direct, self.columns.n, 1),
+            Policy::Direct => (direct.of(precision), self.columns.n as usize, 1),
             Policy::Staged => {
-                let tiles = (self.columns.row as usize).div_ceil(self.staged().tokens);
-                (staged, self.columns.n * tiles as i32, THREADS)
+                let kernels = self.staged(precision);
+                let tiles = (self.columns.row as usize).div_ceil(kernels.tokens);
+                (staged(kernels), self.columns.n as usize * tiles, kernels.threads)
             }
         };
-        // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape.
+        // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape, and that
+        // all activations are of the precision.
         unsafe { device.launch(kernel, Launch::new([blocks as u32, self.heads as u32, 1], threads), args) }
     }
 
@@ -139,7 +188,7 @@ impl AttentionShape {
 #[derive(Clone, Copy)]
 pub struct AttentionInput<'a> {
     /// Rows of queries, then of keys, then of values, each of all heads: `[3 D, N, Tp]`.
-    pub qkv: Slice<'a, f32>,
+    pub qkv: Reals<'a>,
     /// `[heads]`: a head with 0 is left out; its rows of y and dqkv are zeros.
     pub live: Slice<'a, u32>,
     /// Number of true samples, `[1]`.
@@ -157,12 +206,13 @@ pub fn attention_forward(
     shape: &AttentionShape,
     input: AttentionInput,
     lse: Option<SliceMut<f32>>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
     let op = "attention_forward";
     shape.check(op, &input)?;
     check_len(op, "lse", lse.as_ref().map_or(shape.statistic_len(), SliceMut::len), shape.statistic_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
+    let precision = check_precision(op, input.qkv, &[("y", y.view())])?;
     let args = AttentionForwardArgs {
         qkv: input.qkv.ptr(),
         live: input.live.ptr(),
@@ -172,14 +222,14 @@ pub fn attention_forward(
         shape: *shape,
         scale: shape.scale(),
     };
-    shape.launch(device, &FORWARD_DIRECT, &shape.staged().forward, &args)
+    shape.launch(device, precision, &FORWARD_DIRECT, |kernels| &kernels.forward, &args)
 }
 
 /// What [`attention_forward`] wrote.
 #[derive(Clone, Copy)]
 pub struct AttentionSaved<'a> {
     /// `[D, N, Tp]`.
-    pub y: Slice<'a, f32>,
+    pub y: Reals<'a>,
     /// `[heads, N, Tp]`.
     pub lse: Slice<'a, f32>,
 }
@@ -194,9 +244,9 @@ pub fn attention_backward(
     shape: &AttentionShape,
     input: AttentionInput,
     saved: AttentionSaved,
-    dy: Slice<f32>,
+    dy: Reals,
     delta: SliceMut<f32>,
-    dqkv: SliceMut<f32>,
+    dqkv: RealsMut,
 ) -> Result<()> {
     let op = "attention_backward";
     shape.check(op, &input)?;
@@ -207,6 +257,7 @@ pub fn attention_backward(
         check_len(op, "delta", delta.len(), shape.statistic_len())?;
     }
     check_len(op, "dqkv", dqkv.len(), shape.qkv_len())?;
+    let precision = check_precision(op, input.qkv, &[("y", saved.y), ("dy", dy), ("dqkv", dqkv.view())])?;
     let args = AttentionBackwardArgs {
         qkv: input.qkv.ptr(),
         live: input.live.ptr(),
@@ -219,9 +270,9 @@ pub fn attention_backward(
         shape: *shape,
         scale: shape.scale(),
     };
-    shape.launch(device, &BACKWARD_DIRECT, &shape.staged().backward_queries, &args)?;
+    shape.launch(device, precision, &BACKWARD_DIRECT, |kernels| &kernels.backward_queries, &args)?;
     match device.policy() {
         Policy::Direct => Ok(()), // one kernel makes all gradients
-        Policy::Staged => shape.launch(device, &BACKWARD_DIRECT, &shape.staged().backward_keys, &args),
+        Policy::Staged => shape.launch(device, precision, &BACKWARD_DIRECT, |kernels| &kernels.backward_keys, &args),
     }
 }

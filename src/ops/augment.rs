@@ -1,11 +1,13 @@
 //! Gathering a batch from stored images that are bytes on the device: crops, boxes of any size, flips, colour jitter
-//! (`kernels/augment.cu`).
+//! (`kernels/augment.cu`, `kernels/augment_draw.cu`).
 //!
 //! [`gather`] alone does crops without scaling. For the others [`draw`] draws a box and three factors for each sample,
 //! [`grey_means`] sums what contrast needs, and [`resample`] reads through these tables.
 
 use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use crate::device::{
+    Device, Kernel, Launch, Policy, Ptr, Real, RealKernel, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
@@ -15,7 +17,7 @@ kernel_args! {
         images: Ptr<u8>, labels: Ptr<u32>, order: Ptr<u32>, state: Ptr<u32>, count: Ptr<u32>, examples: i64,
         places: i64, shape: GatherShape, scale: f32,
     }
-    struct InputArgs { mean: Ptr<f32>, std: Ptr<f32>, x: Ptr<f32>, to_labels: Ptr<u32>, columns: i64 }
+    struct InputArgs { mean: Ptr<f32>, std: Ptr<f32>, x: Ptr<Real>, to_labels: Ptr<u32>, columns: i64 }
     struct GatherArgs { batch: BatchArgs, input: InputArgs, seed: u64, augment: i32, pad: i32, flip: i32 }
     struct DrawArgs {
         state: Ptr<u32>, boxes: Ptr<i32>, factors: Ptr<f32>, seed: u64, shape: GatherShape, resized: i32, pad: i32,
@@ -28,10 +30,10 @@ kernel_args! {
 }
 layouts_of!(GatherShape, BatchArgs, InputArgs, GatherArgs, DrawArgs, GreyArgs, ResampleArgs);
 
-static GATHER: Kernel<GatherArgs> = Kernel::new("augment_gather_f32");
+static GATHER: RealKernel<GatherArgs> = real_kernel!("augment_gather");
 static DRAW: Kernel<DrawArgs> = Kernel::new("augment_draw_f32");
 static GREY: Kernel<GreyArgs> = Kernel::new("augment_grey_f32");
-static RESAMPLE: Kernel<ResampleArgs> = Kernel::new("augment_resample_f32");
+static RESAMPLE: RealKernel<ResampleArgs> = real_kernel!("augment_resample");
 
 const THREADS: u32 = 128;
 /// Pixels of a staged block: a row of CIFAR's is four blocks, else a batch would be fewer blocks than a GPU has
@@ -137,7 +139,7 @@ pub struct GatherInto<'a> {
     /// `[c]`.
     pub std: Slice<'a, f32>,
     /// `[c, h, w, n]`, overwritten, padded samples 0.
-    pub x: SliceMut<'a, f32>,
+    pub x: RealsMut<'a>,
     /// `[n]`, overwritten, padded samples 0.
     pub labels: SliceMut<'a, u32>,
 }
@@ -188,6 +190,7 @@ pub fn gather(
     let op = "gather";
     let (launch, columns) = shape.launch(device, shape.c * shape.h);
     let drawn = crop.unwrap_or(RandomCrop { pad: 0, flip: false, seed: 0 });
+    let precision = into.x.precision();
     let args = GatherArgs {
         batch: source.args(op, shape)?,
         input: into.args(op, shape, columns)?,
@@ -198,7 +201,7 @@ pub fn gather(
     };
     // SAFETY: the lengths of everything that `args` points to were checked against the shape; the kernel checks the
     // places and examples that it finds on the device.
-    unsafe { device.launch(&GATHER, launch, &args) }
+    unsafe { device.launch(GATHER.of(precision), launch, &args) }
 }
 
 /// The part of a stored image that becomes a sample.
@@ -322,6 +325,7 @@ pub fn resample(
         check_colours(op, shape)?;
     }
     let (launch, columns) = shape.launch(device, shape.h);
+    let precision = into.x.precision();
     let args = ResampleArgs {
         batch: source.args(op, shape)?,
         input: into.args(op, shape, columns)?,
@@ -330,7 +334,7 @@ pub fn resample(
         grey: colours.map_or(Ptr::null(), |colours| colours.grey.ptr()),
     };
     // SAFETY: as in `grey_means`; without colours the kernel reads neither of the two tables.
-    unsafe { device.launch(&RESAMPLE, launch, &args) }
+    unsafe { device.launch(RESAMPLE.of(precision), launch, &args) }
 }
 
 fn check_colours(op: &'static str, shape: &GatherShape) -> Result<()> {

@@ -1,9 +1,16 @@
-//! Convolution, `Y = W X` (`kernels/conv.cu`; on the host `conv_direct.cu`, 1x1 ones of stride 1 `linear.cu`). A linear layer is
-//! the 1x1 case on a 1x1 image: of tokens with `n` the number of their columns, [`Columns::len`].
+//! Convolution, `Y = W X` (`kernels/conv.cu`, in bf16 `conv_mma.cu`; on the host `conv_direct.cu`, 1x1 ones of stride 1 in f32
+//! `linear.cu`). A linear layer is the 1x1 case on a 1x1 image: of tokens with `n` the number of their columns, [`Columns::len`].
+//!
+//! Weights are `[k, c, r, s]` in f32; in bf16 `[k, r, s, c]` with channels and filters padded, as [`round`](super::round) writes
+//! them. Their gradient is `[k, c, r, s]` in f32.
 
 use super::linear::{self, LinearShape};
-use super::{Columns, SAMPLE_ALIGNMENT, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::tiles::{self, FORWARD, INPUT_GRADIENT, Product, Tile};
+use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Kernel, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
+    real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
@@ -13,91 +20,30 @@ kernel_args! {
         pub(super) s: i32, pub(super) p: i32, pub(super) q: i32, pub(super) stride: i32, pub(super) pad: i32,
         pub(super) n: i32,
     }
-    struct ConvArgs {
-        from: Ptr<f32>, w: Ptr<f32>, bias: Ptr<f32>, to: Ptr<f32>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
+    pub(super) struct ConvArgs {
+        from: Ptr<Real>, w: Ptr<Real>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
         accumulate: i32,
     }
-    struct ConvWeightGradientArgs {
-        x: Ptr<f32>, dy: Ptr<f32>, partial: Ptr<f32>, shape: ConvShape, splits: i32,
+    pub(super) struct ConvWeightGradientArgs {
+        x: Ptr<Real>, dy: Ptr<Real>, partial: Ptr<f32>, shape: ConvShape, splits: i32,
     }
     struct ConvSumArgs { partial: Ptr<f32>, sum: Ptr<f32>, count: i64, splits: i32 }
-    struct ConvBiasGradientArgs { dy: Ptr<f32>, dbias: Ptr<f32>, row: i64 }
 }
-layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs, ConvBiasGradientArgs);
+layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs);
 
-static FORWARD: Product = Product {
-    tiles: [
-        Kernel::new("conv_forward_16x256_f32"),
-        Kernel::new("conv_forward_32x256_f32"),
-        Kernel::new("conv_forward_64x64_f32"),
-        Kernel::new("conv_forward_64x128_f32"),
-        Kernel::new("conv_forward_128x128_f32"),
-    ],
-    pointwise: None,
-    direct: Kernel::new("conv_forward_direct_f32"),
-};
-static INPUT_GRADIENT: Product = Product {
-    tiles: [
-        Kernel::new("conv_input_gradient_16x256_f32"),
-        Kernel::new("conv_input_gradient_32x256_f32"),
-        Kernel::new("conv_input_gradient_64x64_f32"),
-        Kernel::new("conv_input_gradient_64x128_f32"),
-        Kernel::new("conv_input_gradient_128x128_f32"),
-    ],
-    pointwise: Some([
-        Kernel::new("conv_input_gradient_pointwise_64x64_f32"),
-        Kernel::new("conv_input_gradient_pointwise_64x128_f32"),
-        Kernel::new("conv_input_gradient_pointwise_128x128_f32"),
-    ]),
-    direct: Kernel::new("conv_input_gradient_direct_f32"),
-};
-static WEIGHT_GRADIENT: [Kernel<ConvWeightGradientArgs>; 4] = [
-    Kernel::new("conv_weight_gradient_16x96_f32"),
-    Kernel::new("conv_weight_gradient_32x96_f32"),
-    Kernel::new("conv_weight_gradient_64x96_f32"),
-    Kernel::new("conv_weight_gradient_128x96_f32"),
-];
-static WEIGHT_GRADIENT_DIRECT: Kernel<ConvWeightGradientArgs> = Kernel::new("conv_weight_gradient_direct_f32");
+static FORWARD_DIRECT: RealKernel<ConvArgs> = real_kernel!("conv_forward_direct");
+static INPUT_GRADIENT_DIRECT: RealKernel<ConvArgs> = real_kernel!("conv_input_gradient_direct");
+static WEIGHT_GRADIENT_DIRECT: RealKernel<ConvWeightGradientArgs> = real_kernel!("conv_weight_gradient_direct");
 static SUM_SPLITS: Kernel<ConvSumArgs> = Kernel::new("conv_sum_splits_f32");
-static BIAS_GRADIENT: Kernel<ConvBiasGradientArgs> = Kernel::new("conv_bias_gradient_f32");
 
-/// Tile sizes of `kernels/conv.cu` and `conv_direct.cu`: rows x columns of the products, rows x taps of the weight gradients.
-const TILES: [[usize; 2]; 5] = [[16, 256], [32, 256], [64, 64], [64, 128], [128, 128]];
-const GRADIENT_TILES: [[usize; 2]; 4] = [[16, 96], [32, 96], [64, 96], [128, 96]];
 const THREADS: u32 = 256;
+/// What a block of `kernels/conv_direct.cu` owns.
 const DIRECT_ROWS: usize = 64;
 const DIRECT_SAMPLES: usize = 64;
 const DIRECT_GRADIENT: [usize; 2] = [4, 12];
 /// What a split of a direct weight gradient reads, about: its blocks follow each other, and find it in the second-level
 /// cache.
 const DIRECT_GRADIENT_BYTES: usize = 2 << 20;
-/// Blocks that a staged weight gradient aims for: two for each of 132 multiprocessors.
-const GRADIENT_BLOCKS: usize = 264;
-/// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
-const PRODUCT_BLOCKS: usize = 200;
-
-/// The tilings of one pass.
-struct Product {
-    tiles: [Kernel<ConvArgs>; 5],
-    /// The last three for filters of one tap, where they are others.
-    pointwise: Option<[Kernel<ConvArgs>; 3]>,
-    direct: Kernel<ConvArgs>,
-}
-
-/// Which of [`TILES`] a product of so many rows and columns takes.
-fn tile(rows: usize, columns: usize) -> usize {
-    let fills = |&tile: &usize| {
-        let [height, width] = TILES[tile];
-        rows.div_ceil(height) * columns.div_ceil(width) >= PRODUCT_BLOCKS
-    };
-    let (smallest, larger): (usize, &[usize]) = match rows {
-        0..=16 => (0, &[]),
-        17..=32 => (1, &[]),
-        33..=64 => (2, &[3]),
-        _ => (2, &[4, 3]),
-    };
-    larger.iter().copied().find(fills).unwrap_or(smallest)
-}
 
 impl std::fmt::Display for ConvShape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -145,6 +91,26 @@ impl ConvShape {
         [self.k, self.c, self.r, self.s].map(|x| x as usize).iter().product()
     }
 
+    /// Elements of w in bf16: `[k, r, s, c]`, the channels padded to a multiple of 8 where there are that many, and the
+    /// filters too.
+    pub fn rounded_len(&self) -> usize {
+        let [k, r, s, pitch] = [self.k, self.r, self.s, self.channel_pitch()].map(|x| x as usize);
+        k * (r * s * pitch).next_multiple_of(8)
+    }
+
+    /// Channels of a filter tap in bf16, padding included.
+    pub(super) fn channel_pitch(&self) -> i32 {
+        if self.c < 8 { self.c } else { (self.c + 7) / 8 * 8 }
+    }
+
+    /// Elements of w as products of this precision read it.
+    pub fn read_weight_len(&self, precision: Precision) -> usize {
+        match precision {
+            Precision::F32 => self.weight_len(),
+            Precision::Bf16 => self.rounded_len(),
+        }
+    }
+
     /// Elements of y, `[k, p, q, n]`.
     pub fn output_len(&self) -> usize {
         [self.k, self.p, self.q, self.n].map(|x| x as usize).iter().product()
@@ -171,52 +137,64 @@ impl ConvShape {
     }
 
     /// The linear layer over all pixels that this is, where the host has kernels of their own for it.
-    fn linear(&self, policy: Policy) -> Option<LinearShape> {
+    fn linear(&self, policy: Policy, precision: Precision) -> Option<LinearShape> {
         let pointwise = [self.r, self.s, self.stride, self.pad] == [1, 1, 1, 0];
         let [c, k, n] = [self.c, self.k, self.h * self.w * self.n].map(|x| x as usize);
-        (policy == Policy::Direct && pointwise).then_some(LinearShape { c, k, n })
+        (policy == Policy::Direct && precision == Precision::F32 && pointwise).then_some(LinearShape { c, k, n })
     }
 
-    /// Splits of the weight gradient: a function of the shape and the policy alone.
-    fn gradient_splits(&self, policy: Policy) -> usize {
-        self.linear(policy).map_or_else(|| self.gradient_plan(policy).1[2], |linear| linear.splits())
+    /// Splits of the weight gradient: a function of shape, policy and precision alone.
+    fn gradient_splits(&self, policy: Policy, precision: Precision) -> usize {
+        let plan = || self.gradient_plan(policy, precision).1[2];
+        self.linear(policy, precision).map_or_else(plan, |linear| linear.splits())
     }
 
     /// Kernel, tap tiles, row tiles and splits of the weight gradient.
-    fn gradient_plan(&self, policy: Policy) -> (&'static Kernel<ConvWeightGradientArgs>, [usize; 3]) {
-        let staged = || GRADIENT_TILES.iter().position(|tile| self.k as usize <= tile[0]).unwrap_or(3);
-        let (kernel, [rows, taps]) = match policy {
-            Policy::Direct => (&WEIGHT_GRADIENT_DIRECT, DIRECT_GRADIENT),
-            Policy::Staged => (&WEIGHT_GRADIENT[staged()], GRADIENT_TILES[staged()]),
+    fn gradient_plan(
+        &self,
+        policy: Policy,
+        precision: Precision,
+    ) -> (&'static Kernel<ConvWeightGradientArgs>, [usize; 3]) {
+        let [filters, weights] = [self.k, self.c * self.r * self.s].map(|x| x as usize);
+        let (kernel, [rows, taps], splits) = match policy {
+            Policy::Direct => {
+                let splits = (self.gradient_read_bytes(precision) / DIRECT_GRADIENT_BYTES).clamp(1, self.p as usize);
+                (WEIGHT_GRADIENT_DIRECT.of(precision), DIRECT_GRADIENT, splits)
+            }
+            Policy::Staged => {
+                let columns = (self.p * self.q * self.n) as usize;
+                let (tile, splits) = tiles::weight_gradient(precision, filters, weights, columns);
+                (&tile.kernel, [tile.rows, tile.columns], splits)
+            }
         };
-        let row_tiles = (self.k as usize).div_ceil(rows);
-        let tap_tiles = ((self.c * self.r * self.s) as usize).div_ceil(taps);
-        let columns = (self.p * self.q * self.n) as usize;
-        let splits = match policy {
-            Policy::Direct => (self.gradient_read_bytes() / DIRECT_GRADIENT_BYTES).clamp(1, self.p as usize),
-            Policy::Staged => (GRADIENT_BLOCKS / (row_tiles * tap_tiles)).min(columns / 256).max(1),
-        };
-        (kernel, [tap_tiles, row_tiles, splits])
+        (kernel, [weights.div_ceil(taps), filters.div_ceil(rows), splits])
     }
 
     /// Bytes of x and dy.
-    fn gradient_read_bytes(&self) -> usize {
-        (self.input_len() + self.output_len()) * size_of::<f32>()
+    fn gradient_read_bytes(&self, precision: Precision) -> usize {
+        (self.input_len() + self.output_len()) * precision.bytes()
     }
 
     /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.
-    pub fn gradient_scratch_len(&self, device: &Device) -> usize {
-        match self.gradient_splits(device.policy()) {
+    pub fn gradient_scratch_len(&self, device: &Device, precision: Precision) -> usize {
+        match self.gradient_splits(device.policy(), precision) {
             1 => 0,
             splits => splits * self.weight_len(),
         }
     }
 }
 
+/// The kernels of forward pass or input gradient.
+struct Pass {
+    staged: &'static Product,
+    direct: &'static RealKernel<ConvArgs>,
+}
+
 /// `to_image` of the result; `classes` of its pixels, by their remainder in each direction, are multiplied apart.
 fn product(
     device: &Device,
-    kernels: &'static Product,
+    precision: Precision,
+    pass: &Pass,
     rows: i32,
     to_image: [i32; 2],
     classes: i32,
@@ -227,16 +205,16 @@ fn product(
     let (kernel, grid, block) = match device.policy() {
         Policy::Direct => {
             let grid = [height * width, n.div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
-            (&kernels.direct, grid, 1)
+            (pass.direct.of(precision), grid, 1)
         }
         Policy::Staged => {
             // Of the largest class.
             let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
-            let tile = tile(rows, columns * classes * classes);
-            let [tile_rows, tile_columns] = TILES[tile];
-            let grid = [columns.div_ceil(tile_columns), rows.div_ceil(tile_rows), classes * classes];
-            let of_one_tap = kernels.pointwise.as_ref().filter(|_| args.shape.r * args.shape.s == 1 && tile >= 2);
-            (of_one_tap.map_or(&kernels.tiles[tile], |others| &others[tile - 2]), grid, THREADS)
+            let one_tap = args.shape.r * args.shape.s == 1;
+            let Tile { kernel, rows: tile_rows, columns: tile_columns } =
+                pass.staged.of(precision, rows, columns * classes * classes, one_tap);
+            let grid = [columns.div_ceil(*tile_columns), rows.div_ceil(*tile_rows), classes * classes];
+            (kernel, grid, THREADS)
         }
     };
     // SAFETY: the callers have checked the lengths of everything that `args` points to against its shape.
@@ -262,29 +240,30 @@ impl Bias<'_> {
     }
 }
 
-/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, w `[k, c, r, s]`, y `[k, p, q, n]`, overwritten.
+/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
 pub fn conv_forward(
     device: &Device,
     shape: &ConvShape,
-    x: Slice<f32>,
-    w: Slice<f32>,
+    x: Reals,
+    w: Reals,
     bias: Option<Bias>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
     let op = "conv_forward";
+    let precision = check_precision(op, x, &[("w", w), ("y", y.view())])?;
     check_len(op, "x", x.len(), shape.input_len())?;
-    check_len(op, "w", w.len(), shape.weight_len())?;
+    check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "y", y.len(), shape.output_len())?;
     if let Some(b) = bias {
         b.check(op, shape)?;
     }
     // The columns of a bias are those of one pixel.
     let one_pixel = shape.h * shape.w == 1;
-    if let Some(linear) = shape.linear(device.policy()).filter(|_| bias.is_none() || one_pixel) {
-        return linear::forward(device, linear, x, w, bias, y);
+    if let Some(linear) = shape.linear(device.policy(), precision).filter(|_| bias.is_none() || one_pixel) {
+        return linear::forward(device, linear, x.f32(op)?, w.f32(op)?, bias, y.f32(op)?);
     }
     let args = ConvArgs {
         from: x.ptr(),
@@ -296,33 +275,36 @@ pub fn conv_forward(
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         accumulate: 0,
     };
-    product(device, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)
+    let pass = Pass { staged: &FORWARD, direct: &FORWARD_DIRECT };
+    product(device, precision, &pass, shape.k, [shape.p, shape.q], 1, &args)
 }
 
-/// Input gradient: dy `[k, p, q, n]`, w `[k, c, r, s]`, dx `[c, h, w, n]`, overwritten or (`accumulate`) added to.
+/// Input gradient: dy `[k, p, q, n]`, dx `[c, h, w, n]`, overwritten or (`accumulate`) added to.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
 pub fn conv_input_gradient(
     device: &Device,
     shape: &ConvShape,
-    dy: Slice<f32>,
-    w: Slice<f32>,
+    dy: Reals,
+    w: Reals,
     accumulate: bool,
-    dx: SliceMut<f32>,
+    dx: RealsMut,
 ) -> Result<()> {
     let op = "conv_input_gradient";
+    let precision = check_precision(op, dy, &[("w", w), ("dx", dx.view())])?;
     check_len(op, "dy", dy.len(), shape.output_len())?;
-    check_len(op, "w", w.len(), shape.weight_len())?;
+    check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
-    if let Some(linear) = shape.linear(device.policy()) {
-        return linear::input_gradient(device, linear, dy, w, accumulate, dx);
+    if let Some(linear) = shape.linear(device.policy(), precision) {
+        return linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, accumulate, dx.f32(op)?);
     }
     let (bias, count) = (Ptr::null(), Ptr::null());
     let accumulate = i32::from(accumulate);
     let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
     let args = ConvArgs { from, w: w.ptr(), bias, to, count, shape: *shape, columns, accumulate };
-    product(device, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)
+    let pass = Pass { staged: &INPUT_GRADIENT, direct: &INPUT_GRADIENT_DIRECT };
+    product(device, precision, &pass, shape.c, [shape.h, shape.w], shape.stride, &args)
 }
 
 /// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten. `scratch` has
@@ -333,25 +315,26 @@ pub fn conv_input_gradient(
 pub fn conv_weight_gradient(
     device: &Device,
     shape: &ConvShape,
-    x: Slice<f32>,
-    dy: Slice<f32>,
+    x: Reals,
+    dy: Reals,
     scratch: SliceMut<f32>,
     dw: SliceMut<f32>,
 ) -> Result<()> {
     let op = "conv_weight_gradient";
+    let precision = check_precision(op, x, &[("dy", dy)])?;
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dw", dw.len(), shape.weight_len())?;
-    let needed = shape.gradient_scratch_len(device);
+    let needed = shape.gradient_scratch_len(device, precision);
     if scratch.len() < needed {
         check_len(op, "scratch", scratch.len(), needed)?;
     }
-    let splits = shape.gradient_splits(device.policy());
+    let splits = shape.gradient_splits(device.policy(), precision);
     let partial = if splits == 1 { dw.ptr() } else { scratch.ptr() };
-    if let Some(linear) = shape.linear(device.policy()) {
-        linear::weight_gradient(device, linear, x, dy, partial)?;
+    if let Some(linear) = shape.linear(device.policy(), precision) {
+        linear::weight_gradient(device, linear, x.f32(op)?, dy.f32(op)?, partial)?;
     } else {
-        let (kernel, grid) = shape.gradient_plan(device.policy());
+        let (kernel, grid) = shape.gradient_plan(device.policy(), precision);
         let args = ConvWeightGradientArgs { x: x.ptr(), dy: dy.ptr(), partial, shape: *shape, splits: splits as i32 };
         let launch = Launch::new(grid.map(|x| x as u32), device.threads(THREADS));
         // SAFETY: the lengths of everything that `args` points to were checked against its shape.
@@ -363,18 +346,4 @@ pub fn conv_weight_gradient(
         unsafe { device.launch(&SUM_SPLITS, device.elementwise(dw.len()), &args)? };
     }
     Ok(())
-}
-
-/// Bias gradient: dy `[k, p, q, n]`, dbias `[k]`, overwritten. Padded samples of dy are zero.
-///
-/// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn conv_bias_gradient(device: &Device, shape: &ConvShape, dy: Slice<f32>, dbias: SliceMut<f32>) -> Result<()> {
-    let op = "conv_bias_gradient";
-    check_len(op, "dy", dy.len(), shape.output_len())?;
-    check_len(op, "dbias", dbias.len(), shape.k as usize)?;
-    let row = (shape.output_len() / shape.k as usize) as i64;
-    let args = ConvBiasGradientArgs { dy: dy.ptr(), dbias: dbias.ptr(), row };
-    // SAFETY: the lengths of everything that `args` points to were checked.
-    unsafe { device.launch(&BIAS_GRADIENT, Launch::new([shape.k as u32, 1, 1], device.threads(THREADS)), &args) }
 }

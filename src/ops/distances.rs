@@ -1,16 +1,18 @@
-//! Distances between probes as a layer sees them (`kernels/distances.cu`).
+//! Distances between probes as a layer sees them (`kernels/distances.cu`, `kernels/distance_matrix.cu`).
 
-use super::{Columns, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{Columns, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Kernel, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     struct RepresentationArgs {
-        x: Ptr<f32>, out: Ptr<f32>, elements: i64, positions: i64, n: i32, pooled: i32, columns: Columns,
+        x: Ptr<Real>, out: Ptr<f32>, elements: i64, positions: i64, n: i32, pooled: i32, columns: Columns,
     }
     struct SquaredDistancesArgs {
-        x: Ptr<f32>, y: Ptr<f32>, out: Ptr<f32>, features: i64, x_pitch: i64, y_pitch: i64, pitch: i64, x_n: i32, y_n: i32,
-        rows: i32, columns: i32, splits: i32, upper: i32,
+        x: Ptr<Real>, y: Ptr<Real>, out: Ptr<f32>, features: i64, x_pitch: i64, y_pitch: i64, pitch: i64, x_n: i32,
+        y_n: i32, rows: i32, columns: i32, splits: i32, upper: i32,
     }
     struct DistanceMatrixArgs {
         squared: Ptr<f32>, c: Ptr<f32>, largest: Ptr<f32>, squared_pitch: i64, pitch: i64, n: i32, splits: i32,
@@ -19,9 +21,9 @@ kernel_args! {
 }
 layouts_of!(RepresentationArgs, SquaredDistancesArgs, DistanceMatrixArgs);
 
-static REPRESENTATION: Kernel<RepresentationArgs> = Kernel::new("representation_f32");
-static STAGED: Kernel<SquaredDistancesArgs> = Kernel::new("squared_distances_f32");
-static DIRECT: Kernel<SquaredDistancesArgs> = Kernel::new("squared_distances_direct_f32");
+static REPRESENTATION: RealKernel<RepresentationArgs> = real_kernel!("representation");
+static STAGED: RealKernel<SquaredDistancesArgs> = real_kernel!("squared_distances");
+static DIRECT: RealKernel<SquaredDistancesArgs> = real_kernel!("squared_distances_direct");
 static MATRIX: Kernel<DistanceMatrixArgs> = Kernel::new("distance_matrix_f32");
 static SCALE: Kernel<DistanceMatrixArgs> = Kernel::new("distance_scale_f32");
 
@@ -114,12 +116,12 @@ impl DistanceShape {
     }
 }
 
-/// Makes rows of features whose samples lie side by side, `[rows, columns.n]`, of what a layer gives: all values of a
+/// Makes f32 rows of features whose samples lie side by side, `[rows, columns.n]`, of what a layer gives: all values of a
 /// sample, or their means over positions and tokens. Samples from n on become zero.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn representation(device: &Device, shape: &RepresentationShape, x: Slice<f32>, out: SliceMut<f32>) -> Result<()> {
+pub fn representation(device: &Device, shape: &RepresentationShape, x: Reals, out: SliceMut<f32>) -> Result<()> {
     let (op, columns) = ("representation", shape.columns);
     check_len(op, "x", x.len(), shape.features * shape.positions * columns.len())?;
     check_len(op, "out", out.len(), shape.rows() * shape.samples())?;
@@ -133,17 +135,18 @@ pub fn representation(device: &Device, shape: &RepresentationShape, x: Slice<f32
         columns,
     };
     // SAFETY: the lengths of everything that `args` points to were checked.
-    unsafe { device.launch(&REPRESENTATION, device.elementwise(out.len()), &args) }
+    unsafe { device.launch(REPRESENTATION.of(x.precision()), device.elementwise(out.len()), &args) }
 }
 
-fn launch_squared(device: &Device, args: &SquaredDistancesArgs) -> Result<()> {
+fn launch_squared(device: &Device, precision: Precision, args: &SquaredDistancesArgs) -> Result<()> {
     let [rows, columns] = [args.rows, args.columns].map(|count| (count as usize).div_ceil(TILE) as u32);
     let (kernel, threads) = match device.policy() {
         Policy::Staged => (&STAGED, THREADS),
         Policy::Direct => (&DIRECT, 1),
     };
-    // SAFETY: the callers have checked the lengths of everything that `args` points to.
-    unsafe { device.launch(kernel, Launch::new([columns, rows, args.splits as u32], threads), args) }
+    // SAFETY: the callers have checked the lengths of everything that `args` points to, and that x and y are of the
+    // precision.
+    unsafe { device.launch(kernel.of(precision), Launch::new([columns, rows, args.splits as u32], threads), args) }
 }
 
 /// Distances between the first n columns of x `[features, columns]`: c `[n, pitch(n)]`, symmetric, divided by the
@@ -156,7 +159,7 @@ pub fn distance_matrix(
     device: &Device,
     shape: &DistanceShape,
     metric: Metric,
-    x: Slice<f32>,
+    x: Reals,
     scratch: SliceMut<f32>,
     c: SliceMut<f32>,
     largest: SliceMut<f32>,
@@ -185,7 +188,7 @@ pub fn distance_matrix(
         splits: splits as i32,
         upper: 1,
     };
-    launch_squared(device, &args)?;
+    launch_squared(device, x.precision(), &args)?;
     let args = DistanceMatrixArgs {
         squared: scratch.ptr(),
         c: c.ptr(),
@@ -213,14 +216,15 @@ pub fn squared_distances(
     device: &Device,
     features: usize,
     [x_n, y_n]: [usize; 2],
-    x: Slice<f32>,
-    y: Slice<f32>,
+    x: Reals,
+    y: Reals,
     out: SliceMut<f32>,
 ) -> Result<()> {
     let op = "squared_distances";
     check_len(op, "x", x.len(), features * pitch(x_n))?;
     check_len(op, "y", y.len(), features * pitch(y_n))?;
     check_len(op, "out", out.len(), x_n * pitch(y_n))?;
+    let precision = check_precision(op, x, &[("y", y)])?;
     for n in [x_n, y_n] {
         DistanceShape { features, columns: pitch(n), n }.check(op)?;
     }
@@ -239,5 +243,5 @@ pub fn squared_distances(
         splits: 1,
         upper: 0,
     };
-    launch_squared(device, &args)
+    launch_squared(device, precision, &args)
 }

@@ -4,28 +4,31 @@
 //! Both draw by Philox from seed, step, stream and place: the backward pass draws the same again, and so does every
 //! device.
 
-use super::{Columns, check_elementwise, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{Columns, check_elementwise, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
+    real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     struct DropArgs { step: Ptr<u32>, seed: u64, stream: u32, below: u32, scale: f32 }
-    struct DropoutArgs { from: Ptr<f32>, to: Ptr<f32>, length: i64, drop: DropArgs }
+    struct DropoutArgs { from: Ptr<Real>, to: Ptr<Real>, length: i64, drop: DropArgs }
     /// Shape of a residual sum: x and branch `[features, columns]`.
     pub struct ResidualShape { features: i32, columns: Columns }
     struct ResidualForwardArgs {
-        x: Ptr<f32>, branch: Ptr<f32>, gamma: Ptr<f32>, y: Ptr<f32>, shape: ResidualShape, drop: DropArgs,
+        x: Ptr<Real>, branch: Ptr<Real>, gamma: Ptr<f32>, y: Ptr<Real>, shape: ResidualShape, drop: DropArgs,
     }
     struct ResidualBackwardArgs {
-        branch: Ptr<f32>, dy: Ptr<f32>, gamma: Ptr<f32>, dgamma: Ptr<f32>, dbranch: Ptr<f32>, shape: ResidualShape,
-        drop: DropArgs,
+        branch: Ptr<Real>, dy: Ptr<Real>, gamma: Ptr<f32>, dgamma: Ptr<f32>, dbranch: Ptr<Real>,
+        shape: ResidualShape, drop: DropArgs,
     }
 }
 layouts_of!(DropArgs, DropoutArgs, ResidualShape, ResidualForwardArgs, ResidualBackwardArgs);
 
-static DROPOUT: Kernel<DropoutArgs> = Kernel::new("dropout_f32");
-static FORWARD: Kernel<ResidualForwardArgs> = Kernel::new("residual_forward_f32");
-static BACKWARD: Kernel<ResidualBackwardArgs> = Kernel::new("residual_backward_f32");
+static DROPOUT: RealKernel<DropoutArgs> = real_kernel!("dropout");
+static FORWARD: RealKernel<ResidualForwardArgs> = real_kernel!("residual_forward");
+static BACKWARD: RealKernel<ResidualBackwardArgs> = real_kernel!("residual_backward");
 
 const THREADS: u32 = 256;
 /// Features of a block.
@@ -70,10 +73,11 @@ fn drop_args(op: &'static str, drop: Option<Draw>) -> Result<DropArgs> {
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn dropout_forward(device: &Device, x: Slice<f32>, draw: Draw, y: SliceMut<f32>) -> Result<()> {
+pub fn dropout_forward(device: &Device, x: Reals, draw: Draw, y: RealsMut) -> Result<()> {
     let op = "dropout_forward";
     check_elementwise(op, &[("x", x.len()), ("y", y.len())])?;
-    dropout(device, x, draw.args(op)?, y)
+    let precision = check_precision(op, x, &[("y", y.view())])?;
+    dropout(device, precision, x, draw.args(op)?, y)
 }
 
 /// Gradient of [`dropout_forward`]: `dx = dy keep`, with the same draws. dy and dx have the same number of elements, a
@@ -81,16 +85,17 @@ pub fn dropout_forward(device: &Device, x: Slice<f32>, draw: Draw, y: SliceMut<f
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn dropout_backward(device: &Device, dy: Slice<f32>, draw: Draw, dx: SliceMut<f32>) -> Result<()> {
+pub fn dropout_backward(device: &Device, dy: Reals, draw: Draw, dx: RealsMut) -> Result<()> {
     let op = "dropout_backward";
     check_elementwise(op, &[("dy", dy.len()), ("dx", dx.len())])?;
-    dropout(device, dy, draw.args(op)?, dx)
+    let precision = check_precision(op, dy, &[("dx", dx.view())])?;
+    dropout(device, precision, dy, draw.args(op)?, dx)
 }
 
-fn dropout(device: &Device, from: Slice<f32>, drop: DropArgs, to: SliceMut<f32>) -> Result<()> {
+fn dropout(device: &Device, precision: Precision, from: Reals, drop: DropArgs, to: RealsMut) -> Result<()> {
     let args = DropoutArgs { from: from.ptr(), to: to.ptr(), length: from.len() as i64, drop };
-    // SAFETY: the callers have checked that `from` and `to` have `length` elements, and `step` one.
-    unsafe { device.launch(&DROPOUT, device.elementwise(from.len()), &args) }
+    // SAFETY: the callers have checked that `from` and `to` have `length` elements of the precision, and `step` one.
+    unsafe { device.launch(DROPOUT.of(precision), device.elementwise(from.len()), &args) }
 }
 
 impl ResidualShape {
@@ -135,15 +140,16 @@ impl ResidualShape {
 pub fn residual_forward(
     device: &Device,
     shape: &ResidualShape,
-    x: Slice<f32>,
-    branch: Slice<f32>,
+    x: Reals,
+    branch: Reals,
     gamma: Option<Slice<f32>>,
     drop: Option<Draw>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
     let op = "residual_forward";
     let tensors = [("x", x.len()), ("branch", branch.len()), ("y", y.len())];
     shape.check(op, &tensors, &[("gamma", gamma.map(|gamma| gamma.len()))])?;
+    let precision = check_precision(op, x, &[("branch", branch), ("y", y.view())])?;
     let args = ResidualForwardArgs {
         x: x.ptr(),
         branch: branch.ptr(),
@@ -153,7 +159,7 @@ pub fn residual_forward(
         drop: drop_args(op, drop)?,
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&FORWARD, shape.launch(device, false), &args) }
+    unsafe { device.launch(FORWARD.of(precision), shape.launch(device, false), &args) }
 }
 
 /// Gradients of [`residual_forward`], with the same draws: `dbranch = keep gamma dy` `[features, columns]`, and dgamma
@@ -166,18 +172,20 @@ pub fn residual_forward(
 pub fn residual_backward(
     device: &Device,
     shape: &ResidualShape,
-    branch: Slice<f32>,
-    dy: Slice<f32>,
+    branch: Reals,
+    dy: Reals,
     gamma: Option<Slice<f32>>,
     drop: Option<Draw>,
     dgamma: Option<SliceMut<f32>>,
-    dbranch: SliceMut<f32>,
+    dbranch: RealsMut,
 ) -> Result<()> {
     let op = "residual_backward";
     let branch_len = if dgamma.is_some() { branch.len() } else { shape.len() };
     let tensors = [("branch", branch_len), ("dy", dy.len()), ("dbranch", dbranch.len())];
     let rows = [("gamma", gamma.map(|gamma| gamma.len())), ("dgamma", dgamma.as_ref().map(SliceMut::len))];
     shape.check(op, &tensors, &rows)?;
+    let branch_read = if dgamma.is_some() { branch } else { dy };
+    let precision = check_precision(op, dy, &[("branch", branch_read), ("dbranch", dbranch.view())])?;
     let args = ResidualBackwardArgs {
         branch: branch.ptr(),
         dy: dy.ptr(),
@@ -188,5 +196,5 @@ pub fn residual_backward(
         drop: drop_args(op, drop)?,
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
-    unsafe { device.launch(&BACKWARD, shape.launch(device, dgamma.is_some()), &args) }
+    unsafe { device.launch(BACKWARD.of(precision), shape.launch(device, dgamma.is_some()), &args) }
 }

@@ -1,27 +1,28 @@
 //! The exact GELU, `x Phi(x)` (`kernels/gelu.cu`; Hendrycks and Gimpel 2016).
 
-use super::{check_elementwise, layouts_of};
-use crate::device::{Device, Kernel, Ptr, Slice, SliceMut, kernel_args};
+use super::{check_elementwise, check_precision, layouts_of};
+use crate::device::{Device, Ptr, Real, RealKernel, Reals, RealsMut, kernel_args, real_kernel};
 use crate::error::Result;
 
 kernel_args! {
-    struct GeluArgs { x: Ptr<f32>, dy: Ptr<f32>, to: Ptr<f32>, length: i64 }
+    struct GeluArgs { x: Ptr<Real>, dy: Ptr<Real>, to: Ptr<Real>, length: i64 }
 }
 layouts_of!(GeluArgs);
 
-static FORWARD: Kernel<GeluArgs> = Kernel::new("gelu_forward_f32");
-static BACKWARD: Kernel<GeluArgs> = Kernel::new("gelu_backward_f32");
+static FORWARD: RealKernel<GeluArgs> = real_kernel!("gelu_forward");
+static BACKWARD: RealKernel<GeluArgs> = real_kernel!("gelu_backward");
 
 /// `y = x Phi(x)`, Phi being the distribution of the standard normal. x and y have the same number of elements, a
 /// multiple of 8; y is overwritten, with 0 where x is 0.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::error::Error::Shape) names the argument, what was expected and what it got.
-pub fn gelu_forward(device: &Device, x: Slice<f32>, y: SliceMut<f32>) -> Result<()> {
+pub fn gelu_forward(device: &Device, x: Reals, y: RealsMut) -> Result<()> {
     check_elementwise("gelu_forward", &[("x", x.len()), ("y", y.len())])?;
+    let precision = check_precision("gelu_forward", x, &[("y", y.view())])?;
     let args = GeluArgs { x: x.ptr(), dy: Ptr::null(), to: y.ptr(), length: x.len() as i64 };
     // SAFETY: the lengths of everything that `args` points to were checked to be `length`; dy is not read.
-    unsafe { device.launch(&FORWARD, device.elementwise(x.len()), &args) }
+    unsafe { device.launch(FORWARD.of(precision), device.elementwise(x.len()), &args) }
 }
 
 /// `dx = dy (Phi(x) + x phi(x))`, phi being the density of the standard normal. All have the same number of elements, a
@@ -29,9 +30,10 @@ pub fn gelu_forward(device: &Device, x: Slice<f32>, y: SliceMut<f32>) -> Result<
 ///
 /// # Errors
 /// [`Error::Shape`](crate::error::Error::Shape) names the argument, what was expected and what it got.
-pub fn gelu_backward(device: &Device, x: Slice<f32>, dy: Slice<f32>, dx: SliceMut<f32>) -> Result<()> {
+pub fn gelu_backward(device: &Device, x: Reals, dy: Reals, dx: RealsMut) -> Result<()> {
     check_elementwise("gelu_backward", &[("x", x.len()), ("dy", dy.len()), ("dx", dx.len())])?;
+    let precision = check_precision("gelu_backward", x, &[("dy", dy), ("dx", dx.view())])?;
     let args = GeluArgs { x: x.ptr(), dy: dy.ptr(), to: dx.ptr(), length: x.len() as i64 };
     // SAFETY: the lengths of everything that `args` points to were checked to be `length`.
-    unsafe { device.launch(&BACKWARD, device.elementwise(x.len()), &args) }
+    unsafe { device.launch(BACKWARD.of(precision), device.elementwise(x.len()), &args) }
 }

@@ -295,7 +295,7 @@ impl<'a> Couplings<'a> {
             let sizes = self.layers.of([x, y]);
             let costs = index * self.slot..index * self.slot + sizes[0] * pitch(sizes[1]);
             let [x, y] = [x, y].map(|layer| self.layers.sorted[layer].view());
-            squared_distances(device, quantiles, sizes, x, y, self.logs.slice_mut(costs))?;
+            squared_distances(device, quantiles, sizes, x.into(), y.into(), self.logs.slice_mut(costs))?;
         }
         // Costs are sums over the samples of a quantile function.
         let softness = Step { epsilon: softness.epsilon * quantiles as f32, enough: None, ..*softness };

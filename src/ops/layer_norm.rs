@@ -1,28 +1,32 @@
-//! Layer norm of each column over its features (`kernels/layer_norm.cu`; Ba et al. 2016).
+//! Layer norm of each column over its features (`kernels/layer_norm.cu`, `kernels/layer_norm_sum.cu`; Ba et al. 2016).
 
-use super::{Columns, SAMPLE_ALIGNMENT, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Kernel, Launch, Policy, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of a layer norm: x `[features, columns]`.
     pub struct LayerNormShape { features: i32, columns: Columns }
     struct LayerNormForwardArgs {
-        x: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, count: Ptr<u32>, mean: Ptr<f32>, invstd: Ptr<f32>, y: Ptr<f32>,
-        shape: LayerNormShape, epsilon: f32,
+        x: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, count: Ptr<u32>, mean: Ptr<f32>, invstd: Ptr<f32>,
+        y: Ptr<Real>, shape: LayerNormShape, epsilon: f32,
     }
     struct LayerNormBackwardArgs {
-        x: Ptr<f32>, dy: Ptr<f32>, gamma: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, count: Ptr<u32>,
-        partial: Ptr<f32>, dx: Ptr<f32>, shape: LayerNormShape, accumulate: i32,
+        x: Ptr<Real>, dy: Ptr<Real>, gamma: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, count: Ptr<u32>,
+        partial: Ptr<f32>, dx: Ptr<Real>, shape: LayerNormShape, accumulate: i32,
     }
-    struct LayerNormSumArgs { partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, features: i32, tiles: i32 }
+    struct LayerNormSumArgs {
+        partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, features: i32, pitch: i32, tiles: i32,
+    }
 }
 layouts_of!(LayerNormShape, LayerNormForwardArgs, LayerNormBackwardArgs, LayerNormSumArgs);
 
-static FORWARD_STAGED: Kernel<LayerNormForwardArgs> = Kernel::new("layer_norm_forward_staged_f32");
-static FORWARD_DIRECT: Kernel<LayerNormForwardArgs> = Kernel::new("layer_norm_forward_direct_f32");
-static BACKWARD_STAGED: Kernel<LayerNormBackwardArgs> = Kernel::new("layer_norm_backward_staged_f32");
-static BACKWARD_DIRECT: Kernel<LayerNormBackwardArgs> = Kernel::new("layer_norm_backward_direct_f32");
+static FORWARD_STAGED: RealKernel<LayerNormForwardArgs> = real_kernel!("layer_norm_forward_staged");
+static FORWARD_DIRECT: RealKernel<LayerNormForwardArgs> = real_kernel!("layer_norm_forward_direct");
+static BACKWARD_STAGED: RealKernel<LayerNormBackwardArgs> = real_kernel!("layer_norm_backward_staged");
+static BACKWARD_DIRECT: RealKernel<LayerNormBackwardArgs> = real_kernel!("layer_norm_backward_direct");
 static SUM_STAGED: Kernel<LayerNormSumArgs> = Kernel::new("layer_norm_sum_staged_f32");
 static SUM_DIRECT: Kernel<LayerNormSumArgs> = Kernel::new("layer_norm_sum_direct_f32");
 
@@ -65,9 +69,14 @@ impl LayerNormShape {
         self.columns().div_ceil(TILE)
     }
 
-    /// Sums of a tile: of dgamma, then of dbeta, each rounded up.
+    /// Sums of a tile: of dgamma, then of dbeta.
     fn places(&self) -> usize {
-        2 * (self.features as usize).next_multiple_of(SAMPLE_ALIGNMENT)
+        2 * self.pitch()
+    }
+
+    /// Features, rounded up.
+    fn pitch(&self) -> usize {
+        (self.features as usize).next_multiple_of(SAMPLE_ALIGNMENT)
     }
 
     /// Checks tensors of the size of x, values per feature, values per column, and the sample count.
@@ -105,7 +114,8 @@ pub struct LayerNormStatistics<'a> {
     pub invstd: SliceMut<'a, f32>,
 }
 
-fn kernel<A>(device: &Device, staged: &'static Kernel<A>, direct: &'static Kernel<A>) -> &'static Kernel<A> {
+/// The form of a kernel that the device's policy takes.
+fn form<K>(device: &Device, staged: &'static K, direct: &'static K) -> &'static K {
     match device.policy() {
         Policy::Staged => staged,
         Policy::Direct => direct,
@@ -120,20 +130,22 @@ fn kernel<A>(device: &Device, staged: &'static Kernel<A>, direct: &'static Kerne
 pub fn layer_norm_forward(
     device: &Device,
     shape: &LayerNormShape,
-    x: Slice<f32>,
+    x: Reals,
     affine: LayerNormAffine,
     count: Slice<u32>,
     saved: Option<LayerNormStatistics>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
     let saved_len = |len: fn(&LayerNormStatistics) -> usize| saved.as_ref().map_or(shape.columns(), len);
+    let op = "layer_norm_forward";
     shape.check(
-        "layer_norm_forward",
+        op,
         &[("x", x.len()), ("y", y.len())],
         &[("gamma", affine.gamma.len()), ("beta", affine.beta.len())],
         &[("saved mean", saved_len(|saved| saved.mean.len())), ("saved invstd", saved_len(|saved| saved.invstd.len()))],
         count.len(),
     )?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let args = LayerNormForwardArgs {
         x: x.ptr(),
         gamma: affine.gamma.ptr(),
@@ -147,16 +159,16 @@ pub fn layer_norm_forward(
     };
     let launch = Launch::new([shape.tiles() as u32, 1, 1], device.threads(THREADS));
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
-    unsafe { device.launch(kernel(device, &FORWARD_STAGED, &FORWARD_DIRECT), launch, &args) }
+    unsafe { device.launch(form(device, &FORWARD_STAGED, &FORWARD_DIRECT).of(precision), launch, &args) }
 }
 
 /// What the backward pass reads. Padded columns are zero.
 #[derive(Clone, Copy)]
 pub struct LayerNormBackward<'a> {
     /// `[features, columns]`, as in the forward pass.
-    pub x: Slice<'a, f32>,
+    pub x: Reals<'a>,
     /// Gradient of y.
-    pub dy: Slice<'a, f32>,
+    pub dy: Reals<'a>,
     /// `[features]`.
     pub gamma: Slice<'a, f32>,
     /// What the forward pass saved, `[columns]`.
@@ -181,7 +193,7 @@ pub fn layer_norm_backward(
     scratch: SliceMut<f32>,
     dgamma: SliceMut<f32>,
     dbeta: SliceMut<f32>,
-    dx: SliceMut<f32>,
+    dx: RealsMut,
 ) -> Result<()> {
     let op = "layer_norm_backward";
     shape.check(
@@ -194,6 +206,7 @@ pub fn layer_norm_backward(
     if scratch.len() < shape.scratch_len() {
         return check_len(op, "scratch", scratch.len(), shape.scratch_len());
     }
+    let precision = check_precision(op, input.x, &[("dy", input.dy), ("dx", dx.view())])?;
     let args = LayerNormBackwardArgs {
         x: input.x.ptr(),
         dy: input.dy.ptr(),
@@ -212,13 +225,14 @@ pub fn layer_norm_backward(
         dgamma: dgamma.ptr(),
         dbeta: dbeta.ptr(),
         features,
+        pitch: shape.pitch() as i32,
         tiles: tiles as i32,
     };
     let launch = |blocks: usize| Launch::new([blocks as u32, 1, 1], device.threads(THREADS));
     // SAFETY: the lengths of everything that the arguments point to were checked against the shape; outputs are
     // exclusive.
     unsafe {
-        device.launch(kernel(device, &BACKWARD_STAGED, &BACKWARD_DIRECT), launch(tiles), &args)?;
-        device.launch(kernel(device, &SUM_STAGED, &SUM_DIRECT), launch(shape.places().div_ceil(PLACES)), &sum)
+        device.launch(form(device, &BACKWARD_STAGED, &BACKWARD_DIRECT).of(precision), launch(tiles), &args)?;
+        device.launch(form(device, &SUM_STAGED, &SUM_DIRECT), launch(shape.places().div_ceil(PLACES)), &sum)
     }
 }

@@ -1,21 +1,23 @@
 //! Softmax cross entropy with label smoothing, its gradient, and top-1 and top-5 counts (`kernels/loss.cu`).
 
-use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Launch, Policy, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of a loss: logits `[classes, n]`.
     pub struct LossShape { classes: i32, n: i32 }
     struct LossArgs {
-        logits: Ptr<f32>, labels: Ptr<u32>, count: Ptr<u32>, step: Ptr<u32>, loss: Ptr<f32>, top1: Ptr<u32>,
-        top5: Ptr<u32>, dlogits: Ptr<f32>, shape: LossShape, rows: u32, smoothing: f32,
+        logits: Ptr<Real>, labels: Ptr<u32>, count: Ptr<u32>, step: Ptr<u32>, loss: Ptr<f32>, top1: Ptr<u32>,
+        top5: Ptr<u32>, dlogits: Ptr<Real>, shape: LossShape, rows: u32, smoothing: f32,
     }
 }
 layouts_of!(LossShape, LossArgs);
 
-static STAGED: Kernel<LossArgs> = Kernel::new("cross_entropy_staged_f32");
-static DIRECT: Kernel<LossArgs> = Kernel::new("cross_entropy_direct_f32");
+static STAGED: RealKernel<LossArgs> = real_kernel!("cross_entropy_staged");
+static DIRECT: RealKernel<LossArgs> = real_kernel!("cross_entropy_direct");
 
 const THREADS: usize = 512;
 
@@ -43,7 +45,7 @@ impl LossShape {
 #[derive(Clone, Copy)]
 pub struct LossInput<'a> {
     /// `[classes, n]`.
-    pub logits: Slice<'a, f32>,
+    pub logits: Reals<'a>,
     /// Class of each sample, `[n]`.
     pub labels: Slice<'a, u32>,
     /// Number of true samples, `[1]`.
@@ -75,7 +77,7 @@ pub fn cross_entropy(
     shape: &LossShape,
     input: LossInput,
     tables: LossTables,
-    dlogits: Option<SliceMut<f32>>,
+    dlogits: Option<RealsMut>,
 ) -> Result<()> {
     let op = "cross_entropy";
     check_len(op, "logits", input.logits.len(), shape.len())?;
@@ -87,6 +89,8 @@ pub fn cross_entropy(
     if let Some(dlogits) = &dlogits {
         check_len(op, "dlogits", dlogits.len(), shape.len())?;
     }
+    let gradient = dlogits.as_ref().map_or(input.logits, RealsMut::view);
+    let precision = check_precision(op, input.logits, &[("dlogits", gradient)])?;
     let args = LossArgs {
         logits: input.logits.ptr(),
         labels: input.labels.ptr(),
@@ -95,7 +99,7 @@ pub fn cross_entropy(
         loss: tables.loss.ptr(),
         top1: tables.top1.ptr(),
         top5: tables.top5.ptr(),
-        dlogits: dlogits.as_ref().map_or(Ptr::null(), SliceMut::ptr),
+        dlogits: dlogits.as_ref().map_or(Ptr::null(), RealsMut::ptr),
         shape: *shape,
         rows: u32::try_from(tables.loss.len()).unwrap_or(u32::MAX),
         smoothing: input.smoothing,
@@ -105,5 +109,5 @@ pub fn cross_entropy(
         Policy::Direct => (&DIRECT, 1),
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape and its number of rows.
-    unsafe { device.launch(kernel, Launch::new([1; 3], threads as u32), &args) }
+    unsafe { device.launch(kernel.of(precision), Launch::new([1; 3], threads as u32), &args) }
 }

@@ -1,8 +1,10 @@
-//! Operations: each checks its arguments, fills a kernel's argument struct and launches it. One file per kernel file,
-//! same stem. Operations never allocate, never synchronize, never choose a stream; outputs are `SliceMut`, last.
+//! Operations: each checks its arguments, fills a kernel's argument struct and launches it. One file per kernel file, or
+//! for the few that an operation needs, same stem. Operations never allocate, never synchronize, never choose a stream;
+//! outputs are `SliceMut` or, where they are activations, `RealsMut`, last.
 
 pub mod attention;
 pub mod augment;
+pub mod bias;
 pub mod conv;
 pub mod conv_sparse;
 pub mod distances;
@@ -21,11 +23,13 @@ pub mod optimizer;
 pub mod pointwise;
 pub mod pool;
 pub mod prune;
+pub mod round;
 pub mod row_map;
 pub mod step;
+mod tiles;
 pub mod tokens;
 
-use crate::device::{Device, Launch, Layout, kernel_args};
+use crate::device::{Device, Launch, Layout, Precision, Reals, kernel_args};
 use crate::error::{Error, Result};
 
 /// Samples of a row are padded to a multiple of this.
@@ -75,6 +79,7 @@ pub fn layouts() -> Vec<Layout> {
     let files = [
         attention::layouts(),
         augment::layouts(),
+        bias::layouts(),
         conv::layouts(),
         conv_sparse::layouts(),
         distances::layouts(),
@@ -91,6 +96,7 @@ pub fn layouts() -> Vec<Layout> {
         pointwise::layouts(),
         pool::layouts(),
         prune::layouts(),
+        round::layouts(),
         step::layouts(),
         tokens::layouts(),
     ];
@@ -119,6 +125,18 @@ pub(crate) fn check_elementwise(op: &'static str, tensors: &[(&str, usize)]) -> 
         });
     }
     tensors.iter().try_for_each(|&(name, len)| check_len(op, name, len, length))
+}
+
+/// Refuses activations of another precision than the first tensor's, which it returns.
+pub(crate) fn check_precision(op: &'static str, first: Reals, others: &[(&str, Reals)]) -> Result<Precision> {
+    let precision = first.precision();
+    match others.iter().find(|(_, other)| other.precision() != precision) {
+        None => Ok(precision),
+        Some((name, other)) => {
+            let (expected, got) = (precision.name().into(), other.precision().name().into());
+            Err(Error::Shape { op, what: format!("precision of {name}"), expected, got })
+        }
+    }
 }
 
 /// The launch of an elementwise kernel over `row` elements of each channel: blocks for them in x, channels in y.

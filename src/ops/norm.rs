@@ -1,35 +1,37 @@
 //! Batch norm with residual and relu in the same pass (`kernels/norm.cu`).
 
 use super::row_map::RowMap;
-use super::{SAMPLE_ALIGNMENT, check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Ptr, Slice, SliceMut, kernel_args};
+use super::{SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
+use crate::device::{
+    Device, Launch, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of a batch norm: x `[features, pixels, n]`, and how its rows are cut into chunks.
     pub struct NormShape { features: i32, pixels: i32, n: i32, splits: i32, chunk: i32 }
     struct NormForwardArgs {
-        x: Ptr<f32>, residual: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, running_mean: Ptr<f32>,
-        running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>, y: Ptr<f32>, count: Ptr<u32>,
+        x: Ptr<Real>, residual: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, running_mean: Ptr<f32>,
+        running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>, y: Ptr<Real>, count: Ptr<u32>,
         source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32, momentum: f32,
     }
     struct NormEvalArgs {
-        x: Ptr<f32>, residual: Ptr<f32>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, var: Ptr<f32>, y: Ptr<f32>,
-        count: Ptr<u32>, source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
+        x: Ptr<Real>, residual: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, var: Ptr<f32>,
+        y: Ptr<Real>, count: Ptr<u32>, source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
     }
     struct NormBackwardArgs {
-        x: Ptr<f32>, y: Ptr<f32>, dy: Ptr<f32>, gamma: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>,
-        dgamma: Ptr<f32>, dbeta: Ptr<f32>, dresidual: Ptr<f32>, dx: Ptr<f32>, count: Ptr<u32>, source: Ptr<u32>,
-        target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
+        x: Ptr<Real>, y: Ptr<Real>, dy: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
+        partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, dresidual: Ptr<Real>, dx: Ptr<Real>, count: Ptr<u32>,
+        source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
     }
 }
 layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormBackwardArgs);
 
-static STATISTICS: Kernel<NormForwardArgs> = Kernel::new("norm_statistics_f32");
-static FORWARD: Kernel<NormForwardArgs> = Kernel::new("norm_forward_f32");
-static EVAL: Kernel<NormEvalArgs> = Kernel::new("norm_eval_f32");
-static BACKWARD_SUMS: Kernel<NormBackwardArgs> = Kernel::new("norm_backward_sums_f32");
-static BACKWARD: Kernel<NormBackwardArgs> = Kernel::new("norm_backward_f32");
+static STATISTICS: RealKernel<NormForwardArgs> = real_kernel!("norm_statistics");
+static FORWARD: RealKernel<NormForwardArgs> = real_kernel!("norm_forward");
+static EVAL: RealKernel<NormEvalArgs> = real_kernel!("norm_eval");
+static BACKWARD_SUMS: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward_sums");
+static BACKWARD: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward");
 
 const THREADS: u32 = 256;
 /// Elements of a chunk: 32 KiB, so that reading it a second time hits the cache nearest by.
@@ -141,9 +143,9 @@ pub struct NormSaved<'a> {
 #[derive(Clone, Copy)]
 pub struct NormInput<'a> {
     /// `[features, pixels, n]`.
-    pub x: Slice<'a, f32>,
+    pub x: Reals<'a>,
     /// Added before the relu, of the size of y.
-    pub residual: Option<Slice<'a, f32>>,
+    pub residual: Option<Reals<'a>>,
     /// Which row of y each row of x is, where y and the residual have more of them; those are the residual, or zero.
     pub map: Option<&'a RowMap>,
     /// Whether negative results become zero.
@@ -162,8 +164,12 @@ impl NormInput<'_> {
         self.map.map_or(Ptr::null(), RowMap::source)
     }
 
-    fn residual_ptr(&self) -> Ptr<f32> {
+    fn residual_ptr(&self) -> Ptr<Real> {
         self.residual.map_or(Ptr::null(), |residual| residual.ptr())
+    }
+
+    fn precision(&self, op: &'static str, y: &RealsMut) -> Result<Precision> {
+        check_precision(op, self.x, &[("residual", self.residual.unwrap_or(self.x)), ("y", y.view())])
     }
 }
 
@@ -181,7 +187,7 @@ pub fn norm_forward(
     running: NormRunning,
     saved: NormSaved,
     scratch: SliceMut<f32>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
     let op = "norm_forward";
     let rows = [
@@ -195,6 +201,7 @@ pub fn norm_forward(
     let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
     shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
     shape.check_scratch(op, &scratch)?;
+    let precision = input.precision(op, &y)?;
     let args = NormForwardArgs {
         x: input.x.ptr(),
         residual: input.residual_ptr(),
@@ -215,8 +222,8 @@ pub fn norm_forward(
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
     unsafe {
-        device.launch(&STATISTICS, shape.launch(device, shape.features as usize), &args)?;
-        device.launch(&FORWARD, shape.launch(device, shape.outputs(input.map)), &args)
+        device.launch(STATISTICS.of(precision), shape.launch(device, shape.features as usize), &args)?;
+        device.launch(FORWARD.of(precision), shape.launch(device, shape.outputs(input.map)), &args)
     }
 }
 
@@ -232,11 +239,13 @@ pub fn norm_eval(
     affine: NormAffine,
     mean: Slice<f32>,
     var: Slice<f32>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
+    let op = "norm_eval";
     let rows = [("gamma", affine.gamma.len()), ("beta", affine.beta.len()), ("mean", mean.len()), ("var", var.len())];
     let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
-    shape.check("norm_eval", input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
+    shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
+    let precision = input.precision(op, &y)?;
     let args = NormEvalArgs {
         x: input.x.ptr(),
         residual: input.residual_ptr(),
@@ -252,22 +261,24 @@ pub fn norm_eval(
         epsilon: affine.epsilon,
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&EVAL, shape.launch(device, shape.outputs(input.map)), &args) }
+    unsafe { device.launch(EVAL.of(precision), shape.launch(device, shape.outputs(input.map)), &args) }
 }
 
 /// What the backward pass reads. Padded samples are zero.
 #[derive(Clone, Copy)]
 pub struct NormBackward<'a> {
     /// `[features, pixels, n]`, as in the forward pass.
-    pub x: Slice<'a, f32>,
-    /// What the forward pass wrote; read only with `relu`.
-    pub y: Slice<'a, f32>,
+    pub x: Reals<'a>,
+    /// What the forward pass wrote, where it added a residual before ReLU; else x says as much.
+    pub y: Option<Reals<'a>>,
     /// Gradient of y.
-    pub dy: Slice<'a, f32>,
+    pub dy: Reals<'a>,
     /// As in the forward pass.
     pub relu: bool,
     /// `[features]`.
     pub gamma: Slice<'a, f32>,
+    /// `[features]`.
+    pub beta: Slice<'a, f32>,
     /// What normalised, `[features]`.
     pub mean: Slice<'a, f32>,
     /// What normalised, `[features]`.
@@ -293,12 +304,13 @@ pub fn norm_backward(
     scratch: SliceMut<f32>,
     dgamma: SliceMut<f32>,
     dbeta: SliceMut<f32>,
-    dresidual: Option<SliceMut<f32>>,
-    dx: SliceMut<f32>,
+    dresidual: Option<RealsMut>,
+    dx: RealsMut,
 ) -> Result<()> {
     let op = "norm_backward";
     let rows = [
         ("gamma", input.gamma.len()),
+        ("beta", input.beta.len()),
         ("mean", input.mean.len()),
         ("invstd", input.invstd.len()),
         ("dgamma", dgamma.len()),
@@ -307,23 +319,31 @@ pub fn norm_backward(
     let len = input.dy.len();
     let of_y = [
         ("dy", len),
-        ("y", if input.relu { input.y.len() } else { len }),
-        ("dresidual", dresidual.as_ref().map_or(len, SliceMut::len)),
+        ("y", input.y.map_or(len, |y| y.len())),
+        ("dresidual", dresidual.as_ref().map_or(len, RealsMut::len)),
     ];
     let of_x = [("x", input.x.len()), ("dx", dx.len())];
     shape.check(op, input.map, [&of_x, &of_y, &rows], input.count.len())?;
     shape.check_scratch(op, &scratch)?;
+    let others = [
+        ("y", input.y.unwrap_or(input.x)),
+        ("dy", input.dy),
+        ("dresidual", dresidual.as_ref().map_or(input.x, RealsMut::view)),
+        ("dx", dx.view()),
+    ];
+    let precision = check_precision(op, input.x, &others)?;
     let args = NormBackwardArgs {
         x: input.x.ptr(),
-        y: input.y.ptr(),
+        y: input.y.map_or(Ptr::null(), |y| y.ptr()),
         dy: input.dy.ptr(),
         gamma: input.gamma.ptr(),
+        beta: input.beta.ptr(),
         mean: input.mean.ptr(),
         invstd: input.invstd.ptr(),
         partial: scratch.ptr(),
         dgamma: dgamma.ptr(),
         dbeta: dbeta.ptr(),
-        dresidual: dresidual.as_ref().map_or(Ptr::null(), SliceMut::ptr),
+        dresidual: dresidual.as_ref().map_or(Ptr::null(), RealsMut::ptr),
         dx: dx.ptr(),
         count: input.count.ptr(),
         source: input.map.map_or(Ptr::null(), RowMap::source),
@@ -334,7 +354,7 @@ pub fn norm_backward(
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
     unsafe {
-        device.launch(&BACKWARD_SUMS, shape.launch(device, shape.features as usize), &args)?;
-        device.launch(&BACKWARD, shape.launch(device, shape.outputs(input.map)), &args)
+        device.launch(BACKWARD_SUMS.of(precision), shape.launch(device, shape.features as usize), &args)?;
+        device.launch(BACKWARD.of(precision), shape.launch(device, shape.outputs(input.map)), &args)
     }
 }

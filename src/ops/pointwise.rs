@@ -1,19 +1,19 @@
 //! What touches each element once (`kernels/pointwise.cu`): the shortcut without parameters of ResNets for CIFAR.
 
 use super::row_map::RowMap;
-use super::{SAMPLE_ALIGNMENT, check_len, layouts_of, per_channel};
-use crate::device::{Device, Kernel, Ptr, Slice, SliceMut, kernel_args};
+use super::{SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of, per_channel};
+use crate::device::{Device, Ptr, Real, RealKernel, Reals, RealsMut, kernel_args, real_kernel};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of a shortcut: x `[c, h, w, n]`, y `[k, p, q, n]`, of whose channels `before` come before x's.
     pub struct ShortcutShape { c: i32, h: i32, w: i32, k: i32, p: i32, q: i32, before: i32, stride: i32, n: i32 }
-    struct ShortcutArgs { from: Ptr<f32>, to: Ptr<f32>, map: Ptr<u32>, shape: ShortcutShape }
+    struct ShortcutArgs { from: Ptr<Real>, to: Ptr<Real>, map: Ptr<u32>, shape: ShortcutShape }
 }
 layouts_of!(ShortcutShape, ShortcutArgs);
 
-static FORWARD: Kernel<ShortcutArgs> = Kernel::new("shortcut_forward_f32");
-static BACKWARD: Kernel<ShortcutArgs> = Kernel::new("shortcut_backward_f32");
+static FORWARD: RealKernel<ShortcutArgs> = real_kernel!("shortcut_forward");
+static BACKWARD: RealKernel<ShortcutArgs> = real_kernel!("shortcut_backward");
 
 impl ShortcutShape {
     /// The shape of a shortcut of `n` samples (rounded up to a multiple of 8): input `[c, h, w]`, every `stride`-th
@@ -86,18 +86,19 @@ pub fn shortcut_forward(
     device: &Device,
     shape: &ShortcutShape,
     map: Option<&RowMap>,
-    x: Slice<f32>,
-    y: SliceMut<f32>,
+    x: Reals,
+    y: RealsMut,
 ) -> Result<()> {
     let op = "shortcut_forward";
     check_map(op, shape, map)?;
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let map = map.map_or(Ptr::null(), RowMap::source);
     let args = ShortcutArgs { from: x.ptr(), to: y.ptr(), map, shape: *shape };
     let launch = per_channel(device, (shape.p * shape.q * shape.n) as usize, shape.k);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&FORWARD, launch, &args) }
+    unsafe { device.launch(FORWARD.of(precision), launch, &args) }
 }
 
 /// Gradient of a shortcut: dy `[k, p, q, n]`, dx `[c, h, w, n]`, overwritten, with zeros where nothing was read.
@@ -108,16 +109,17 @@ pub fn shortcut_backward(
     device: &Device,
     shape: &ShortcutShape,
     map: Option<&RowMap>,
-    dy: Slice<f32>,
-    dx: SliceMut<f32>,
+    dy: Reals,
+    dx: RealsMut,
 ) -> Result<()> {
     let op = "shortcut_backward";
     check_map(op, shape, map)?;
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
+    let precision = check_precision(op, dy, &[("dx", dx.view())])?;
     let map = map.map_or(Ptr::null(), RowMap::target);
     let args = ShortcutArgs { from: dy.ptr(), to: dx.ptr(), map, shape: *shape };
     let launch = per_channel(device, (shape.h * shape.w * shape.n) as usize, shape.c);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&BACKWARD, launch, &args) }
+    unsafe { device.launch(BACKWARD.of(precision), launch, &args) }
 }

@@ -1,24 +1,26 @@
 //! Max pool and global average pool (`kernels/pool.cu`).
 
-use super::{SAMPLE_ALIGNMENT, check_len, layouts_of, per_channel};
-use crate::device::{Device, Kernel, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of, per_channel};
+use crate::device::{
+    Device, Policy, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of a max pool: x `[c, h, w, n]`, y `[c, p, q, n]`.
     pub struct PoolShape { c: i32, h: i32, w: i32, p: i32, q: i32, kernel: i32, stride: i32, pad: i32, n: i32 }
-    struct MaxPoolForwardArgs { x: Ptr<f32>, index: Ptr<u8>, y: Ptr<f32>, shape: PoolShape }
-    struct MaxPoolBackwardArgs { dy: Ptr<f32>, index: Ptr<u8>, dx: Ptr<f32>, shape: PoolShape }
+    struct MaxPoolForwardArgs { x: Ptr<Real>, index: Ptr<u8>, y: Ptr<Real>, shape: PoolShape }
+    struct MaxPoolBackwardArgs { dy: Ptr<Real>, index: Ptr<u8>, dx: Ptr<Real>, shape: PoolShape }
     /// Shape of a global average pool: x `[c, pixels, n]`, y `[c, n]`.
     pub struct MeanPoolShape { c: i32, pixels: i32, n: i32 }
-    struct MeanPoolArgs { from: Ptr<f32>, to: Ptr<f32>, shape: MeanPoolShape }
+    struct MeanPoolArgs { from: Ptr<Real>, to: Ptr<Real>, shape: MeanPoolShape }
 }
 layouts_of!(PoolShape, MaxPoolForwardArgs, MaxPoolBackwardArgs, MeanPoolShape, MeanPoolArgs);
 
-static MAX_FORWARD: Kernel<MaxPoolForwardArgs> = Kernel::new("max_pool_forward_f32");
-static MAX_BACKWARD: Kernel<MaxPoolBackwardArgs> = Kernel::new("max_pool_backward_f32");
-static MEAN_FORWARD: Kernel<MeanPoolArgs> = Kernel::new("mean_pool_forward_f32");
-static MEAN_BACKWARD: Kernel<MeanPoolArgs> = Kernel::new("mean_pool_backward_f32");
+static MAX_FORWARD: RealKernel<MaxPoolForwardArgs> = real_kernel!("max_pool_forward");
+static MAX_BACKWARD: RealKernel<MaxPoolBackwardArgs> = real_kernel!("max_pool_backward");
+static MEAN_FORWARD: RealKernel<MeanPoolArgs> = real_kernel!("mean_pool_forward");
+static MEAN_BACKWARD: RealKernel<MeanPoolArgs> = real_kernel!("mean_pool_backward");
 
 /// Largest window, whose taps are counted in a byte.
 const MOST_KERNEL: usize = 16;
@@ -113,52 +115,43 @@ impl MeanPoolShape {
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn max_pool_forward(
-    device: &Device,
-    shape: &PoolShape,
-    x: Slice<f32>,
-    index: SliceMut<u8>,
-    y: SliceMut<f32>,
-) -> Result<()> {
+pub fn max_pool_forward(device: &Device, shape: &PoolShape, x: Reals, index: SliceMut<u8>, y: RealsMut) -> Result<()> {
     let op = "max_pool_forward";
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "index", index.len(), shape.output_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let args = MaxPoolForwardArgs { x: x.ptr(), index: index.ptr(), y: y.ptr(), shape: *shape };
     let launch = per_channel(device, (shape.p * shape.q * shape.n) as usize, shape.c);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&MAX_FORWARD, launch, &args) }
+    unsafe { device.launch(MAX_FORWARD.of(precision), launch, &args) }
 }
 
 /// Gradient of a max pool: dy and index `[c, p, q, n]`, dx `[c, h, w, n]`, overwritten.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn max_pool_backward(
-    device: &Device,
-    shape: &PoolShape,
-    dy: Slice<f32>,
-    index: Slice<u8>,
-    dx: SliceMut<f32>,
-) -> Result<()> {
+pub fn max_pool_backward(device: &Device, shape: &PoolShape, dy: Reals, index: Slice<u8>, dx: RealsMut) -> Result<()> {
     let op = "max_pool_backward";
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "index", index.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
+    let precision = check_precision(op, dy, &[("dx", dx.view())])?;
     let args = MaxPoolBackwardArgs { dy: dy.ptr(), index: index.ptr(), dx: dx.ptr(), shape: *shape };
     let launch = per_channel(device, (shape.h * shape.w * shape.n) as usize, shape.c);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&MAX_BACKWARD, launch, &args) }
+    unsafe { device.launch(MAX_BACKWARD.of(precision), launch, &args) }
 }
 
 /// Global average pool: x `[c, pixels, n]`, y `[c, n]`, overwritten.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn mean_pool_forward(device: &Device, shape: &MeanPoolShape, x: Slice<f32>, y: SliceMut<f32>) -> Result<()> {
+pub fn mean_pool_forward(device: &Device, shape: &MeanPoolShape, x: Reals, y: RealsMut) -> Result<()> {
     let op = "mean_pool_forward";
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let args = MeanPoolArgs { from: x.ptr(), to: y.ptr(), shape: *shape };
     // Threads for every vector of y on a GPU; on the host, one for so many elements of x.
     let launch = device.elementwise(match device.policy() {
@@ -166,19 +159,20 @@ pub fn mean_pool_forward(device: &Device, shape: &MeanPoolShape, x: Slice<f32>, 
         Policy::Direct => shape.input_len(),
     });
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&MEAN_FORWARD, launch, &args) }
+    unsafe { device.launch(MEAN_FORWARD.of(precision), launch, &args) }
 }
 
 /// Gradient of a global average pool: dy `[c, n]`, dx `[c, pixels, n]`, overwritten.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn mean_pool_backward(device: &Device, shape: &MeanPoolShape, dy: Slice<f32>, dx: SliceMut<f32>) -> Result<()> {
+pub fn mean_pool_backward(device: &Device, shape: &MeanPoolShape, dy: Reals, dx: RealsMut) -> Result<()> {
     let op = "mean_pool_backward";
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
+    let precision = check_precision(op, dy, &[("dx", dx.view())])?;
     let args = MeanPoolArgs { from: dy.ptr(), to: dx.ptr(), shape: *shape };
     let launch = per_channel(device, (shape.pixels * shape.n) as usize, shape.c);
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&MEAN_BACKWARD, launch, &args) }
+    unsafe { device.launch(MEAN_BACKWARD.of(precision), launch, &args) }
 }

@@ -1,34 +1,36 @@
 //! Between images and columns of tokens, `[features, n, row]`: patches, embedding and pooling (`kernels/tokens.cu`).
 //! Padded tokens and the tokens of padded samples are written as zero.
 
-use super::{Columns, SAMPLE_ALIGNMENT, check_len, layouts_of, per_channel};
-use crate::device::{Device, Kernel, Launch, Policy, Ptr, Slice, SliceMut, kernel_args};
+use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of, per_channel};
+use crate::device::{
+    Device, Launch, Policy, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+};
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of the patches of images: x `[c, h, w, n]`, y `[c * patch * patch, n, row]`.
     pub struct PatchShape { c: i32, h: i32, w: i32, patch: i32, prefix: i32, columns: Columns }
-    struct PatchArgs { x: Ptr<f32>, y: Ptr<f32>, shape: PatchShape }
+    struct PatchArgs { x: Ptr<Real>, y: Ptr<Real>, shape: PatchShape }
     /// Shape of an embedding of tokens: x and y `[features, n, row]`.
     pub struct EmbedShape { features: i32, prefix: i32, columns: Columns }
     struct EmbedForwardArgs {
-        x: Ptr<f32>, token: Ptr<f32>, bias: Ptr<f32>, positions: Ptr<f32>, count: Ptr<u32>, y: Ptr<f32>,
+        x: Ptr<Real>, token: Ptr<f32>, bias: Ptr<f32>, positions: Ptr<f32>, count: Ptr<u32>, y: Ptr<Real>,
         shape: EmbedShape,
     }
     struct EmbedBackwardArgs {
-        dy: Ptr<f32>, dtoken: Ptr<f32>, dbias: Ptr<f32>, dpositions: Ptr<f32>, shape: EmbedShape,
+        dy: Ptr<Real>, dtoken: Ptr<f32>, dbias: Ptr<f32>, dpositions: Ptr<f32>, shape: EmbedShape,
     }
     /// Shape of a pool of tokens: x `[features, n, row]`, y `[features, n]`.
     pub struct TokenPoolShape { features: i32, prefix: i32, first: i32, columns: Columns }
-    struct TokenPoolArgs { from: Ptr<f32>, to: Ptr<f32>, shape: TokenPoolShape }
+    struct TokenPoolArgs { from: Ptr<Real>, to: Ptr<Real>, shape: TokenPoolShape }
 }
 layouts_of!(PatchShape, PatchArgs, EmbedShape, EmbedForwardArgs, EmbedBackwardArgs, TokenPoolShape, TokenPoolArgs,);
 
-static PATCHES: Kernel<PatchArgs> = Kernel::new("patches_forward_f32");
-static EMBED_FORWARD: Kernel<EmbedForwardArgs> = Kernel::new("embed_forward_f32");
-static EMBED_BACKWARD: Kernel<EmbedBackwardArgs> = Kernel::new("embed_backward_f32");
-static POOL_FORWARD: Kernel<TokenPoolArgs> = Kernel::new("token_pool_forward_f32");
-static POOL_BACKWARD: Kernel<TokenPoolArgs> = Kernel::new("token_pool_backward_f32");
+static PATCHES: RealKernel<PatchArgs> = real_kernel!("patches_forward");
+static EMBED_FORWARD: RealKernel<EmbedForwardArgs> = real_kernel!("embed_forward");
+static EMBED_BACKWARD: RealKernel<EmbedBackwardArgs> = real_kernel!("embed_backward");
+static POOL_FORWARD: RealKernel<TokenPoolArgs> = real_kernel!("token_pool_forward");
+static POOL_BACKWARD: RealKernel<TokenPoolArgs> = real_kernel!("token_pool_backward");
 
 const THREADS: u32 = 256;
 /// Rows `[features, n]` of a block of the pool, as in `kernels/tokens.cu`.
@@ -169,17 +171,18 @@ impl TokenPoolShape {
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn patches_forward(device: &Device, shape: &PatchShape, x: Slice<f32>, y: SliceMut<f32>) -> Result<()> {
+pub fn patches_forward(device: &Device, shape: &PatchShape, x: Reals, y: RealsMut) -> Result<()> {
     let op = "patches_forward";
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let args = PatchArgs { x: x.ptr(), y: y.ptr(), shape: *shape };
     let launch = device.elementwise(match device.policy() {
         Policy::Staged => shape.output_len() / SQUARE,
         Policy::Direct => shape.output_len(),
     });
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&PATCHES, launch, &args) }
+    unsafe { device.launch(PATCHES.of(precision), launch, &args) }
 }
 
 /// What an embedding adds.
@@ -211,10 +214,10 @@ pub struct EmbedGradients<'a> {
 pub fn embed_forward(
     device: &Device,
     shape: &EmbedShape,
-    x: Slice<f32>,
+    x: Reals,
     parameters: EmbedParameters,
     count: Slice<u32>,
-    y: SliceMut<f32>,
+    y: RealsMut,
 ) -> Result<()> {
     let op = "embed_forward";
     let EmbedParameters { token, bias, positions } = parameters;
@@ -222,6 +225,7 @@ pub fn embed_forward(
     shape.check(op, token.map(|token| token.len()), bias.map(|bias| bias.len()), positions.len())?;
     check_len(op, "count", count.len(), 1)?;
     check_len(op, "y", y.len(), shape.len())?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let args = EmbedForwardArgs {
         x: x.ptr(),
         token: token.map_or(Ptr::null(), |token| token.ptr()),
@@ -232,14 +236,16 @@ pub fn embed_forward(
         shape: *shape,
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&EMBED_FORWARD, per_channel(device, shape.columns.len(), shape.features), &args) }
+    unsafe {
+        device.launch(EMBED_FORWARD.of(precision), per_channel(device, shape.columns.len(), shape.features), &args)
+    }
 }
 
 /// Gradients of an embedding's parameters; dy `[features, n, row]`, zero in padded samples, is the gradient of x too.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn embed_backward(device: &Device, shape: &EmbedShape, dy: Slice<f32>, gradients: EmbedGradients) -> Result<()> {
+pub fn embed_backward(device: &Device, shape: &EmbedShape, dy: Reals, gradients: EmbedGradients) -> Result<()> {
     let op = "embed_backward";
     let EmbedGradients { token, bias, positions } = gradients;
     check_len(op, "dy", dy.len(), shape.len())?;
@@ -254,32 +260,36 @@ pub fn embed_backward(device: &Device, shape: &EmbedShape, dy: Slice<f32>, gradi
     };
     let launch = Launch::new([shape.features as u32, 1, 1], device.threads(THREADS));
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&EMBED_BACKWARD, launch, &args) }
+    unsafe { device.launch(EMBED_BACKWARD.of(dy.precision()), launch, &args) }
 }
 
 /// Pool of tokens: x `[features, n, row]`, y `[features, n]`, overwritten.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn token_pool_forward(device: &Device, shape: &TokenPoolShape, x: Slice<f32>, y: SliceMut<f32>) -> Result<()> {
+pub fn token_pool_forward(device: &Device, shape: &TokenPoolShape, x: Reals, y: RealsMut) -> Result<()> {
     let op = "token_pool_forward";
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
+    let precision = check_precision(op, x, &[("y", y.view())])?;
     let args = TokenPoolArgs { from: x.ptr(), to: y.ptr(), shape: *shape };
     let blocks = shape.output_len().div_ceil(POOL_ROWS) as u32;
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&POOL_FORWARD, Launch::new([blocks, 1, 1], device.threads(THREADS)), &args) }
+    unsafe { device.launch(POOL_FORWARD.of(precision), Launch::new([blocks, 1, 1], device.threads(THREADS)), &args) }
 }
 
 /// Gradient of a pool of tokens: dy `[features, n]`, dx `[features, n, row]`, overwritten.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn token_pool_backward(device: &Device, shape: &TokenPoolShape, dy: Slice<f32>, dx: SliceMut<f32>) -> Result<()> {
+pub fn token_pool_backward(device: &Device, shape: &TokenPoolShape, dy: Reals, dx: RealsMut) -> Result<()> {
     let op = "token_pool_backward";
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
+    let precision = check_precision(op, dy, &[("dx", dx.view())])?;
     let args = TokenPoolArgs { from: dy.ptr(), to: dx.ptr(), shape: *shape };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-    unsafe { device.launch(&POOL_BACKWARD, per_channel(device, shape.columns.len(), shape.features), &args) }
+    unsafe {
+        device.launch(POOL_BACKWARD.of(precision), per_channel(device, shape.columns.len(), shape.features), &args)
+    }
 }

@@ -3,7 +3,7 @@
 use rand::Rng;
 
 use super::{Check, PADDED, SAMPLES, Trial};
-use crate::device::Buffer;
+use crate::device::{Buffer, RealBuffer};
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 use crate::ops::augment::{
@@ -33,9 +33,8 @@ use crate::ops::tokens::{
 };
 use crate::ops::{Columns, layouts};
 
-/// The checks, each of as few kernels as its operation allows.
-pub(super) const CHECKS: &[Check] = &[
-    argument_layouts,
+/// The checks of operations that have activations, each of as few kernels as its operation allows.
+pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| attention(t, 24),
     |t| attention(t, 40),
     |t| attention(t, 72),
@@ -46,21 +45,32 @@ pub(super) const CHECKS: &[Check] = &[
     loss,
     norm_in_training,
     norm_in_evaluation,
-    norm_gradient,
+    |t| norm_gradient(t, true),
+    |t| norm_gradient(t, false),
     layer_norm,
     layer_norm_gradient,
     gelu,
     dropout,
     residual,
-    sgd,
-    adamw,
-    norm_of_gradients,
     shortcut,
     shortcut_gradient,
     max_pool,
     max_pool_gradient,
     mean_pool,
     mean_pool_gradient,
+    patches,
+    embedding,
+    embedding_gradient,
+    token_pool,
+    token_pool_gradient,
+];
+
+/// The others.
+pub(super) const OTHERS: &[Check] = &[
+    argument_layouts,
+    sgd,
+    adamw,
+    norm_of_gradients,
     prune,
     masked,
     combined_masks,
@@ -68,11 +78,6 @@ pub(super) const CHECKS: &[Check] = &[
     mask_sizes,
     step_beginning,
     step_ending,
-    patches,
-    embedding,
-    embedding_gradient,
-    token_pool,
-    token_pool_gradient,
 ];
 
 /// The generated `layout_*` kernels.
@@ -95,7 +100,7 @@ const SEQUENCES: usize = 2;
 /// Two heads, the first left out; `head_dim` chooses the staged kernels.
 struct Heads {
     shape: AttentionShape,
-    qkv: Buffer<f32>,
+    qkv: RealBuffer,
     live: Buffer<u32>,
     count: Buffer<u32>,
 }
@@ -103,7 +108,7 @@ struct Heads {
 impl Heads {
     fn new(t: &mut Trial, head_dim: usize) -> Result<Self> {
         let shape = AttentionShape::new(2, head_dim, TOKENS, SEQUENCES)?;
-        let qkv = t.tokens(shape.qkv_len(), SEQUENCES, TOKENS)?;
+        let qkv = t.real_tokens(shape.qkv_len(), SEQUENCES, TOKENS)?;
         Ok(Heads { shape, qkv, live: t.device.upload(&[0, 1])?, count: t.device.upload(&[SEQUENCES as u32])? })
     }
 
@@ -114,21 +119,22 @@ impl Heads {
 
 fn attention(t: &mut Trial, head_dim: usize) -> Result<()> {
     let heads = Heads::new(t, head_dim)?;
-    let mut y = t.unwritten(heads.shape.output_len())?;
+    let mut y = t.unwritten_reals(heads.shape.output_len())?;
     attention_forward(t.device, &heads.shape, heads.input(), None, y.view_mut())?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
 /// With y and lse that no forward pass gave: large enough that P stays small.
 fn attention_gradient(t: &mut Trial, head_dim: usize) -> Result<()> {
     let heads = Heads::new(t, head_dim)?;
     let shape = &heads.shape;
-    let (y, dy) = (t.tokens(shape.output_len(), SEQUENCES, TOKENS)?, t.tokens(shape.output_len(), SEQUENCES, TOKENS)?);
+    let [y, dy] = [(); 2].map(|()| t.real_tokens(shape.output_len(), SEQUENCES, TOKENS));
+    let (y, dy) = (y?, dy?);
     let lse = t.draw(shape.statistic_len(), |r| r.random_range(4.0..6.0))?;
-    let (mut delta, mut dqkv) = (t.unwritten(shape.statistic_len())?, t.unwritten(shape.qkv_len())?);
+    let (mut delta, mut dqkv) = (t.unwritten(shape.statistic_len())?, t.unwritten_reals(shape.qkv_len())?);
     let saved = AttentionSaved { y: y.view(), lse: lse.view() };
     attention_backward(t.device, shape, heads.input(), saved, dy.view(), delta.view_mut(), dqkv.view_mut())?;
-    t.close("dqkv", &dqkv)
+    t.close_reals("dqkv", &dqkv)
 }
 
 /// Crops without scaling, then boxes with other colours.
@@ -138,7 +144,7 @@ fn augment(t: &mut Trial) -> Result<()> {
     let (images, labels) = (t.draw(EXAMPLES * shape.image_len(), Rng::random::<u8>)?, t.below(EXAMPLES, 10)?);
     let (order, state) = (t.below(2 * SAMPLES, EXAMPLES as u32)?, t.device.upload(&[1, 5])?);
     let (count, mean, std) = (t.count()?, t.floats(3)?, t.positive(3)?);
-    let (mut x, mut to_labels) = (t.unwritten(shape.output_len())?, t.bits(shape.samples())?);
+    let (mut x, mut to_labels) = (t.unwritten_reals(shape.output_len())?, t.bits(shape.samples())?);
     let source = GatherSource {
         images: images.view(),
         labels: labels.view(),
@@ -149,7 +155,7 @@ fn augment(t: &mut Trial) -> Result<()> {
     };
     let into = GatherInto { mean: mean.view(), std: std.view(), x: x.view_mut(), labels: to_labels.view_mut() };
     gather(t.device, &shape, source, Some(RandomCrop { pad: 2, flip: true, seed: 3 }), into)?;
-    t.close("x", &x)?;
+    t.close_reals("x", &x)?;
     t.exact("labels", &to_labels)?;
 
     let (mut boxes, mut factors) = (t.device.alloc(PADDED * GatherShape::BOX)?, t.unwritten(PADDED * 3)?);
@@ -161,19 +167,19 @@ fn augment(t: &mut Trial) -> Result<()> {
     grey_means(t.device, &shape, source, boxes.view(), factors.view(), grey.view_mut())?;
     t.close("grey", &grey)?;
     let colours = Colours { factors: factors.view(), grey: grey.view() };
-    let (mut x, mut to_labels) = (t.unwritten(shape.output_len())?, t.bits(shape.samples())?);
+    let (mut x, mut to_labels) = (t.unwritten_reals(shape.output_len())?, t.bits(shape.samples())?);
     let into = GatherInto { mean: mean.view(), std: std.view(), x: x.view_mut(), labels: to_labels.view_mut() };
     resample(t.device, &shape, source, boxes.view(), Some(colours), into)?;
-    t.close("x", &x)?;
+    t.close_reals("x", &x)?;
     t.exact("labels", &to_labels)
 }
 
 fn loss(t: &mut Trial) -> Result<()> {
     let shape = LossShape::new(11, SAMPLES)?;
-    let (logits, labels) = (t.samples(shape.len())?, t.below(PADDED, 11)?);
+    let (logits, labels) = (t.real_samples(shape.len())?, t.below(PADDED, 11)?);
     let (count, step) = (t.count()?, t.device.upload(&[1])?);
     let (mut loss, mut top1, mut top5) = (t.floats(3)?, t.bits(3)?, t.bits(3)?);
-    let mut dlogits = t.unwritten(shape.len())?;
+    let mut dlogits = t.unwritten_reals(shape.len())?;
     let input = LossInput {
         logits: logits.view(),
         labels: labels.view(),
@@ -186,7 +192,7 @@ fn loss(t: &mut Trial) -> Result<()> {
     t.close("loss", &loss)?;
     t.exact("top1", &top1)?;
     t.exact("top5", &top5)?;
-    t.close("dlogits", &dlogits)
+    t.close_reals("dlogits", &dlogits)
 }
 
 const FEATURES: usize = 5;
@@ -198,11 +204,11 @@ fn norm_shape() -> Result<NormShape> {
 
 fn norm_in_training(t: &mut Trial) -> Result<()> {
     let shape = norm_shape()?;
-    let (x, residual, count) = (t.samples(shape.len())?, t.samples(shape.len())?, t.count()?);
+    let (x, residual, count) = (t.real_samples(shape.len())?, t.real_samples(shape.len())?, t.count()?);
     let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
     let (mut running_mean, mut running_var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
     let (mut mean, mut invstd) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    let (mut scratch, mut y) = (t.unwritten(shape.scratch_len())?, t.unwritten(shape.len())?);
+    let (mut scratch, mut y) = (t.unwritten(shape.scratch_len())?, t.unwritten_reals(shape.len())?);
     let input = NormInput { x: x.view(), residual: Some(residual.view()), relu: true, map: None, count: count.view() };
     let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
     let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
@@ -212,34 +218,36 @@ fn norm_in_training(t: &mut Trial) -> Result<()> {
     t.close("running var", &running_var)?;
     t.close("mean", &mean)?;
     t.close("invstd", &invstd)?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
 fn norm_in_evaluation(t: &mut Trial) -> Result<()> {
     let shape = norm_shape()?;
-    let (x, count, mut y) = (t.samples(shape.len())?, t.count()?, t.unwritten(shape.len())?);
+    let (x, count, mut y) = (t.real_samples(shape.len())?, t.count()?, t.unwritten_reals(shape.len())?);
     let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
     let (mean, var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
     let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
     let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
     norm_eval(t.device, &shape, input, affine, mean.view(), var.view(), y.view_mut())?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
-fn norm_gradient(t: &mut Trial) -> Result<()> {
+fn norm_gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
     let shape = norm_shape()?;
-    let (x, y, dy) = (t.samples(shape.len())?, t.samples(shape.len())?, t.samples(shape.len())?);
-    let (gamma, mean, invstd) = (t.floats(FEATURES)?, t.floats(FEATURES)?, t.positive(FEATURES)?);
+    let (x, y, dy) = (t.real_samples(shape.len())?, t.real_samples(shape.len())?, t.real_samples(shape.len())?);
+    let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
+    let (mean, invstd) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
     let (mut scratch, count) = (t.unwritten(shape.scratch_len())?, t.count()?);
     let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    let (mut dresidual, mut dx) = (t.unwritten(shape.len())?, t.unwritten(shape.len())?);
+    let (mut dresidual, mut dx) = (t.unwritten_reals(shape.len())?, t.unwritten_reals(shape.len())?);
     let input = NormBackward {
         map: None,
         x: x.view(),
-        y: y.view(),
+        y: with_residual.then_some(y.view()),
         dy: dy.view(),
         relu: true,
         gamma: gamma.view(),
+        beta: beta.view(),
         mean: mean.view(),
         invstd: invstd.view(),
         training: true,
@@ -249,8 +257,8 @@ fn norm_gradient(t: &mut Trial) -> Result<()> {
     norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dr, dx.view_mut())?;
     t.close("dgamma", &dgamma)?;
     t.close("dbeta", &dbeta)?;
-    t.exact("dresidual", &dresidual)?;
-    t.close("dx", &dx)
+    t.exact_reals("dresidual", &dresidual)?;
+    t.close_reals("dx", &dx)
 }
 
 /// Chunks and single rows of several tiles; columns of `PADDED` samples, of which a token is padding.
@@ -259,14 +267,8 @@ fn token_rows(t: &mut Trial) -> Result<(usize, Columns, Buffer<u32>)> {
 }
 
 /// Rows of token columns, the padded ones zero.
-fn tokens(t: &mut Trial, len: usize) -> Result<Buffer<f32>> {
-    let mut values = vec![0.0; len];
-    for (i, value) in values.iter_mut().enumerate() {
-        if i / PADDED % PADDED < SAMPLES && i % PADDED < PADDED - 1 {
-            *value = t.random.random_range(-1.0..1.0);
-        }
-    }
-    t.device.upload(&values)
+fn tokens(t: &mut Trial, len: usize) -> Result<RealBuffer> {
+    t.real_tokens(len, SAMPLES, PADDED - 1)
 }
 
 fn layer_norm(t: &mut Trial) -> Result<()> {
@@ -274,13 +276,13 @@ fn layer_norm(t: &mut Trial) -> Result<()> {
     let shape = LayerNormShape::new(features, columns)?;
     let (x, gamma, beta) = (tokens(t, shape.len())?, t.floats(features)?, t.floats(features)?);
     let (mut mean, mut invstd) = (t.unwritten(shape.columns())?, t.unwritten(shape.columns())?);
-    let mut y = t.unwritten(shape.len())?;
+    let mut y = t.unwritten_reals(shape.len())?;
     let affine = LayerNormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
     let saved = LayerNormStatistics { mean: mean.view_mut(), invstd: invstd.view_mut() };
     layer_norm_forward(t.device, &shape, x.view(), affine, count.view(), Some(saved), y.view_mut())?;
     t.close("mean", &mean)?;
     t.close("invstd", &invstd)?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
 fn layer_norm_gradient(t: &mut Trial) -> Result<()> {
@@ -303,28 +305,29 @@ fn layer_norm_gradient(t: &mut Trial) -> Result<()> {
     layer_norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dx.view_mut())?;
     t.close("dgamma", &dgamma)?;
     t.close("dbeta", &dbeta)?;
-    t.close("dx", &dx)
+    t.close_reals("dx", &dx)
 }
 
 fn gelu(t: &mut Trial) -> Result<()> {
     const LEN: usize = 1000;
-    let x = t.draw(LEN, |random| random.random_range(-6.0..6.0f32))?;
-    let (dy, mut y, mut dx) = (t.floats(LEN)?, t.unwritten(LEN)?, t.unwritten(LEN)?);
+    let x: Vec<f32> = (0..LEN).map(|_| t.random.random_range(-6.0..6.0)).collect();
+    let x = t.device.upload_reals(&x, t.precision)?;
+    let (dy, mut y, mut dx) = (t.reals(LEN)?, t.unwritten_reals(LEN)?, t.unwritten_reals(LEN)?);
     gelu_forward(t.device, x.view(), y.view_mut())?;
     gelu_backward(t.device, x.view(), dy.view(), dx.view_mut())?;
-    t.close("y", &y)?;
-    t.close("dx", &dx)
+    t.close_reals("y", &y)?;
+    t.close_reals("dx", &dx)
 }
 
 fn dropout(t: &mut Trial) -> Result<()> {
     const LEN: usize = 1000;
-    let (x, step) = (t.floats(LEN)?, t.device.upload(&[9])?);
+    let (x, step) = (t.reals(LEN)?, t.device.upload(&[9])?);
     let draw = Draw { rate: 0.3, seed: 3, stream: 5, step: step.view() };
-    let (mut y, mut dx) = (t.unwritten(LEN)?, t.unwritten(LEN)?);
+    let (mut y, mut dx) = (t.unwritten_reals(LEN)?, t.unwritten_reals(LEN)?);
     dropout_forward(t.device, x.view(), draw, y.view_mut())?;
     dropout_backward(t.device, x.view(), draw, dx.view_mut())?;
-    t.exact("y", &y)?;
-    t.exact("dx", &dx)
+    t.exact_reals("y", &y)?;
+    t.exact_reals("dx", &dx)
 }
 
 fn residual(t: &mut Trial) -> Result<()> {
@@ -333,14 +336,14 @@ fn residual(t: &mut Trial) -> Result<()> {
     let (x, branch, dy) = (tokens(t, shape.len())?, tokens(t, shape.len())?, tokens(t, shape.len())?);
     let (gamma, step) = (t.floats(features)?, t.device.upload(&[9])?);
     let drop = Some(Draw { rate: 0.3, seed: 3, stream: 5, step: step.view() });
-    let (mut y, mut dbranch) = (t.unwritten(shape.len())?, t.unwritten(shape.len())?);
+    let (mut y, mut dbranch) = (t.unwritten_reals(shape.len())?, t.unwritten_reals(shape.len())?);
     let mut dgamma = t.unwritten(features)?;
     residual_forward(t.device, &shape, x.view(), branch.view(), Some(gamma.view()), drop, y.view_mut())?;
     let (scale, of_gamma) = (Some(gamma.view()), Some(dgamma.view_mut()));
     residual_backward(t.device, &shape, branch.view(), dy.view(), scale, drop, of_gamma, dbranch.view_mut())?;
-    t.close("y", &y)?;
+    t.close_reals("y", &y)?;
     t.close("dgamma", &dgamma)?;
-    t.close("dbranch", &dbranch)
+    t.close_reals("dbranch", &dbranch)
 }
 
 /// Weights of the optimizer and of pruning: more than a block of either, and no whole number of mask words.
@@ -394,48 +397,48 @@ fn norm_of_gradients(t: &mut Trial) -> Result<()> {
 
 fn shortcut(t: &mut Trial) -> Result<()> {
     let shape = ShortcutShape::new([3, 7, 5], 8, 2, SAMPLES)?;
-    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    let (x, mut y) = (t.real_samples(shape.input_len())?, t.unwritten_reals(shape.output_len())?);
     shortcut_forward(t.device, &shape, None, x.view(), y.view_mut())?;
-    t.exact("y", &y)
+    t.exact_reals("y", &y)
 }
 
 fn shortcut_gradient(t: &mut Trial) -> Result<()> {
     let shape = ShortcutShape::new([3, 7, 5], 8, 2, SAMPLES)?;
-    let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+    let (dy, mut dx) = (t.real_samples(shape.output_len())?, t.unwritten_reals(shape.input_len())?);
     shortcut_backward(t.device, &shape, None, dy.view(), dx.view_mut())?;
-    t.exact("dx", &dx)
+    t.exact_reals("dx", &dx)
 }
 
 fn max_pool(t: &mut Trial) -> Result<()> {
     let shape = PoolShape::new(3, [7, 6], 3, 2, 1, SAMPLES)?;
-    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    let (x, mut y) = (t.real_samples(shape.input_len())?, t.unwritten_reals(shape.output_len())?);
     let mut index = t.draw(shape.output_len(), Rng::random::<u8>)?;
     max_pool_forward(t.device, &shape, x.view(), index.view_mut(), y.view_mut())?;
     t.exact("index", &index)?;
-    t.exact("y", &y)
+    t.exact_reals("y", &y)
 }
 
 /// Without padding, where every tap is one of the image.
 fn max_pool_gradient(t: &mut Trial) -> Result<()> {
     let shape = PoolShape::new(3, [7, 6], 3, 2, 0, SAMPLES)?;
-    let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+    let (dy, mut dx) = (t.real_samples(shape.output_len())?, t.unwritten_reals(shape.input_len())?);
     let index = t.draw(shape.output_len(), |random| random.random_range(0..9u8))?;
     max_pool_backward(t.device, &shape, dy.view(), index.view(), dx.view_mut())?;
-    t.close("dx", &dx)
+    t.close_reals("dx", &dx)
 }
 
 fn mean_pool(t: &mut Trial) -> Result<()> {
     let shape = MeanPoolShape::new(5, 42, SAMPLES)?;
-    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    let (x, mut y) = (t.real_samples(shape.input_len())?, t.unwritten_reals(shape.output_len())?);
     mean_pool_forward(t.device, &shape, x.view(), y.view_mut())?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
 fn mean_pool_gradient(t: &mut Trial) -> Result<()> {
     let shape = MeanPoolShape::new(5, 42, SAMPLES)?;
-    let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+    let (dy, mut dx) = (t.real_samples(shape.output_len())?, t.unwritten_reals(shape.input_len())?);
     mean_pool_backward(t.device, &shape, dy.view(), dx.view_mut())?;
-    t.close("dx", &dx)
+    t.close_reals("dx", &dx)
 }
 
 fn prune(t: &mut Trial) -> Result<()> {
@@ -502,24 +505,24 @@ fn step_ending(t: &mut Trial) -> Result<()> {
 /// 15 patches and the token before them, which fill a row of 16.
 fn patches(t: &mut Trial) -> Result<()> {
     let shape = PatchShape::new([3, 12, 20], 4, 1, SAMPLES)?;
-    let (x, mut y) = (t.samples(shape.input_len())?, t.unwritten(shape.output_len())?);
+    let (x, mut y) = (t.real_samples(shape.input_len())?, t.unwritten_reals(shape.output_len())?);
     patches_forward(t.device, &shape, x.view(), y.view_mut())?;
-    t.exact("y", &y)
+    t.exact_reals("y", &y)
 }
 
 fn embedding(t: &mut Trial) -> Result<()> {
     let shape = EmbedShape::new(FEATURES, TOKENS, 1, SAMPLES)?;
-    let (x, token, bias) = (t.floats(shape.len())?, t.floats(FEATURES)?, t.floats(FEATURES)?);
-    let (positions, count, mut y) = (t.floats(shape.positions_len())?, t.count()?, t.unwritten(shape.len())?);
+    let (x, token, bias) = (t.reals(shape.len())?, t.floats(FEATURES)?, t.floats(FEATURES)?);
+    let (positions, count, mut y) = (t.floats(shape.positions_len())?, t.count()?, t.unwritten_reals(shape.len())?);
     let (token, bias) = (Some(token.view()), Some(bias.view()));
     let parameters = EmbedParameters { token, bias, positions: positions.view() };
     embed_forward(t.device, &shape, x.view(), parameters, count.view(), y.view_mut())?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
 fn embedding_gradient(t: &mut Trial) -> Result<()> {
     let shape = EmbedShape::new(FEATURES, TOKENS, 1, SAMPLES)?;
-    let (dy, mut dpositions) = (t.floats(shape.len())?, t.unwritten(shape.positions_len())?);
+    let (dy, mut dpositions) = (t.reals(shape.len())?, t.unwritten(shape.positions_len())?);
     let (mut dtoken, mut dbias) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
     let (token, bias) = (Some(dtoken.view_mut()), Some(dbias.view_mut()));
     let gradients = EmbedGradients { token, bias, positions: dpositions.view_mut() };
@@ -532,9 +535,9 @@ fn embedding_gradient(t: &mut Trial) -> Result<()> {
 fn token_pool(t: &mut Trial) -> Result<()> {
     for pool in [TokenPool::First, TokenPool::Mean] {
         let shape = TokenPoolShape::new(FEATURES, TOKENS, 1, SAMPLES, pool)?;
-        let (x, mut y) = (t.floats(shape.input_len())?, t.unwritten(shape.output_len())?);
+        let (x, mut y) = (t.reals(shape.input_len())?, t.unwritten_reals(shape.output_len())?);
         token_pool_forward(t.device, &shape, x.view(), y.view_mut())?;
-        t.close("y", &y)?;
+        t.close_reals("y", &y)?;
     }
     Ok(())
 }
@@ -542,9 +545,9 @@ fn token_pool(t: &mut Trial) -> Result<()> {
 fn token_pool_gradient(t: &mut Trial) -> Result<()> {
     for pool in [TokenPool::First, TokenPool::Mean] {
         let shape = TokenPoolShape::new(FEATURES, TOKENS, 1, SAMPLES, pool)?;
-        let (dy, mut dx) = (t.samples(shape.output_len())?, t.unwritten(shape.input_len())?);
+        let (dy, mut dx) = (t.real_samples(shape.output_len())?, t.unwritten_reals(shape.input_len())?);
         token_pool_backward(t.device, &shape, dy.view(), dx.view_mut())?;
-        t.close("dx", &dx)?;
+        t.close_reals("dx", &dx)?;
     }
     Ok(())
 }

@@ -1,15 +1,20 @@
 //! The checks of convolutions and linear layers, of all weights and of kept ones alone.
 
+use half::bf16;
+
 use super::{Check, SAMPLES, Trial};
+use crate::device::{Buffer, Precision, RealBuffer};
 use crate::error::Result;
 use crate::ops::Columns;
-use crate::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::bias::bias_gradient;
+use crate::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{
     Kept, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
 };
+use crate::ops::round::{RoundPlan, round_weights};
 
-/// The checks, each of as few kernels as its operation allows.
-pub(super) const CHECKS: &[Check] = &[
+/// The checks of operations of activations, each of as few kernels as its operation allows.
+pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| convolution(t, &few_channels()?, Columns::samples(SAMPLES)?),
     |t| convolution(t, &many_channels()?, Columns::samples(SAMPLES)?),
     |t| convolution(t, &ConvShape::new([6, 5, 7], 20, [3, 3], 1, 1, SAMPLES)?, Columns::samples(SAMPLES)?),
@@ -30,9 +35,11 @@ pub(super) const CHECKS: &[Check] = &[
     |t| convolution_weight_gradient(t, &ConvShape::new([3, 7, 7], 50, [3, 3], 1, 1, SAMPLES)?),
     |t| convolution_weight_gradient(t, &linear()?),
     |t| convolution_bias_gradient(t, &few_channels()?),
-    |t| kept_weights(t, &few_channels()?),
-    |t| kept_weights(t, &many_channels()?),
 ];
+
+/// The other checks.
+pub(super) const OTHERS: &[Check] =
+    &[rounded_weights, |t| kept_weights(t, &few_channels()?), |t| kept_weights(t, &many_channels()?)];
 
 /// Takes the smallest tiles, and two splits of the weight gradient.
 fn few_channels() -> Result<ConvShape> {
@@ -58,32 +65,62 @@ fn linear_columns() -> Result<Columns> {
     Columns::tokens(SAMPLES, 65)
 }
 
+/// Weights as products of the trial's precision read them.
+fn weights(t: &mut Trial, shape: &ConvShape) -> Result<RealBuffer> {
+    let w = t.floats(shape.weight_len())?;
+    let words = match t.precision {
+        Precision::F32 => w.cast(),
+        Precision::Bf16 => round(t, &RoundPlan::new([Some((0, *shape))]), &w)?.cast(),
+    };
+    Ok(RealBuffer::new(words, shape.read_weight_len(t.precision), t.precision))
+}
+
+fn round(t: &Trial, plan: &RoundPlan, from: &Buffer<f32>) -> Result<Buffer<bf16>> {
+    let mut to = t.device.upload(&vec![bf16::NAN; plan.len()])?;
+    let table = plan.upload(t.device)?.expect("a layer");
+    round_weights(t.device, &table, from.view(), to.view_mut())?;
+    Ok(to)
+}
+
+/// Of two layers, the first without a multiple of eight channels.
+fn rounded_weights(t: &mut Trial) -> Result<()> {
+    let (first, second) = (few_channels()?, many_channels()?);
+    let w = t.floats(first.weight_len() + second.weight_len())?;
+    let plan = RoundPlan::new([Some((0, first)), None, Some((first.weight_len(), second))]);
+    let to = round(t, &plan, &w)?;
+    // What lies between two layers is nobody's.
+    let [first, second] = [0, 2].map(|layer| t.device.read(to.slice(plan.place(layer))));
+    let layers = t.device.upload(&[first?, second?].concat())?;
+    t.exact("weights", &layers)
+}
+
 fn convolution(t: &mut Trial, shape: &ConvShape, columns: Columns) -> Result<()> {
-    let (x, w) = (t.samples(shape.input_len())?, t.floats(shape.weight_len())?);
+    let (x, w) = (t.real_samples(shape.input_len())?, weights(t, shape)?);
     let (bias, count) = (t.floats(shape.filters())?, t.count()?);
-    let mut y = t.unwritten(shape.output_len())?;
+    let mut y = t.unwritten_reals(shape.output_len())?;
     let bias = Bias { bias: bias.view(), columns, count: count.view() };
     conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
-    t.close("y", &y)
+    t.close_reals("y", &y)
 }
 
 fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
-    let (dy, w) = (t.samples(shape.output_len())?, t.floats(shape.weight_len())?);
-    let mut dx = t.samples(shape.input_len())?;
+    let (dy, w) = (t.real_samples(shape.output_len())?, weights(t, shape)?);
+    let mut dx = t.real_samples(shape.input_len())?;
     conv_input_gradient(t.device, shape, dy.view(), w.view(), true, dx.view_mut())?;
-    t.close("dx", &dx)
+    t.close_reals("dx", &dx)
 }
 
 fn convolution_weight_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
-    let (x, dy) = (t.samples(shape.input_len())?, t.samples(shape.output_len())?);
-    let (mut scratch, mut dw) = (t.unwritten(shape.gradient_scratch_len(t.device))?, t.unwritten(shape.weight_len())?);
+    let (x, dy) = (t.real_samples(shape.input_len())?, t.real_samples(shape.output_len())?);
+    let scratch_len = shape.gradient_scratch_len(t.device, t.precision);
+    let (mut scratch, mut dw) = (t.unwritten(scratch_len)?, t.unwritten(shape.weight_len())?);
     conv_weight_gradient(t.device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())?;
     t.close("dw", &dw)
 }
 
 fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
-    let (dy, mut dbias) = (t.samples(shape.output_len())?, t.unwritten(shape.filters())?);
-    conv_bias_gradient(t.device, shape, dy.view(), dbias.view_mut())?;
+    let (dy, mut dbias) = (t.real_samples(shape.output_len())?, t.unwritten(shape.filters())?);
+    bias_gradient(t.device, dy.view(), dbias.view_mut())?;
     t.close("dbias", &dbias)
 }
 

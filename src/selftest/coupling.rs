@@ -9,21 +9,18 @@ use crate::ops::Columns;
 use crate::ops::distances::{DistanceShape, Metric, RepresentationShape, distance_matrix, pitch, representation};
 use crate::ops::gw::{Couplings, Layers, Start, Step};
 
-pub(super) const CHECKS: &[Check] = &[
-    layer_output,
-    |t| distances(t, Metric::Euclidean),
-    |t| distances(t, Metric::Cosine),
-    |t| couplings(t, 40),
-    |t| couplings(t, 261),
-    |t| couplings(t, 521),
-    |t| couplings(t, 1030),
-];
+/// What reads a layer's output.
+pub(super) const OF_ACTIVATIONS: &[Check] =
+    &[layer_output, |t| distances(t, Metric::Euclidean), |t| distances(t, Metric::Cosine)];
+
+pub(super) const OTHERS: &[Check] =
+    &[|t| couplings(t, 40), |t| couplings(t, 261), |t| couplings(t, 521), |t| couplings(t, 1030)];
 
 /// Pooled tokens.
 fn layer_output(t: &mut Trial) -> Result<()> {
     const TOKENS: usize = 7;
     let columns = Columns::tokens(SAMPLES, TOKENS)?;
-    let x = t.tokens(5 * columns.len(), SAMPLES, TOKENS)?;
+    let x = t.real_tokens(5 * columns.len(), SAMPLES, TOKENS)?;
     let shape = RepresentationShape { features: 5, positions: 1, columns, n: SAMPLES, pooled: true };
     let mut out = t.unwritten(shape.rows() * shape.samples())?;
     representation(t.device, &shape, x.view(), out.view_mut())?;
@@ -33,7 +30,7 @@ fn layer_output(t: &mut Trial) -> Result<()> {
 fn distances(t: &mut Trial, metric: Metric) -> Result<()> {
     const PROBES: usize = 69;
     let shape = DistanceShape { features: 83, columns: 72, n: PROBES };
-    let x = t.floats(shape.features * shape.columns)?;
+    let x = t.reals(shape.features * shape.columns)?;
     let (mut scratch, mut c) = (t.unwritten(shape.scratch_len())?, t.unwritten(PROBES * pitch(PROBES))?);
     let mut largest = t.unwritten(PROBES + 1)?;
     distance_matrix(t.device, &shape, metric, x.view(), scratch.view_mut(), c.view_mut(), largest.view_mut())?;

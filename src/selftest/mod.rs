@@ -4,7 +4,7 @@
 //! The other form is the host device with the other policy and the plainest instruction set: another tiling of the same
 //! sums, other vectors, and, for a GPU, another compiler. Both policies are tested, so that every tiling runs on the
 //! device. Which kernels a check launches is seen by [`Device::trace`], not written down: a kernel that no check
-//! launches fails.
+//! launches fails. What has activations runs with both precisions of them.
 
 mod checks;
 mod convolution;
@@ -15,13 +15,16 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
-use crate::device::{Buffer, Device, HostOptions, Policy, Traced, kernel_files};
+use crate::device::{Buffer, Device, HostOptions, Policy, Precision, RealBuffer, Traced, kernel_files};
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
 
 /// Largest difference of f32 results, as a share of the largest value of the tensor. Two orders of a sum of n terms
 /// differ by about sqrt(n) roundings of 2^-24; the longest sums here have 10,000 terms, which makes 6e-6.
 pub const TOLERANCE: f64 = 1e-5;
+
+/// The same of bf16 results: near the middle between two of them, such a difference is that of a rounding, 2^-7 of a value.
+pub const BF16_TOLERANCE: f64 = 1.0 / 128.0;
 
 /// Runs an operation, and hands its results over.
 type Check = fn(&mut Trial) -> Result<()>;
@@ -52,12 +55,16 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
     for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
         let device = device.with_policy(policy)?;
         let reference = Device::host(HostOptions { policy: other, schedule: None, isa: Some("base") })?;
-        for check in checks::CHECKS.iter().chain(convolution::CHECKS).chain(coupling::CHECKS) {
-            let (mut got, mut want) = (Trial::new(&device, seed), Trial::new(&reference, seed));
+        let of_activations = checks::OF_ACTIVATIONS.iter().chain(convolution::OF_ACTIVATIONS);
+        let of_activations = of_activations.chain(coupling::OF_ACTIVATIONS);
+        let others = checks::OTHERS.iter().chain(convolution::OTHERS).chain(coupling::OTHERS);
+        let each = of_activations.flat_map(|check| Precision::ALL.map(|precision| (check, precision)));
+        for (check, precision) in each.chain(others.map(|check| (check, Precision::F32))) {
+            let (mut got, mut want) = (Trial::new(&device, seed, precision), Trial::new(&reference, seed, precision));
             let (launches, done) = device.trace(|| check(&mut got));
             let compared = done.and_then(|()| check(&mut want)).map(|()| compare(&got.results, &want.results));
             let (error, problem) = compared.unwrap_or_else(|error| (f64::INFINITY, Some(error.to_string())));
-            findings.push(Finding { launches, error, problem });
+            findings.push(Finding { precision, launches, error, problem });
         }
     }
     let kernels = kernel_files().flat_map(|(_, kernels)| kernels);
@@ -66,6 +73,7 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
 
 /// What a check found, which concerns every kernel that it launched.
 struct Finding {
+    precision: Precision,
     launches: Vec<Traced>,
     error: f64,
     problem: Option<String>,
@@ -80,9 +88,12 @@ fn outcome(kernel: &'static str, findings: &[Finding]) -> Outcome {
         format!("not launched: {}", refused.unwrap_or("no check of src/selftest does"))
     };
     let problem = own.iter().find_map(|finding| finding.problem.clone());
+    // A kernel of f32 alone may stand beside one of bf16, whose roundings are not its own.
+    let in_f32 = own.iter().any(|finding| finding.precision == Precision::F32);
+    let alike = own.iter().filter(|finding| finding.precision == Precision::F32 || !in_f32);
     Outcome {
         kernel,
-        error: own.iter().map(|finding| finding.error).fold(0.0, f64::max),
+        error: alike.map(|finding| finding.error).fold(0.0, f64::max),
         ms: own.iter().flat_map(|f| f.launches.iter().filter(is_own)).filter_map(|l| l.ms).reduce(f64::min),
         problem: problem.or_else(|| own.is_empty().then(missing)),
     }
@@ -117,13 +128,15 @@ struct Tensor {
 /// A run of a check: where, on what, and what came out. Equal seeds give equal inputs on every device.
 struct Trial<'a> {
     device: &'a Device,
+    /// Of activations.
+    precision: Precision,
     random: ChaCha8Rng,
     results: Vec<Tensor>,
 }
 
 impl<'a> Trial<'a> {
-    fn new(device: &'a Device, seed: u64) -> Self {
-        Trial { device, random: ChaCha8Rng::seed_from_u64(seed), results: Vec::new() }
+    fn new(device: &'a Device, seed: u64, precision: Precision) -> Self {
+        Trial { device, precision, random: ChaCha8Rng::seed_from_u64(seed), results: Vec::new() }
     }
 
     fn draw<T: Pod>(&mut self, len: usize, value: impl Fn(&mut ChaCha8Rng) -> T) -> Result<Buffer<T>> {
@@ -151,18 +164,34 @@ impl<'a> Trial<'a> {
 
     /// Rows of samples, the padded ones zero, `len` elements in all.
     fn samples(&mut self, len: usize) -> Result<Buffer<f32>> {
-        let mut value = |i: usize| if i % PADDED < SAMPLES { self.random.random_range(-1.0..1.0) } else { 0.0 };
-        let values: Vec<f32> = (0..len).map(&mut value).collect();
+        let values = self.values_where(len, |i| i % PADDED < SAMPLES);
         self.device.upload(&values)
     }
 
-    /// Rows of `n` samples of `tokens`, both padded with zeros, `len` elements in all.
-    fn tokens(&mut self, len: usize, n: usize, tokens: usize) -> Result<Buffer<f32>> {
+    /// From -1 to 1, zero where `is_true` is not.
+    fn values_where(&mut self, len: usize, is_true: impl Fn(usize) -> bool) -> Vec<f32> {
+        (0..len).map(|i| if is_true(i) { self.random.random_range(-1.0..1.0) } else { 0.0 }).collect()
+    }
+
+    /// Activations from -1 to 1.
+    fn reals(&mut self, len: usize) -> Result<RealBuffer> {
+        self.reals_where(len, |_| true)
+    }
+
+    fn reals_where(&mut self, len: usize, is_true: impl Fn(usize) -> bool) -> Result<RealBuffer> {
+        let values = self.values_where(len, is_true);
+        self.device.upload_reals(&values, self.precision)
+    }
+
+    /// [`Trial::samples`] of activations.
+    fn real_samples(&mut self, len: usize) -> Result<RealBuffer> {
+        self.reals_where(len, |i| i % PADDED < SAMPLES)
+    }
+
+    /// Activations in rows of `n` samples of `tokens`, both padded with zeros, `len` elements in all.
+    fn real_tokens(&mut self, len: usize, n: usize, tokens: usize) -> Result<RealBuffer> {
         let [padded, row] = [n, tokens].map(|size| size.next_multiple_of(SAMPLE_ALIGNMENT));
-        let is_true = |i: usize| i / row % padded < n && i % row < tokens;
-        let mut value = |i: usize| if is_true(i) { self.random.random_range(-1.0..1.0) } else { 0.0 };
-        let values: Vec<f32> = (0..len).map(&mut value).collect();
-        self.device.upload(&values)
+        self.reals_where(len, |i| i / row % padded < n && i % row < tokens)
     }
 
     /// The number of true samples.
@@ -173,6 +202,11 @@ impl<'a> Trial<'a> {
     /// NaN, so that an element that a kernel leaves out shows.
     fn unwritten(&self, len: usize) -> Result<Buffer<f32>> {
         self.device.upload(&vec![f32::NAN; len])
+    }
+
+    /// [`Trial::unwritten`] activations.
+    fn unwritten_reals(&self, len: usize) -> Result<RealBuffer> {
+        self.device.upload_reals(&vec![f32::NAN; len], self.precision)
     }
 
     /// A result that depends on the order of sums.
@@ -187,6 +221,26 @@ impl<'a> Trial<'a> {
 
     fn result<T: Pod + Into<f64>>(&mut self, name: &'static str, buffer: &Buffer<T>, tolerance: f64) -> Result<()> {
         let values = self.device.read(buffer.view())?.into_iter().map(Into::into).collect();
+        self.results.push(Tensor { name, values, tolerance });
+        Ok(())
+    }
+
+    /// Activations that depend on the order of sums.
+    fn close_reals(&mut self, name: &'static str, buffer: &RealBuffer) -> Result<()> {
+        let tolerance = match self.precision {
+            Precision::F32 => TOLERANCE,
+            Precision::Bf16 => BF16_TOLERANCE,
+        };
+        self.result_reals(name, buffer, tolerance)
+    }
+
+    /// Activations that are the same in every form.
+    fn exact_reals(&mut self, name: &'static str, buffer: &RealBuffer) -> Result<()> {
+        self.result_reals(name, buffer, 0.0)
+    }
+
+    fn result_reals(&mut self, name: &'static str, buffer: &RealBuffer, tolerance: f64) -> Result<()> {
+        let values = self.device.read_reals(buffer.view())?.into_iter().map(f64::from).collect();
         self.results.push(Tensor { name, values, tolerance });
         Ok(())
     }

@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 pub use crate::ops::distances::Metric;
 
-use crate::device::{Device, Slice};
+use crate::device::{Device, Reals};
 use crate::error::{Error, Result};
 use crate::ops::distances::{DistanceShape, RepresentationShape, distance_matrix, pitch, representation};
 use crate::ops::{Columns, SAMPLE_ALIGNMENT};
@@ -14,7 +14,7 @@ use crate::ops::{Columns, SAMPLE_ALIGNMENT};
 #[derive(Clone, Copy)]
 pub struct Representation<'a> {
     /// The tensor.
-    pub values: Slice<'a, f32>,
+    pub values: Reals<'a>,
     /// Channels, or features of a token.
     pub features: usize,
     /// Pixels of an image; 1 for tokens.
@@ -53,7 +53,7 @@ pub fn measure(device: &Device, x: &Representation, metric: Metric, pooled: bool
     if !shape.is_plain() {
         representation(device, &shape, values, gathered.view_mut())?;
     }
-    let values = if shape.is_plain() { values } else { gathered.view() };
+    let values = if shape.is_plain() { values } else { gathered.view().into() };
     let shape = DistanceShape { features: shape.rows(), columns: samples, n };
     let mut scratch = device.alloc(shape.scratch_len())?;
     let (mut matrix, mut largest) = (device.alloc(n * pitch(n))?, device.alloc(n + 1)?);

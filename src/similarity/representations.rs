@@ -264,7 +264,7 @@ impl Measuring {
             of_probe.iter().enumerate().for_each(|(feature, &value)| values[feature * row + probe] = value);
         }
         let values = device.upload(&values)?;
-        let x = Representation { values: values.view(), features, positions: 1, columns, n };
+        let x = Representation { values: values.view().into(), features, positions: 1, columns, n };
         self.layer(device, &x, &tensor.name, false)
     }
 

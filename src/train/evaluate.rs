@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::batches::Batches;
 use super::feed::Feed;
 use super::labelled::Labelled;
-use crate::device::Slice;
+use crate::device::{Reals, Slice};
 use crate::error::{Error, Result};
 use crate::nn::model::Layer;
 use crate::nn::network::{Mode, Network};
@@ -48,11 +48,7 @@ pub fn row_magnitudes(network: &mut Network, data: &Labelled, batch: usize) -> R
 ///
 /// # Errors
 /// As [`evaluate`]; what `done` returns.
-pub fn observe(
-    network: &mut Network,
-    data: &Labelled,
-    mut done: impl FnMut(usize, Slice<f32>) -> Result<()>,
-) -> Result<()> {
+pub fn observe(network: &mut Network, data: &Labelled, mut done: impl FnMut(usize, Reals) -> Result<()>) -> Result<()> {
     pass(network, data, data.len(), |network, _, _| network.forward_with(Mode::Evaluate, &mut done))
 }
 
@@ -123,7 +119,7 @@ pub fn evaluate(network: &mut Network, data: &Labelled, batch: usize, with_logit
         cross_entropy(&device, &shape, input, tables, None)?;
         counts.push(samples as f64);
         if with_logits {
-            let columns = device.read(network.head().logits)?;
+            let columns = device.read_reals(network.head().logits)?;
             let n = columns.len() / classes;
             for sample in 0..samples {
                 logits.extend((0..classes).map(|class| columns[class * n + sample]));

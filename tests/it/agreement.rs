@@ -91,10 +91,10 @@ pub fn logits_agree(golden: &Golden, model: &Model, weights: &Weights) {
         let mut network = Network::new(device, model, samples, Use::Evaluate).unwrap();
         network.load(weights).unwrap();
         let batch = network.batch();
-        device.write(&x, batch.x).unwrap();
+        device.write_reals(&x, batch.x).unwrap();
         device.write(&[samples as u32], batch.current.count).unwrap();
         network.forward(Mode::Evaluate).unwrap();
-        let logits = device.read(network.head().logits).unwrap();
+        let logits = device.read_reals(network.head().logits).unwrap();
         let (want, label) = (golden.get(name, "logits"), format!("{}: {name}", case.label));
         let error = want.check_samples_last(&logits, LOGITS, &label);
         eprintln!("{label}: logits differ by at most {error:.1e} of the largest");

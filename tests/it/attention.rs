@@ -3,7 +3,7 @@
 use dilt::device::Device;
 use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
 
-use crate::support::{Golden, Tensor, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// Scores of up to 128 products, sums over up to 257 keys, and exponentials of them: a few roundings of f32, 6e-8 each,
 /// of which the scores' count as often as the largest of them is large.
@@ -45,15 +45,26 @@ struct Results {
 
 /// Forward and backward; outputs are NaN before. qkv and dy are padded.
 fn attend(device: &Device, shape: &AttentionShape, qkv: &[f32], dy: &[f32], live: &[u32], count: usize) -> Results {
-    let (qkv, dy) = (device.upload(qkv).unwrap(), device.upload(dy).unwrap());
+    attend_stored(device, shape, [qkv, dy], live, count, Storage::F32)
+}
+
+fn attend_stored(
+    device: &Device,
+    shape: &AttentionShape,
+    [qkv, dy]: [&[f32]; 2],
+    live: &[u32],
+    count: usize,
+    storage: Storage,
+) -> Results {
+    let (qkv, dy) = (storage.upload(device, qkv), storage.upload(device, dy));
     let (live, count) = (device.upload(live).unwrap(), device.upload(&[count as u32]).unwrap());
     let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
-    let (mut y, mut lse) = (unwritten(device, shape.output_len()), unwritten(device, shape.statistic_len()));
+    let (mut y, mut lse) = (storage.unwritten(device, shape.output_len()), unwritten(device, shape.statistic_len()));
     attention_forward(device, shape, input, Some(lse.view_mut()), y.view_mut()).unwrap();
-    let (mut delta, mut dqkv) = (unwritten(device, shape.statistic_len()), unwritten(device, shape.qkv_len()));
+    let (mut delta, mut dqkv) = (unwritten(device, shape.statistic_len()), storage.unwritten(device, shape.qkv_len()));
     let saved = AttentionSaved { y: y.view(), lse: lse.view() };
     attention_backward(device, shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut()).unwrap();
-    Results { y: read(device, y.view()), lse: read(device, lse.view()), dqkv: read(device, dqkv.view()) }
+    Results { y: storage.read(device, &y), lse: read(device, lse.view()), dqkv: storage.read(device, &dqkv) }
 }
 
 #[test]
@@ -78,6 +89,18 @@ fn attention_and_its_gradients_agree_with_the_explicit_formula() {
             }
             // The statistics of padded samples are nobody's.
             results.extend([got.y, got.dqkv]);
+            let label = format!("{label}: {case}: bf16");
+            let live = vec![1; heads];
+            let low = judge_bf16(&label, |storage| {
+                let Results { y, lse, dqkv } = attend_stored(device, &shape, [&qkv, &dy], &live, n, storage);
+                let of = |values: &[f32], zero: bool| true_columns(values, n, tokens, zero, &label);
+                vec![
+                    ("y", of(&y, true), tensor("y").f32()),
+                    ("lse", of(&lse, false), tensor("lse").f32()),
+                    ("dqkv", of(&dqkv, true), tensor("dqkv").f32()),
+                ]
+            });
+            results.extend(low);
         }
         results
     });
@@ -150,10 +173,20 @@ fn a_nan_stays_visible() {
     let shape = AttentionShape::new(1, head_dim, tokens, 1).unwrap();
     let mut qkv = values(6, 3 * head_dim * tokens);
     qkv[head_dim * tokens + 3] = f32::NAN; // key 3
-    let (qkv, dy) = (padded(&qkv, 1, tokens), vec![0.0; shape.output_len()]);
+    let mut infinite = qkv.clone();
+    infinite[head_dim * tokens + 3] = 1.0;
+    infinite[2 * head_dim * tokens + 5] = f32::INFINITY; // of feature 0 of the values
+    let [qkv, infinite] = [qkv, infinite].map(|qkv| padded(&qkv, 1, tokens));
+    let dy = vec![0.0; shape.output_len()];
     on_devices(|device, label| {
-        let y = attend(device, &shape, &qkv, &dy, &[1], 1).y;
-        assert!(true_columns(&y, 1, tokens, false, label).iter().all(|y| y.is_nan()), "{label}");
+        for storage in [Storage::F32, Storage::Bf16] {
+            let y = |qkv: &[f32]| {
+                let y = attend_stored(device, &shape, [qkv, &dy], &[1], 1, storage).y;
+                true_columns(&y, 1, tokens, false, label)
+            };
+            assert!(y(&qkv).iter().all(|y| y.is_nan()), "{label}: {storage:?}");
+            assert!(y(&infinite)[..tokens].iter().all(|&y| y == f32::INFINITY), "{label}: {storage:?}");
+        }
         vec![]
     });
 }
@@ -168,9 +201,9 @@ fn attention_without_statistics_gives_the_same_output() {
         let want = attend(device, &shape, &qkv, &dy, &[1; 2], n).y;
         let (qkv, live, count) =
             (device.upload(&qkv).unwrap(), device.upload(&[1u32; 2]).unwrap(), device.upload(&[n as u32]).unwrap());
-        let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
+        let input = AttentionInput { qkv: qkv.view().into(), live: live.view(), count: count.view() };
         let mut y = unwritten(device, shape.output_len());
-        attention_forward(device, &shape, input, None, y.view_mut()).unwrap();
+        attention_forward(device, &shape, input, None, y.view_mut().into()).unwrap();
         let y = read(device, y.view());
         assert_eq!(y, want, "{label}");
         vec![y]
@@ -190,10 +223,11 @@ fn tensors_of_the_wrong_size_and_heads_that_are_too_wide_are_refused() {
         let [qkv, live, count, lse, y, dy, delta, dqkv] = lens;
         let (qkv, live, count, dy) = (tensor(qkv), words(live), words(count), tensor(dy));
         let (mut lse, mut y, mut delta, mut dqkv) = (tensor(lse), tensor(y), tensor(delta), tensor(dqkv));
-        let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
-        let forward = attention_forward(&device, &shape, input, Some(lse.view_mut()), y.view_mut());
-        let saved = AttentionSaved { y: y.view(), lse: lse.view() };
-        let backward = attention_backward(&device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut());
+        let input = AttentionInput { qkv: qkv.view().into(), live: live.view(), count: count.view() };
+        let forward = attention_forward(&device, &shape, input, Some(lse.view_mut()), y.view_mut().into());
+        let saved = AttentionSaved { y: y.view().into(), lse: lse.view() };
+        let (dy, dqkv) = (dy.view().into(), dqkv.view_mut().into());
+        let backward = attention_backward(&device, &shape, input, saved, dy, delta.view_mut(), dqkv);
         [forward, backward].map(|result| result.err().map(|error| error.to_string()))
     };
     assert_eq!(run(right), [None, None]);
@@ -205,6 +239,14 @@ fn tensors_of_the_wrong_size_and_heads_that_are_too_wide_are_refused() {
         assert!(backward.as_ref().is_some_and(|error| error.contains(&expected)), "{name}: {backward:?}");
         assert_eq!(forward.is_some_and(|error| error.contains(&expected)), i < 5, "{name}");
     }
+    let (qkv, mut y) = (Storage::Bf16.upload(&device, &[0.0; 1536]), Storage::F32.upload(&device, &[0.0; 512]));
+    let (live, count, lse, mut delta) = (words(2), words(1), tensor(128), tensor(128));
+    let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
+    refuses_precision(attention_forward(&device, &shape, input, None, y.view_mut()), "attention_forward", "y");
+    let (low, mut dqkv) = (Storage::Bf16.upload(&device, &[0.0; 512]), Storage::Bf16.upload(&device, &[0.0; 1536]));
+    let saved = AttentionSaved { y: low.view(), lse: lse.view() };
+    let mixed = attention_backward(&device, &shape, input, saved, y.view(), delta.view_mut(), dqkv.view_mut());
+    refuses_precision(mixed, "attention_backward", "dy");
     for (heads, head_dim, tokens, n) in [
         (0, 4, 5, 3),
         (2, 0, 5, 3),

@@ -1,12 +1,12 @@
 //! Gathering batches: against a plain reference that draws from its own Philox, and against torchvision in float64.
 
-use dilt::device::{Buffer, Device};
+use dilt::device::{Buffer, Device, RealBuffer};
 use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 
 use crate::command::{fails, json};
-use crate::support::{Golden, as_floats, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, as_floats, on_devices, read, unwritten};
 
 /// Largest difference as a share of the largest value: a few roundings of 2^-24 at each pixel, no long sum.
 const TOLERANCE: f64 = 2e-6;
@@ -39,6 +39,7 @@ fn below(word: u32, choices: usize) -> i64 {
 }
 
 /// A chunk of three steps of at most 13 samples, whose inputs have 9 columns: more than a staged block has.
+#[derive(Clone)]
 struct Batches {
     stored: [usize; 3],
     images: Vec<u8>,
@@ -46,6 +47,7 @@ struct Batches {
     order: Vec<u32>,
     mean: Vec<f32>,
     std: Vec<f32>,
+    storage: Storage,
 }
 
 const INPUT: [usize; 2] = [5, 9];
@@ -62,7 +64,7 @@ struct Uploaded {
     count: Buffer<u32>,
     mean: Buffer<f32>,
     std: Buffer<f32>,
-    x: Buffer<f32>,
+    x: RealBuffer,
     to_labels: Buffer<u32>,
 }
 
@@ -91,6 +93,7 @@ impl Batches {
             order: (0..3 * BATCH).map(|i| (i * 7 % EXAMPLES) as u32).collect(),
             mean: vec![0.5, 0.25, 0.1],
             std: vec![0.2, 0.3, 0.7],
+            storage: Storage::F32,
         }
     }
 
@@ -146,7 +149,7 @@ impl Batches {
             count: device.upload(&[count as u32]).unwrap(),
             mean: device.upload(&self.mean).unwrap(),
             std: device.upload(&self.std).unwrap(),
-            x: unwritten(device, shape.output_len()),
+            x: self.storage.unwritten(device, shape.output_len()),
             to_labels: device.upload(&vec![77u32; shape.samples()]).unwrap(),
         }
     }
@@ -155,7 +158,7 @@ impl Batches {
         let mut batch = self.upload(device, state, count);
         let (source, into) = batch.parts();
         gather(device, &self.shape(), source, crop, into).unwrap();
-        (read(device, batch.x.view()), device.read(batch.to_labels.view()).unwrap())
+        (self.storage.read(device, &batch.x), device.read(batch.to_labels.view()).unwrap())
     }
 
     /// The same through the tables.
@@ -170,7 +173,7 @@ impl Batches {
         let colours = Colours { factors: factors.view(), grey: grey.view() };
         resample(device, &shape, source, boxes.view(), (augment.jitter > 0.0).then_some(colours), into).unwrap();
         Resampled {
-            x: read(device, batch.x.view()),
+            x: self.storage.read(device, &batch.x),
             labels: device.read(batch.to_labels.view()).unwrap(),
             grey: read(device, grey.view()),
         }
@@ -221,6 +224,13 @@ fn a_batch_is_cropped_flipped_and_normalised_as_the_formulas_say() {
             let (want, want_labels) = batches.want(*state, *count, *crop);
             assert_eq!(labels, want_labels, "{label}: {name}: labels");
             assert!(bits(&x) == bits(&want), "{label}: {name}: x");
+            // All is f32 until x is rounded.
+            let low = Batches { storage: Storage::Bf16, ..(*batches).clone() };
+            let (x_low, labels_low) = low.got(device, *state, *count, *crop);
+            assert!(
+                bits(&x_low) == bits(&Storage::Bf16.rounded(want)) && labels_low == labels,
+                "{label}: {name}: bf16"
+            );
             results.extend([x, as_floats(&labels)]);
         }
         results
@@ -239,6 +249,9 @@ fn boxes_of_the_inputs_size_give_the_bits_of_a_crop() {
                 let (x, labels) = batches.got(device, state, count, Some(RandomCrop { pad, flip: true, seed }));
                 assert_eq!(got.labels, labels, "{label}: labels");
                 assert!(bits(&got.x) == bits(&x), "{label}: pad {pad}, state {state:?}");
+                let low = Batches { storage: Storage::Bf16, ..batches.clone() };
+                let low = low.resampled(device, state, count, Augment { crop, flip: true, jitter: 0.0, seed });
+                assert!(bits(&low.x) == bits(&Storage::Bf16.rounded(x)), "{label}: pad {pad}, state {state:?}: bf16");
                 results.push(got.x);
             }
         }
@@ -297,7 +310,7 @@ fn scaled_boxes_and_changed_colours_follow_torchvision() {
                 count: device.upload(&[n as u32]).unwrap(),
                 mean: floats(&golden.get(&case, "mean").data),
                 std: floats(&golden.get(&case, "std").data),
-                x: unwritten(device, shape.output_len()),
+                x: Storage::F32.unwritten(device, shape.output_len()),
                 to_labels: device.alloc(shape.samples()).unwrap(),
             };
             let (source, into) = batch.parts();
@@ -310,7 +323,7 @@ fn scaled_boxes_and_changed_colours_follow_torchvision() {
             }
             let colours = factors.as_ref().map(|factors| Colours { factors: factors.view(), grey: grey.view() });
             resample(device, &shape, source, boxes.view(), colours, into).unwrap();
-            let x = read(device, batch.x.view());
+            let x = Storage::F32.read(device, &batch.x);
             y.check_samples_last(&x, TOLERANCE, &format!("{label}: {case}"));
             results.push(x);
         }
@@ -318,7 +331,7 @@ fn scaled_boxes_and_changed_colours_follow_torchvision() {
     });
 }
 
-/// torchvision's RandomResizedCrop, with the draws of `kernels/augment.cu`.
+/// torchvision's RandomResizedCrop, with the draws of `kernels/augment_draw.cu`.
 fn random_box([sh, sw]: [usize; 2], seed: u64, step: u32, sample: usize) -> [i32; 4] {
     let uniform = |word: u32, low: f64, high: f64| low + (high - low) * (f64::from(word) / 4_294_967_296.0);
     let log_most = (4.0f64 / 3.0).ln();
@@ -451,12 +464,12 @@ fn offsets_are_uniform_and_half_of_the_images_are_flipped() {
         count: device.upload(&[batch as u32]).unwrap(),
         mean: device.upload(&[0.0f32]).unwrap(),
         std: device.upload(&[1.0f32 / SCALE]).unwrap(),
-        x: unwritten(&device, shape.output_len()),
+        x: Storage::F32.unwritten(&device, shape.output_len()),
         to_labels: device.alloc(batch).unwrap(),
     };
     let (source, into) = uploaded.parts();
     gather(&device, &shape, source, Some(RandomCrop { pad: pad as u32, flip: true, seed: 1 }), into).unwrap();
-    let x = read(&device, uploaded.x.view());
+    let x = Storage::F32.read(&device, &uploaded.x);
 
     let mut drawn = vec![0usize; 9 * 9 * 2];
     for sample in 0..batch {

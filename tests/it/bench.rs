@@ -109,7 +109,7 @@ fn single_operations_are_measured() {
             _ => small.iter().find(|shape| keys_of(shape).iter().all(|key| known.contains(key))).unwrap(),
         };
         let result = json(folder.path(), &["bench", "--op", name, "--shape", shape, "--runs", "3", "-q"]);
-        assert_eq!(keys(&result), ["device", "flushed_bytes", "rows", "runs", "threads"]);
+        assert_eq!(keys(&result), ["device", "flushed_bytes", "precision", "rows", "runs", "threads"]);
         let row = &result["rows"][0];
         assert_eq!(row["name"], name);
         let sizes: Vec<&str> = row["shape"].as_str().unwrap().split(',').collect();

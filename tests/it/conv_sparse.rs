@@ -1,6 +1,6 @@
 //! Convolution with kept weights alone, against the same convolution with zeros in their places, which has its goldens.
 
-use dilt::device::{Buffer, Device, HostOptions};
+use dilt::device::{Buffer, Device, HostOptions, Precision};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
@@ -117,7 +117,7 @@ fn compare(
     for with in [None, Some(Bias { bias: bias.view(), columns, count: count.view() })] {
         let (mut y, mut want) = (unwritten(device, shape.output_len()), unwritten(device, shape.output_len()));
         conv_sparse_forward(device, &weights, x.view(), with, y.view_mut()).unwrap();
-        conv_forward(device, shape, x.view(), w.view(), with, want.view_mut()).unwrap();
+        conv_forward(device, shape, x.view().into(), w.view().into(), with, want.view_mut().into()).unwrap();
         let y = read(device, y.view());
         close(&y, &read(device, want.view()), &format!("{what}: y, bias {}", with.is_some()));
         results.push(y);
@@ -126,7 +126,8 @@ fn compare(
     let (mut dx, mut want) = (unwritten(device, shape.input_len()), unwritten(device, shape.input_len()));
     for accumulate in [false, true] {
         conv_sparse_input_gradient(device, &weights, dy.view(), accumulate, dx.view_mut()).unwrap();
-        conv_input_gradient(device, shape, dy.view(), w.view(), accumulate, want.view_mut()).unwrap();
+        conv_input_gradient(device, shape, dy.view().into(), w.view().into(), accumulate, want.view_mut().into())
+            .unwrap();
         let dx = read(device, dx.view());
         close(&dx, &read(device, want.view()), &format!("{what}: dx, accumulate {accumulate}"));
         results.push(dx);
@@ -135,9 +136,10 @@ fn compare(
     let mut dw = device.alloc(shape.weight_len()).unwrap();
     conv_sparse_weight_gradient(device, &mut weights, x.view(), dy.view(), dw.view_mut()).unwrap();
     same_packed(device, shape, kept, groups, [&x, &dy, &w, &dw], &results, what);
-    let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
+    let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
     let mut dense = unwritten(device, shape.weight_len());
-    conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dense.view_mut()).unwrap();
+    conv_weight_gradient(device, shape, x.view().into(), dy.view().into(), scratch.view_mut(), dense.view_mut())
+        .unwrap();
     let (dw, dense) = (read(device, dw.view()), read(device, dense.view()));
     let mut want = vec![0.0; dense.len()];
     kept.iter().for_each(|&place| want[place as usize] = dense[place as usize]);

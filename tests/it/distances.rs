@@ -9,7 +9,7 @@ use dilt::similarity::distances::{Representation, measure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{on_devices, read, unwritten};
+use crate::support::{Storage, on_devices, read, refuses_precision, unwritten};
 
 /// Sums of up to 3,000 squares in two levels of f32, half of it after the root.
 const TOLERANCE: f64 = 1e-6;
@@ -50,12 +50,15 @@ fn distances_agree_with_their_formulas_and_are_symmetric_to_the_bit() {
             on_devices(|device, label| {
                 let label = format!("{label}, {features} features, {n} probes, {metric:?}");
                 let shape = DistanceShape { features, columns, n };
-                let from = device.upload(&x).unwrap();
-                let (mut scratch, mut c) = (unwritten(device, shape.scratch_len()), unwritten(device, n * pitch(n)));
-                let mut largest = unwritten(device, n + 1);
-                let (scratch, to, most_of) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
-                distance_matrix(device, &shape, metric, from.view(), scratch, to, most_of).unwrap();
-                let (c, largest) = (read(device, c.view()), read(device, largest.view()));
+                let run = |storage: Storage| {
+                    let from = storage.upload(device, &x);
+                    let mut scratch = unwritten(device, shape.scratch_len());
+                    let (mut c, mut largest) = (unwritten(device, n * pitch(n)), unwritten(device, n + 1));
+                    let (scratch, to, most_of) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
+                    distance_matrix(device, &shape, metric, from.view(), scratch, to, most_of).unwrap();
+                    [read(device, c.view()), read(device, largest.view())]
+                };
+                let [c, largest] = run(Storage::F32);
                 assert!((f64::from(largest[n]) - most).abs() <= TOLERANCE * most, "{label}: {most} {}", largest[n]);
                 for (i, row) in c.chunks(pitch(n)).enumerate() {
                     assert!(row[n..].iter().all(|&x| x == 0.0), "{label}: padding");
@@ -67,7 +70,12 @@ fn distances_agree_with_their_formulas_and_are_symmetric_to_the_bit() {
                         assert!(error <= TOLERANCE, "{label}: ({i}, {j}): expected {want}, got {}", row[j]);
                     }
                 }
-                vec![c, largest]
+                // What bf16 holds is widened before anything is done with it.
+                let [low, naive] = [Storage::Bf16, Storage::Naive].map(run);
+                assert_eq!(low, naive, "{label}: bf16");
+                let mut results = vec![c, largest];
+                results.extend(low);
+                results
             });
         }
     }
@@ -84,7 +92,7 @@ fn near_probes_far_from_the_origin_keep_their_digits() {
         let (mut scratch, mut c) = (unwritten(device, shape.scratch_len()), unwritten(device, n * pitch(n)));
         let mut largest = unwritten(device, n + 1);
         let (scratch, to, most) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
-        distance_matrix(device, &shape, Metric::Euclidean, from.view(), scratch, to, most).unwrap();
+        distance_matrix(device, &shape, Metric::Euclidean, from.view().into(), scratch, to, most).unwrap();
         let (c, largest) = (read(device, c.view()), f64::from(read(device, largest.view())[n]));
         for (i, j) in [(0, 1), (3, 8), (2, 7)] {
             let (want, got) =
@@ -100,10 +108,14 @@ fn two_sets_of_vectors_are_compared() {
     let (features, sizes) = (90, [70, 9]);
     let [x, y] = [0, 1].map(|set| random(features * pitch(sizes[set]), set as u64));
     on_devices(|device, label| {
-        let (from, with) = (device.upload(&x).unwrap(), device.upload(&y).unwrap());
-        let mut out = unwritten(device, sizes[0] * pitch(sizes[1]));
-        squared_distances(device, features, sizes, from.view(), with.view(), out.view_mut()).unwrap();
-        let out = read(device, out.view());
+        let run = |storage: Storage| {
+            let (from, with) = (storage.upload(device, &x), storage.upload(device, &y));
+            let mut out = unwritten(device, sizes[0] * pitch(sizes[1]));
+            squared_distances(device, features, sizes, from.view(), with.view(), out.view_mut()).unwrap();
+            read(device, out.view())
+        };
+        assert_eq!(run(Storage::Bf16), run(Storage::Naive), "{label}: bf16");
+        let out = run(Storage::F32);
         for at in 0..sizes[0] * sizes[1] {
             let (i, j) = (at / sizes[1], at % sizes[1]);
             let pairs = column(&x, pitch(sizes[0]), i).zip(column(&y, pitch(sizes[1]), j));
@@ -128,10 +140,14 @@ fn images_and_tokens_are_pooled_or_laid_out_by_probe() {
             let samples = shape.samples();
             let (row, tokens) = (columns.len() / samples, if positions == 1 && features == 5 { 11 } else { 1 });
             on_devices(|device, label| {
-                let from = device.upload(&x).unwrap();
-                let mut out = unwritten(device, shape.rows() * samples);
-                representation(device, &shape, from.view(), out.view_mut()).unwrap();
-                let out = read(device, out.view());
+                let run = |storage: Storage| {
+                    let from = storage.upload(device, &x);
+                    let mut out = unwritten(device, shape.rows() * samples);
+                    representation(device, &shape, from.view(), out.view_mut()).unwrap();
+                    read(device, out.view())
+                };
+                assert_eq!(run(Storage::Bf16), run(Storage::Naive), "{label}: bf16");
+                let out = run(Storage::F32);
                 for (at, &got) in out.iter().enumerate() {
                     let (part, sample) = (at / samples, at % samples);
                     let parts = positions * tokens;
@@ -155,7 +171,7 @@ fn images_and_tokens_are_pooled_or_laid_out_by_probe() {
 fn measured(device: &Device, x: &[f32], features: usize, n: usize) -> dilt::Result<(Vec<f32>, f32)> {
     let values = device.upload(x).unwrap();
     let columns = Columns::samples(n).unwrap();
-    let representation = Representation { values: values.view(), features, positions: 1, columns, n };
+    let representation = Representation { values: values.view().into(), features, positions: 1, columns, n };
     let distances = measure(device, &representation, Metric::Euclidean, false)?;
     Ok((distances.matrix.into_raw_vec_and_offset().0, distances.largest))
 }
@@ -184,7 +200,7 @@ fn a_vector_without_length_is_as_far_as_a_right_angle() {
     let (from, mut scratch) = (device.upload(&x).unwrap(), device.alloc(shape.scratch_len()).unwrap());
     let (mut c, mut largest) = (device.alloc(5 * 16).unwrap(), device.alloc(6).unwrap());
     let (scratch, to, most) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
-    distance_matrix(&device, &shape, Metric::Cosine, from.view(), scratch, to, most).unwrap();
+    distance_matrix(&device, &shape, Metric::Cosine, from.view().into(), scratch, to, most).unwrap();
     let (c, most) = (read(&device, c.view()), read(&device, largest.view())[5]);
     assert!((c[3 * 16] * most - 1.0).abs() < 1e-6, "{}", c[3 * 16] * most);
 }
@@ -193,9 +209,12 @@ fn a_vector_without_length_is_as_far_as_a_right_angle() {
 fn tensors_of_the_wrong_size_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = DistanceShape { features: 4, columns: 8, n: 5 };
-    let (x, mut scratch) = (device.alloc(31).unwrap(), device.alloc(shape.scratch_len()).unwrap());
+    let (x, mut scratch) = (device.alloc::<f32>(31).unwrap(), device.alloc(shape.scratch_len()).unwrap());
     let (mut c, mut largest) = (device.alloc(5 * 16).unwrap(), device.alloc(6).unwrap());
     let (scratch, to, most) = (scratch.view_mut(), c.view_mut(), largest.view_mut());
-    let error = distance_matrix(&device, &shape, Metric::Euclidean, x.view(), scratch, to, most).unwrap_err();
+    let error = distance_matrix(&device, &shape, Metric::Euclidean, x.view().into(), scratch, to, most).unwrap_err();
     assert!(error.to_string().contains("number of elements of x: expected 32, got 31"), "{error}");
+    let [low, single] = [Storage::Bf16, Storage::F32].map(|storage| storage.upload(&device, &[0.0; 64]));
+    let mixed = squared_distances(&device, 4, [5, 5], low.view(), single.view(), c.view_mut());
+    refuses_precision(mixed, "squared_distances", "y");
 }

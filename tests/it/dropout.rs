@@ -2,11 +2,11 @@
 
 use std::cell::OnceCell;
 
-use dilt::device::{Buffer, Device};
+use dilt::device::{Buffer, Device, Reals, RealsMut};
 use dilt::ops::Columns;
 use dilt::ops::dropout::{Draw, ResidualShape, dropout_backward, dropout_forward, residual_backward, residual_forward};
 
-use crate::support::{Golden, Tensor, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// Two roundings of f32 an element, and those of sums of up to 700.
 const TOLERANCE: f64 = 2e-6;
@@ -33,14 +33,18 @@ fn others() -> [Setting; 4] {
 }
 
 /// dropout_forward or dropout_backward.
-type Dropout = fn(&Device, dilt::device::Slice<f32>, Draw, dilt::device::SliceMut<f32>) -> dilt::Result<()>;
+type Dropout = fn(&Device, Reals, Draw, RealsMut) -> dilt::Result<()>;
 
 fn drop(device: &Device, direction: Dropout, from: &[f32], setting: Setting) -> Vec<f32> {
+    drop_stored(device, direction, from, setting, Storage::F32)
+}
+
+fn drop_stored(device: &Device, direction: Dropout, from: &[f32], setting: Setting, storage: Storage) -> Vec<f32> {
     let Setting { rate, seed, stream, step } = setting;
-    let (from, step) = (device.upload(from).unwrap(), device.upload(&[step]).unwrap());
-    let mut to = unwritten(device, from.len());
+    let mut to = storage.unwritten(device, from.len());
+    let (from, step) = (storage.upload(device, from), device.upload(&[step]).unwrap());
     direction(device, from.view(), Draw { rate, seed, stream, step: step.view() }, to.view_mut()).unwrap();
-    read(device, to.view())
+    storage.read(device, &to)
 }
 
 /// The residual sum of x and a branch, dgamma and dbranch.
@@ -50,19 +54,20 @@ fn residual(
     [x, branch, dy]: [&[f32]; 3],
     gamma: Option<&[f32]>,
     drop: Option<Setting>,
+    storage: Storage,
 ) -> [Vec<f32>; 3] {
-    let upload = |data: &[f32]| device.upload(data).unwrap();
-    let (x, branch, dy, gamma) = (upload(x), upload(branch), upload(dy), gamma.map(upload));
+    let [x, branch, dy] = [x, branch, dy].map(|data| storage.upload(device, data));
+    let gamma = gamma.map(|gamma| device.upload(gamma).unwrap());
     let step = device.upload(&[drop.map_or(0, |drop| drop.step)]).unwrap();
     let drop = drop.map(|Setting { rate, seed, stream, .. }| Draw { rate, seed, stream, step: step.view() });
-    let (mut y, mut dbranch) = (unwritten(device, shape.len()), unwritten(device, shape.len()));
+    let (mut y, mut dbranch) = (storage.unwritten(device, shape.len()), storage.unwritten(device, shape.len()));
     let mut dgamma = gamma.as_ref().map(|gamma| unwritten(device, gamma.len()));
     let scale = gamma.as_ref().map(Buffer::view);
     residual_forward(device, shape, x.view(), branch.view(), scale, drop, y.view_mut()).unwrap();
     let of_gamma = dgamma.as_mut().map(Buffer::view_mut);
     residual_backward(device, shape, branch.view(), dy.view(), scale, drop, of_gamma, dbranch.view_mut()).unwrap();
     let dgamma = dgamma.map_or_else(Vec::new, |dgamma| read(device, dgamma.view()));
-    [read(device, y.view()), dgamma, read(device, dbranch.view())]
+    [storage.read(device, &y), dgamma, storage.read(device, &dbranch)]
 }
 
 /// Demands that `count` of `of` trials of probability p is within five standard deviations.
@@ -87,7 +92,8 @@ fn residual_sums_and_their_gradients_agree_with_pytorch() {
             let shape = ResidualShape::new(features, Columns::tokens(n, tokens).unwrap()).unwrap();
             let [x, branch, dy] = ["x", "branch", "dy"].map(|name| tensor(name).tokens_last());
             let gamma = golden.find(&case, "gamma").map(|gamma| gamma.f32());
-            let [y, dgamma, dbranch] = residual(device, &shape, [&x, &branch, &dy], gamma.as_deref(), None);
+            let [y, dgamma, dbranch] =
+                residual(device, &shape, [&x, &branch, &dy], gamma.as_deref(), None, Storage::F32);
             let label = |name: &str| format!("{label}: {case}: {name}");
             tensor("y").check_tokens_last(&y, TOLERANCE, &label("y"));
             tensor("dbranch").check_tokens_last(&dbranch, TOLERANCE, &label("dbranch"));
@@ -95,6 +101,14 @@ fn residual_sums_and_their_gradients_agree_with_pytorch() {
                 tensor("dgamma").check(&dgamma, TOLERANCE, &label("dgamma"));
             }
             results.extend([y, dgamma, dbranch]);
+            results.extend(judge_bf16(&label("bf16"), |storage| {
+                let [y, dgamma, dbranch] =
+                    residual(device, &shape, [&x, &branch, &dy], gamma.as_deref(), None, storage);
+                let of_gamma = gamma.as_ref().map(|_| ("dgamma", dgamma, tensor("dgamma").f32()));
+                let tensors =
+                    [("y", y, tensor("y").tokens_last()), ("dbranch", dbranch, tensor("dbranch").tokens_last())];
+                tensors.into_iter().chain(of_gamma).collect()
+            }));
         }
         results
     });
@@ -129,6 +143,8 @@ fn the_backward_pass_draws_the_same_again_and_other_steps_others() {
     on_devices(|device, label| {
         let (y, dx) = (drop(device, dropout_forward, &x, SETTING), drop(device, dropout_backward, &x, SETTING));
         assert!(y == dx, "{label}: other draws in the backward pass");
+        let low = drop_stored(device, dropout_forward, &x, SETTING, Storage::Bf16);
+        assert!(y.iter().zip(&low).all(|(y, low)| (*y == 0.0) == (*low == 0.0)), "{label}: other draws in bf16");
         let p = f64::from(SETTING.rate);
         for other in others() {
             let other = drop(device, dropout_forward, &x, other);
@@ -148,7 +164,7 @@ fn the_backward_pass_draws_the_same_again_and_other_steps_others() {
 fn dropped(device: &Device, columns: Columns, n: usize, setting: Setting) -> Vec<bool> {
     let shape = ResidualShape::new(1, columns).unwrap();
     let (ones, zeros) = (vec![1.0; shape.len()], vec![0.0; shape.len()]);
-    let [y, _, dbranch] = residual(device, &shape, [&zeros, &ones, &ones], None, Some(setting));
+    let [y, _, dbranch] = residual(device, &shape, [&zeros, &ones, &ones], None, Some(setting), Storage::F32);
     assert!(y == dbranch, "other draws in the backward pass");
     let kept = (1.0 / (1.0 - f64::from(setting.rate))) as f32;
     let row = shape.len() / n;
@@ -212,20 +228,31 @@ fn layer_scale_and_its_gradient_count_what_is_kept() {
         on_devices(|device, label| {
             let gone = dropped(device, columns, n.next_multiple_of(8), SETTING);
             let keep = |i: usize| if gone[i % len / row] { 0.0 } else { 1.0 / (1.0 - f64::from(SETTING.rate)) };
-            let got = residual(device, &shape, [&x, &branch, &dy], Some(&gamma), Some(SETTING));
+            let got = residual(device, &shape, [&x, &branch, &dy], Some(&gamma), Some(SETTING), Storage::F32);
             let each = |of: &dyn Fn(usize) -> f64| (0..shape.len()).map(of).collect::<Vec<_>>();
             let product = each(&|i| keep(i) * f64::from(dy[i]) * f64::from(branch[i]));
-            let want = [
-                each(&|i| f64::from(x[i]) + keep(i) * f64::from(gamma[i / len]) * f64::from(branch[i])),
-                product.chunks(len).map(|row| row.iter().sum()).collect(),
-                each(&|i| keep(i) * f64::from(gamma[i / len]) * f64::from(dy[i])),
-            ];
-            for ((got, data), name) in got.iter().zip(want).zip(["y", "dgamma", "dbranch"]) {
+            let wanted = || {
+                [
+                    each(&|i| f64::from(x[i]) + keep(i) * f64::from(gamma[i / len]) * f64::from(branch[i])),
+                    product.chunks(len).map(|row| row.iter().sum()).collect(),
+                    each(&|i| keep(i) * f64::from(gamma[i / len]) * f64::from(dy[i])),
+                ]
+            };
+            for ((got, data), name) in got.iter().zip(wanted()).zip(["y", "dgamma", "dbranch"]) {
                 Tensor { shape: vec![], data }.check(got, TOLERANCE, &format!("{label}: {name}"));
             }
             let stray = |data: &[f32]| data.iter().enumerate().any(|(i, &value)| !live(i) && value != 0.0);
             assert!(!stray(&got[0]) && !stray(&got[2]), "{label}: a padded column is not zero");
-            got.to_vec()
+            let low = judge_bf16(&format!("{label}: bf16"), |storage| {
+                let got = residual(device, &shape, [&x, &branch, &dy], Some(&gamma), Some(SETTING), storage);
+                ["y", "dgamma", "dbranch"]
+                    .into_iter()
+                    .zip(got)
+                    .zip(wanted())
+                    .map(|((name, got), want)| (name, got, want.iter().map(|&value| value as f32).collect()))
+                    .collect()
+            });
+            got.into_iter().chain(low).collect()
         });
     }
 }
@@ -234,11 +261,12 @@ fn layer_scale_and_its_gradient_count_what_is_kept() {
 fn wrong_sizes_and_rates_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = ResidualShape::new(3, Columns::tokens(5, 5).unwrap()).unwrap();
-    let (x, three, two) = (device.alloc(192).unwrap(), device.alloc(3).unwrap(), device.alloc(2).unwrap());
-    let (mut y, mut to_two) = (device.alloc(192).unwrap(), device.alloc(2).unwrap());
+    let [x, mut y] = [192, 192].map(|len| Storage::F32.upload(&device, &vec![0.0; len]));
+    let (three, two, mut to_two) =
+        (device.alloc::<f32>(3).unwrap(), device.alloc(2).unwrap(), device.alloc(2).unwrap());
     let (steps, no_step) = (device.upload(&[0u32]).unwrap(), device.upload(&[0u32; 2]).unwrap());
     let draw = Draw { rate: 0.5, seed: 0, stream: 0, step: steps.view() };
-    let error = residual_forward(&device, &shape, x.view(), three.view(), None, None, y.view_mut()).unwrap_err();
+    let error = residual_forward(&device, &shape, x.view(), three.view().into(), None, None, y.view_mut()).unwrap_err();
     assert!(error.to_string().contains("elements of branch: expected 192, got 3"), "{error}");
     let gamma = Some(two.view());
     let error = residual_forward(&device, &shape, x.view(), x.view(), gamma, None, y.view_mut()).unwrap_err();
@@ -253,7 +281,14 @@ fn wrong_sizes_and_rates_are_refused_by_name() {
     let wrong = Draw { step: no_step.view(), ..draw };
     let error = dropout_backward(&device, x.view(), wrong, y.view_mut()).unwrap_err().to_string();
     assert!(error.contains("elements of step: expected 1, got 2"), "{error}");
-    let error = dropout_forward(&device, three.view(), draw, y.view_mut()).unwrap_err().to_string();
+    let error = dropout_forward(&device, three.view().into(), draw, y.view_mut()).unwrap_err().to_string();
     assert!(error.contains("elements of x: expected a multiple of 8, got 3"), "{error}");
+    let low = Storage::Bf16.upload(&device, &[0.0; 192]);
+    refuses_precision(dropout_forward(&device, low.view(), draw, y.view_mut()), "dropout_forward", "y");
+    refuses_precision(dropout_backward(&device, low.view(), draw, y.view_mut()), "dropout_backward", "dx");
+    let mixed = residual_forward(&device, &shape, low.view(), x.view(), None, None, y.view_mut());
+    refuses_precision(mixed, "residual_forward", "branch");
+    let mixed = residual_backward(&device, &shape, low.view(), low.view(), None, None, None, y.view_mut());
+    refuses_precision(mixed, "residual_backward", "dbranch");
     assert!(ResidualShape::new(0, Columns::samples(8).unwrap()).is_err());
 }

@@ -188,10 +188,10 @@ fn a_structured_ticket_is_written_as_a_smaller_network_of_the_same_outputs() {
         network.load(weights).unwrap();
         let batch = network.batch();
         let x: Vec<f32> = (0..batch.x.len()).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
-        device.write(&x, batch.x).unwrap();
+        device.write_reals(&x, batch.x).unwrap();
         device.write(&[8], batch.current.count).unwrap();
         network.forward(Mode::Evaluate).unwrap();
-        device.read(network.head().logits).unwrap()
+        device.read_reals(network.head().logits).unwrap()
     };
     let exported = Weights::load(&folder.join("small")).unwrap();
     assert!(exported.masks.is_empty());

@@ -1,12 +1,12 @@
 //! Layer norm against float64 goldens, and against the plain formula on rows of many tiles.
 
-use dilt::device::{Buffer, Device};
+use dilt::device::Device;
 use dilt::ops::Columns;
 use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 
-use crate::support::{Golden, Tensor, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// A few roundings of f32, 6e-8 each, of which the mean's counts a hundredfold where it is 100 standard deviations.
 const TOLERANCE: f64 = 4e-6;
@@ -27,21 +27,22 @@ fn run(
     epsilon: f32,
     count: usize,
     held: Option<&[f32]>,
+    storage: Storage,
 ) -> [Vec<f32>; 6] {
-    let upload = |data: &[f32]| device.upload(data).unwrap();
-    let (x, dy, gamma, beta) = (upload(x), upload(dy), upload(gamma), upload(beta));
+    let (x, dy) = (storage.upload(device, x), storage.upload(device, dy));
+    let (gamma, beta) = (device.upload(gamma).unwrap(), device.upload(beta).unwrap());
     let count = device.upload(&[count as u32]).unwrap();
     let column = || unwritten(device, shape.columns());
-    let (mut y, mut mean, mut invstd) = (unwritten(device, shape.len()), column(), column());
+    let (mut y, mut mean, mut invstd) = (storage.unwritten(device, shape.len()), column(), column());
     let saved = LayerNormStatistics { mean: mean.view_mut(), invstd: invstd.view_mut() };
     let affine = LayerNormAffine { gamma: gamma.view(), beta: beta.view(), epsilon };
     layer_norm_forward(device, shape, x.view(), affine, count.view(), Some(saved), y.view_mut()).unwrap();
-    let mut unsaved = unwritten(device, shape.len());
+    let mut unsaved = storage.unwritten(device, shape.len());
     layer_norm_forward(device, shape, x.view(), affine, count.view(), None, unsaved.view_mut()).unwrap();
-    let bits = |buffer: &Buffer<f32>| read(device, buffer.view()).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let bits = |buffer| storage.read(device, buffer).into_iter().map(f32::to_bits).collect::<Vec<_>>();
     assert!(bits(&y) == bits(&unsaved), "without statistics y is another");
 
-    let mut dx = held.map_or_else(|| unwritten(device, shape.len()), upload);
+    let mut dx = held.map_or_else(|| storage.unwritten(device, shape.len()), |held| storage.upload(device, held));
     let (mut dgamma, mut dbeta) = (unwritten(device, gamma.len()), unwritten(device, gamma.len()));
     let mut scratch = unwritten(device, shape.scratch_len());
     let input = LayerNormBackward {
@@ -55,7 +56,9 @@ fn run(
     };
     let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
     layer_norm_backward(device, shape, input, scratch.view_mut(), of_gamma, of_beta, dx.view_mut()).unwrap();
-    [&y, &mean, &invstd, &dx, &dgamma, &dbeta].map(|buffer| read(device, buffer.view()))
+    let [y, dx] = [y, dx].map(|buffer| storage.read(device, &buffer));
+    let [mean, invstd, dgamma, dbeta] = [mean, invstd, dgamma, dbeta].map(|buffer| read(device, buffer.view()));
+    [y, mean, invstd, dx, dgamma, dbeta]
 }
 
 #[test]
@@ -70,7 +73,7 @@ fn layer_norm_and_its_gradients_agree_with_pytorch() {
             let (x, dy) = (tensor("x").tokens_last(), tensor("dy").tokens_last());
             let (gamma, beta) = (tensor("gamma").f32(), tensor("beta").f32());
             let epsilon = golden.number(&case, "eps") as f32;
-            let got = run(device, &shape, [&x, &dy, &gamma, &beta], epsilon, n, None);
+            let got = run(device, &shape, [&x, &dy, &gamma, &beta], epsilon, n, None, Storage::F32);
             for (name, got) in NAMES.iter().zip(&got) {
                 let label = format!("{label}: {case}: {name}");
                 match *name {
@@ -84,6 +87,16 @@ fn layer_norm_and_its_gradients_agree_with_pytorch() {
                 }
             }
             results.extend(got);
+            // Of a single feature dx is the difference of two equal terms, in bf16 as in f32.
+            results.extend(judge_bf16(&format!("{label}: {case}: bf16"), |storage| {
+                let got = run(device, &shape, [&x, &dy, &gamma, &beta], epsilon, n, None, storage);
+                let want = |name: &str| match name {
+                    "dgamma" | "dbeta" => tensor(name).f32(),
+                    _ => tensor(name).tokens_last(),
+                };
+                let all = NAMES.into_iter().zip(got).filter(|(name, _)| features > 1 || *name != "dx");
+                all.map(|(name, got)| (name, got, want(name))).collect()
+            }));
         }
         results
     });
@@ -139,7 +152,7 @@ fn rows_of_many_tiles_and_padded_columns_follow_the_formula() {
         let inputs = [&x, &dy, &gamma, &beta].map(|data| data.as_slice());
         let want = plain(inputs, &live, &held);
         on_devices(|device, label| {
-            let got = run(device, &shape, inputs, 1e-5, count, Some(&held));
+            let got = run(device, &shape, inputs, 1e-5, count, Some(&held), Storage::F32);
             for ((got, want), name) in got.iter().zip(&want).zip(NAMES) {
                 let label = format!("{label}: {features} features: {name}");
                 // Sums of random signs leave little of their addends: errors are measured by those.
@@ -151,7 +164,13 @@ fn rows_of_many_tiles_and_padded_columns_follow_the_formula() {
                     assert_eq!(stray, None, "{label}: a padded column is not zero");
                 }
             }
-            got.to_vec()
+            // bf16 that is added to is rounded like what is written.
+            let as_f32 = |values: &Vec<f64>| values.iter().map(|&value| value as f32).collect();
+            let low = judge_bf16(&format!("{label}: {features} features: bf16"), |storage| {
+                let got = run(device, &shape, inputs, 1e-5, count, Some(&held), storage);
+                NAMES.into_iter().zip(got).zip(&want).map(|((name, got), want)| (name, got, as_f32(want))).collect()
+            });
+            got.into_iter().chain(low).collect()
         });
     }
 }
@@ -162,12 +181,14 @@ fn a_nan_stays_in_its_column() {
     on_devices(|device, label| {
         let shape = LayerNormShape::new(features, Columns::tokens(8, 8).unwrap()).unwrap();
         let mut x = values(1, shape.len());
-        x[3 * shape.columns() + column] = f32::NAN;
         let (dy, one) = (values(2, shape.len()), vec![1.0; features]);
-        let [y, _, _, dx, ..] = run(device, &shape, [&x, &dy, &one, &one], 1e-5, 8, None);
-        for (i, (y, dx)) in y.iter().zip(&dx).enumerate() {
-            let expected = i % shape.columns() == column;
-            assert_eq!((y.is_nan(), dx.is_nan()), (expected, expected), "{label}: element {i}");
+        for (storage, bad) in [(Storage::F32, f32::NAN), (Storage::Bf16, f32::NAN), (Storage::Bf16, f32::INFINITY)] {
+            x[3 * shape.columns() + column] = bad;
+            let [y, _, _, dx, ..] = run(device, &shape, [&x, &dy, &one, &one], 1e-5, 8, None, storage);
+            for (i, (y, dx)) in y.iter().zip(&dx).enumerate() {
+                let expected = i % shape.columns() == column;
+                assert_eq!((y.is_nan(), dx.is_nan()), (expected, expected), "{label}: {storage:?}: element {i}");
+            }
         }
         Vec::new()
     });
@@ -177,11 +198,11 @@ fn a_nan_stays_in_its_column() {
 fn tensors_of_the_wrong_size_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = LayerNormShape::new(4, Columns::tokens(5, 5).unwrap()).unwrap();
-    let (x, count) = (device.alloc(shape.len()).unwrap(), device.alloc::<u32>(1).unwrap());
+    let (x, count) = (Storage::F32.upload(&device, &[0.0; 256]), device.alloc::<u32>(1).unwrap());
     let (four, three) = (device.alloc::<f32>(4).unwrap(), device.alloc::<f32>(3).unwrap());
     let statistics = device.alloc(shape.columns()).unwrap();
     let (mut y, mut to_three, mut to_four) =
-        (device.alloc(shape.len()).unwrap(), device.alloc(3).unwrap(), device.alloc(4).unwrap());
+        (Storage::F32.upload(&device, &[0.0; 256]), device.alloc(3).unwrap(), device.alloc(4).unwrap());
     let affine = LayerNormAffine { gamma: four.view(), beta: three.view(), epsilon: 1e-5 };
     let error = layer_norm_forward(&device, &shape, x.view(), affine, count.view(), None, y.view_mut()).unwrap_err();
     assert!(error.to_string().contains("elements of beta: expected 4, got 3"), "{error}");
@@ -203,5 +224,13 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
     let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
     let error = layer_norm_backward(&device, &shape, input, short.view_mut(), of_gamma, of_beta, y.view_mut());
     assert!(error.unwrap_err().to_string().contains("elements of scratch: expected 16, got 15"));
+    let low = Storage::Bf16.upload(&device, &[0.0; 256]);
+    let mixed = layer_norm_forward(&device, &shape, low.view(), affine, count.view(), None, y.view_mut());
+    refuses_precision(mixed, "layer_norm_forward", "y");
+    let (input, mut scratch) =
+        (LayerNormBackward { x: low.view(), dy: x.view(), ..input }, device.alloc(shape.scratch_len()).unwrap());
+    let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
+    let mixed = layer_norm_backward(&device, &shape, input, scratch.view_mut(), of_gamma, of_beta, y.view_mut());
+    refuses_precision(mixed, "layer_norm_backward", "dy");
     assert!(LayerNormShape::new(0, Columns::samples(8).unwrap()).is_err());
 }

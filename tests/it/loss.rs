@@ -3,7 +3,7 @@
 use dilt::device::Device;
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 
-use crate::support::{Golden, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// Exponentials and logarithms of f32 and sums of up to 1000 of them; logits of scale 50 lose a digit before that.
 const TOLERANCE: f64 = 3e-6;
@@ -20,10 +20,22 @@ struct Outcome {
 
 /// Runs the loss on logits `[classes, n]`; outputs are NaN and 77 before. Without a gradient it must give the same.
 fn run(device: &Device, logits: &[f32], labels: &[u32], count: usize, step: u32, smoothing: f32) -> Outcome {
+    run_stored(device, logits, labels, count, step, smoothing, Storage::F32)
+}
+
+fn run_stored(
+    device: &Device,
+    logits: &[f32],
+    labels: &[u32],
+    count: usize,
+    step: u32,
+    smoothing: f32,
+    storage: Storage,
+) -> Outcome {
     let shape = LossShape::new(logits.len() / labels.len(), labels.len()).unwrap();
-    let (logits, labels) = (device.upload(logits).unwrap(), device.upload(labels).unwrap());
+    let (logits, labels) = (storage.upload(device, logits), device.upload(labels).unwrap());
     let (count, step) = (device.upload(&[count as u32]).unwrap(), device.upload(&[step]).unwrap());
-    let mut dlogits = unwritten(device, shape.len());
+    let mut dlogits = storage.unwritten(device, shape.len());
     let mut outcomes = [true, false].map(|gradient| {
         let mut loss = unwritten(device, ROWS);
         let (mut top1, mut top5) = (device.upload(&[77u32; ROWS]).unwrap(), device.upload(&[77u32; ROWS]).unwrap());
@@ -37,7 +49,7 @@ fn run(device: &Device, logits: &[f32], labels: &[u32], count: usize, step: u32,
     let bits = |outcome: &Outcome| outcome.loss.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&outcomes[0]), bits(&outcomes[1]));
     assert_eq!((&outcomes[0].top1, &outcomes[0].top5), (&outcomes[1].top1, &outcomes[1].top5));
-    outcomes[0].dlogits = read(device, dlogits.view());
+    outcomes[0].dlogits = storage.read(device, &dlogits);
     let [outcome, _] = outcomes;
     outcome
 }
@@ -58,7 +70,7 @@ fn cross_entropy_and_its_gradient_agree_with_pytorch() {
             let tensor = |name: &str| golden.get(&case, name);
             let smoothing = golden.number(&case, "label_smoothing") as f32;
             let (logits, labels) = (tensor("logits"), tensor("labels"));
-            let step = results.len() as u32 % ROWS as u32;
+            let step = results.len() as u32 / 2 % ROWS as u32;
             let count = labels.data.len();
             let got = run(device, &logits.samples_last(), &padded(&labels.data), count, step, smoothing);
             let (row, label) = (step as usize, format!("{label}: {case}"));
@@ -71,6 +83,15 @@ fn cross_entropy_and_its_gradient_agree_with_pytorch() {
                 assert!(got.loss[other].is_nan() && got.top1[other] == 77 && got.top5[other] == 77, "{label}: {other}");
             }
             results.extend([got.loss[row..=row].to_vec(), got.dlogits]);
+            results.extend(judge_bf16(&format!("{label}: bf16"), |storage| {
+                let (from, labels) = (logits.samples_last(), padded(&labels.data));
+                let got = run_stored(device, &from, &labels, count, 0, smoothing, storage);
+                let want = |name: &str| tensor(name);
+                vec![
+                    ("loss", got.loss[..1].to_vec(), want("loss").f32()),
+                    ("dlogits", got.dlogits, want("dlogits").samples_last()),
+                ]
+            }));
         }
         results
     });
@@ -131,11 +152,11 @@ fn what_is_no_number_shows_in_the_loss_and_counts_as_wrong() {
         for class in 0..3 {
             let mut logits = clean.clone();
             logits[class * 8 + 3] = f32::NAN;
-            for smoothing in [0.0, 0.1] {
-                let got = run(device, &logits, &labels, 8, 0, smoothing);
+            for (smoothing, storage) in [(0.0, Storage::F32), (0.1, Storage::F32), (0.1, Storage::Bf16)] {
+                let got = run_stored(device, &logits, &labels, 8, 0, smoothing, storage);
                 assert!(got.loss[0].is_nan() && got.top1[0] == 7, "{label}: class {class}: {:?}", got.top1);
                 assert!(got.dlogits[3].is_nan() && got.dlogits[2].is_finite(), "{label}: class {class}");
-                let got = run(device, &logits, &labels, 3, 0, smoothing);
+                let got = run_stored(device, &logits, &labels, 3, 0, smoothing, storage);
                 assert!(got.loss[0].is_finite() && got.top1[0] == 3, "{label}: class {class}");
             }
         }
@@ -145,9 +166,11 @@ fn what_is_no_number_shows_in_the_loss_and_counts_as_wrong() {
         // An impossible class is no error.
         let mut logits = clean.clone();
         logits[3] = f32::NEG_INFINITY;
-        let got = run(device, &logits, &labels, 8, 0, 0.0);
-        assert!(got.loss[0].is_finite() && got.dlogits[3] == 0.0, "{label}: {}", got.loss[0]);
-        vec![got.loss[..1].to_vec()]
+        for storage in [Storage::F32, Storage::Bf16] {
+            let got = run_stored(device, &logits, &labels, 8, 0, 0.0, storage);
+            assert!(got.loss[0].is_finite() && got.dlogits[3] == 0.0, "{label}: {storage:?}: {}", got.loss[0]);
+        }
+        vec![run(device, &logits, &labels, 8, 0, 0.0).loss[..1].to_vec()]
     });
 }
 
@@ -155,7 +178,7 @@ fn what_is_no_number_shows_in_the_loss_and_counts_as_wrong() {
 fn tensors_of_the_wrong_size_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = LossShape::new(10, 5).unwrap();
-    let (logits, one) = (device.alloc(shape.len()).unwrap(), device.alloc::<u32>(1).unwrap());
+    let (logits, one) = (Storage::Bf16.upload(&device, &[0.0; 80]), device.alloc::<u32>(1).unwrap());
     let mut loss = device.alloc(4).unwrap();
     let (mut top1, mut top5) = (device.alloc(4).unwrap(), device.alloc(3).unwrap());
     for (labels, problem) in [(5, "elements of labels: expected 8, got 5"), (8, "table top5: expected 4, got 3")] {
@@ -166,5 +189,12 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
         let error = cross_entropy(&device, &shape, input, tables, None).unwrap_err().to_string();
         assert!(error.contains(problem), "{error}");
     }
+    let (labels, mut top5, mut dlogits) =
+        (device.alloc(8).unwrap(), device.alloc(4).unwrap(), Storage::F32.upload(&device, &[0.0; 80]));
+    let (count, step) = (one.view(), one.view());
+    let input = LossInput { logits: logits.view(), labels: labels.view(), count, step, smoothing: 0.0 };
+    let tables = LossTables { loss: loss.view_mut(), top1: top1.view_mut(), top5: top5.view_mut() };
+    let mixed = cross_entropy(&device, &shape, input, tables, Some(dlogits.view_mut()));
+    refuses_precision(mixed, "cross_entropy", "dlogits");
     assert!(LossShape::new(0, 5).is_err() && LossShape::new(5, 0).is_err());
 }

@@ -35,6 +35,7 @@ mod optimizer;
 mod partition;
 mod pointwise;
 mod pool;
+mod precision;
 #[cfg(feature = "nvtx")]
 mod profile;
 mod prune;

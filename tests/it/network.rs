@@ -37,12 +37,12 @@ fn forward(device: &Device, network: &mut Network, weights: &Weights) -> Vec<f32
     let x: Vec<f32> = (0..features * PADDED).map(|i| if i % PADDED < SAMPLES { noise(i) } else { 0.0 }).collect();
     let labels: Vec<u32> = (0..PADDED).map(|i| (i % CLASSES) as u32).collect();
     let into = network.batch();
-    device.write(&x, into.x).unwrap();
+    device.write_reals(&x, into.x).unwrap();
     device.write(&labels, into.labels).unwrap();
     device.write(&[SAMPLES as u32], into.current.count).unwrap();
     device.write(&[0.0f32], into.current.rate).unwrap();
     network.forward(Mode::Train).unwrap();
-    device.read(network.head().logits).unwrap()
+    device.read_reals(network.head().logits).unwrap()
 }
 
 /// Mean cross entropy with label smoothing, in f64.

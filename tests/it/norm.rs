@@ -1,11 +1,11 @@
 //! Batch norm with residual and relu against float64 goldens, and against the plain formula on a row of many chunks.
 
-use dilt::device::{Buffer, Device};
+use dilt::device::{Device, RealBuffer};
 use dilt::ops::norm::{
     NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_eval, norm_forward,
 };
 
-use crate::support::{Golden, Tensor, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// A few roundings of f32, 6e-8 each, of which the mean's counts a hundredfold where it is 100 standard deviations.
 const TOLERANCE: f64 = 4e-6;
@@ -16,93 +16,98 @@ fn values(seed: u32, len: usize) -> Vec<f32> {
     (0..len as u32).map(|i| hash(i.wrapping_mul(0xC2B2_AE35) ^ i) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
 
+/// The results of a golden case, forward and backward, and whether they are `[N, C, H, W]`.
+fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(&'static str, Vec<f32>, bool)> {
+    let tensor = |name: &str| golden.get(case, name);
+    let flag = |key: &str| golden.number(case, key) != 0.0;
+    let number = |key: &str| golden.number(case, key) as f32;
+    let [n, features, h, w] = tensor("x").shape[..] else { panic!() };
+    let shape = NormShape::new(features, h * w, n).unwrap();
+    let upload = |name: &str| storage.upload(device, &tensor(name).samples_last());
+    let row = |name: &str| device.upload(&tensor(name).f32()).unwrap();
+    let (x, dy, gamma, beta) = (upload("x"), upload("dy"), row("gamma"), row("beta"));
+    let residual = flag("residual").then(|| upload("residual"));
+    let (mut running_mean, mut running_var) = (row("running_mean"), row("running_var"));
+    let count = device.upload(&[n as u32]).unwrap();
+    let (relu, training) = (flag("relu"), flag("train"));
+    let input = NormInput {
+        x: x.view(),
+        residual: residual.as_ref().map(RealBuffer::view),
+        relu,
+        map: None,
+        count: count.view(),
+    };
+    let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: number("eps") };
+
+    let mut scratch = unwritten(device, shape.scratch_len());
+    let mut y = storage.unwritten(device, shape.len());
+    let (mut mean, mut invstd) = (unwritten(device, features), unwritten(device, features));
+    if training {
+        let running =
+            NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: number("momentum") };
+        let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
+        norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut()).unwrap();
+    } else {
+        let (running_mean, running_var) = (running_mean.view(), running_var.view());
+        norm_eval(device, &shape, input, affine, running_mean, running_var, y.view_mut()).unwrap();
+        (mean, invstd) = (row("mean"), row("invstd"));
+    }
+
+    let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
+    let (mut dx, mut dresidual) = (storage.unwritten(device, shape.len()), storage.unwritten(device, shape.len()));
+    let backward = NormBackward {
+        map: None,
+        x: x.view(),
+        y: residual.as_ref().map(|_| y.view()),
+        dy: dy.view(),
+        relu,
+        gamma: gamma.view(),
+        beta: beta.view(),
+        mean: mean.view(),
+        invstd: invstd.view(),
+        training,
+        count: count.view(),
+    };
+    let to_residual = residual.as_ref().map(|_| dresidual.view_mut());
+    let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
+    norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, to_residual, dx.view_mut()).unwrap();
+
+    let rows = [
+        ("mean", mean),
+        ("invstd", invstd),
+        ("new_running_mean", running_mean),
+        ("new_running_var", running_var),
+        ("dgamma", dgamma),
+        ("dbeta", dbeta),
+    ];
+    let tensors = [("y", Some(y)), ("dx", Some(dx)), ("dresidual", residual.map(|_| dresidual))];
+    let rows = rows.iter().map(|(name, row)| (*name, read(device, row.view()), false));
+    let tensors = tensors.iter().filter_map(|(name, of)| Some((*name, storage.read(device, of.as_ref()?), true)));
+    rows.chain(tensors).collect()
+}
+
 #[test]
 fn batch_norm_and_its_gradients_agree_with_pytorch() {
     let golden = Golden::open("norm");
     on_devices(|device, label| {
         let mut results = Vec::new();
         for case in golden.cases() {
-            let tensor = |name: &str| golden.get(&case, name);
-            let flag = |key: &str| golden.number(&case, key) != 0.0;
-            let number = |key: &str| golden.number(&case, key) as f32;
-            let sizes = tensor("x").shape;
-            let (n, features) = (sizes[0], sizes[1]);
-            let shape = NormShape::new(features, sizes[2] * sizes[3], n).unwrap();
-            let upload = |name: &str| device.upload(&tensor(name).samples_last()).unwrap();
-            let row = |name: &str| device.upload(&tensor(name).f32()).unwrap();
-            let (x, dy, gamma, beta) = (upload("x"), upload("dy"), row("gamma"), row("beta"));
-            let residual = flag("residual").then(|| upload("residual"));
-            let (mut running_mean, mut running_var) = (row("running_mean"), row("running_var"));
-            let count = device.upload(&[n as u32]).unwrap();
-            let (relu, training) = (flag("relu"), flag("train"));
-            let input = NormInput {
-                x: x.view(),
-                residual: residual.as_ref().map(Buffer::view),
-                relu,
-                map: None,
-                count: count.view(),
-            };
-            let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: number("eps") };
-
-            let mut scratch = unwritten(device, shape.scratch_len());
-            let mut y = unwritten(device, shape.len());
-            let (mut mean, mut invstd) = (unwritten(device, features), unwritten(device, features));
-            if training {
-                let running = NormRunning {
-                    mean: running_mean.view_mut(),
-                    var: running_var.view_mut(),
-                    momentum: number("momentum"),
-                };
-                let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
-                norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut()).unwrap();
-            } else {
-                let (running_mean, running_var) = (running_mean.view(), running_var.view());
-                norm_eval(device, &shape, input, affine, running_mean, running_var, y.view_mut()).unwrap();
-                (mean, invstd) = (row("mean"), row("invstd"));
-            }
-
-            let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
-            let (mut dx, mut dresidual) = (unwritten(device, shape.len()), unwritten(device, shape.len()));
-            let backward = NormBackward {
-                map: None,
-                x: x.view(),
-                y: y.view(),
-                dy: dy.view(),
-                relu,
-                gamma: gamma.view(),
-                mean: mean.view(),
-                invstd: invstd.view(),
-                training,
-                count: count.view(),
-            };
-            let to_residual = residual.as_ref().map(|_| dresidual.view_mut());
-            let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
-            norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, to_residual, dx.view_mut())
-                .unwrap();
-
-            let mut check = |name: &str, buffer: &Buffer<f32>, samples_last: bool| {
-                let (got, label) = (read(device, buffer.view()), format!("{label}: {case}: {name}"));
+            for (name, got, samples_last) in pass(device, &golden, &case, Storage::F32) {
+                let (tensor, label) = (golden.get(&case, name), format!("{label}: {case}: {name}"));
                 match samples_last {
-                    true => tensor(name).check_samples_last(&got, TOLERANCE, &label),
-                    false => tensor(name).check(&got, TOLERANCE, &label),
+                    true => tensor.check_samples_last(&got, TOLERANCE, &label),
+                    false => tensor.check(&got, TOLERANCE, &label),
                 };
                 results.push(got);
-            };
-            for (name, buffer) in [
-                ("mean", &mean),
-                ("invstd", &invstd),
-                ("new_running_mean", &running_mean),
-                ("new_running_var", &running_var),
-                ("dgamma", &dgamma),
-                ("dbeta", &dbeta),
-            ] {
-                check(name, buffer, false);
             }
-            check("y", &y, true);
-            check("dx", &dx, true);
-            if residual.is_some() {
-                check("dresidual", &dresidual, true);
-            }
+            results.extend(judge_bf16(&format!("{label}: {case}: bf16"), |storage| {
+                let want = |name: &str, samples_last: bool| match samples_last {
+                    true => golden.get(&case, name).samples_last(),
+                    false => golden.get(&case, name).f32(),
+                };
+                let got = pass(device, &golden, &case, storage);
+                got.into_iter().map(|(name, got, last)| (name, got, want(name, last))).collect()
+            }));
         }
         results
     });
@@ -174,8 +179,8 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
             let mut scratch = unwritten(device, shape.scratch_len());
 
             let input = NormInput {
-                x: x.view(),
-                residual: Some(residual.view()),
+                x: x.view().into(),
+                residual: Some(residual.view().into()),
                 relu: true,
                 map: None,
                 count: on_device.view(),
@@ -183,22 +188,25 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
             let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
             let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 1.0 };
             let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
-            norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut()).unwrap();
+            norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut().into())
+                .unwrap();
             let backward = NormBackward {
                 map: None,
-                x: x.view(),
-                y: y.view(),
-                dy: dy.view(),
+                x: x.view().into(),
+                y: Some(y.view().into()),
+                dy: dy.view().into(),
                 relu: true,
                 gamma: gamma.view(),
+                beta: beta.view(),
                 mean: mean.view(),
                 invstd: invstd.view(),
                 training: true,
                 count: on_device.view(),
             };
-            let (of_gamma, of_beta, of_residual) = (dgamma.view_mut(), dbeta.view_mut(), Some(dresidual.view_mut()));
-            norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, of_residual, dx.view_mut())
-                .unwrap();
+            let (of_gamma, of_beta, of_residual) =
+                (dgamma.view_mut(), dbeta.view_mut(), Some(dresidual.view_mut().into()));
+            let of_x = dx.view_mut().into();
+            norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, of_residual, of_x).unwrap();
 
             let got = [&y, &dx, &dgamma, &dbeta, &mean, &invstd, &running_var].map(|b| read(device, b.view()));
             let names = ["y", "dx", "dgamma", "dbeta", "mean", "invstd", "running var"];
@@ -226,17 +234,20 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
 fn a_relu_does_not_hide_a_nan() {
     on_devices(|device, label| {
         let shape = NormShape::new(1, 1, 16).unwrap();
-        let x = device.upload(&[[1.0; 10].as_slice(), &[f32::NAN; 3], &[-1.0; 3]].concat()).unwrap();
+        let x = [[1.0; 10].as_slice(), &[f32::NAN; 2], &[f32::INFINITY], &[-1.0, -2.0, f32::NEG_INFINITY]].concat();
         let (one, zero) = (device.upload(&[1.0f32]).unwrap(), device.upload(&[0.0f32]).unwrap());
         let count = device.upload(&[16u32]).unwrap();
-        let mut y = device.alloc(16).unwrap();
-        let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
         let affine = NormAffine { gamma: one.view(), beta: zero.view(), epsilon: 0.0 };
-        norm_eval(device, &shape, input, affine, zero.view(), one.view(), y.view_mut()).unwrap();
-        let y = read(device, y.view());
-        assert!(y[10..13].iter().all(|value| value.is_nan()), "{label}: {y:?}");
-        assert_eq!((&y[..10], &y[13..]), ([1.0; 10].as_slice(), [0.0; 3].as_slice()), "{label}");
-        vec![y[..10].to_vec()]
+        for storage in [Storage::F32, Storage::Bf16] {
+            let (x, mut y) = (storage.upload(device, &x), storage.unwritten(device, 16));
+            let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
+            norm_eval(device, &shape, input, affine, zero.view(), one.view(), y.view_mut()).unwrap();
+            let y = storage.read(device, &y);
+            assert!(y[10..12].iter().all(|value| value.is_nan()), "{label}: {storage:?}: {y:?}");
+            let rest = [[1.0; 10].as_slice(), &[f32::INFINITY], &[0.0; 3]].concat();
+            assert_eq!([&y[..10], &y[12..]].concat(), rest, "{label}: {storage:?}");
+        }
+        vec![]
     });
 }
 
@@ -244,16 +255,40 @@ fn a_relu_does_not_hide_a_nan() {
 fn tensors_of_the_wrong_size_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = NormShape::new(4, 9, 5).unwrap();
-    let (x, count) = (device.alloc(shape.len()).unwrap(), device.alloc::<u32>(1).unwrap());
+    let count = device.alloc::<u32>(1).unwrap();
     let (four, three) = (device.alloc::<f32>(4).unwrap(), device.alloc::<f32>(3).unwrap());
-    let mut y = device.alloc(shape.len()).unwrap();
+    let [x, mut y, low] =
+        [Storage::F32, Storage::F32, Storage::Bf16].map(|storage| storage.upload(&device, &[0.0; 288]));
     let input = NormInput { x: x.view(), residual: None, relu: false, map: None, count: count.view() };
     let affine = NormAffine { gamma: four.view(), beta: three.view(), epsilon: 1e-5 };
     let error = norm_eval(&device, &shape, input, affine, four.view(), four.view(), y.view_mut()).unwrap_err();
     assert!(error.to_string().contains("elements of beta: expected 4, got 3"), "{error}");
-    let input = NormInput { residual: Some(four.view()), ..input };
+    let input = NormInput { residual: Some(four.view().into()), ..input };
     let error = norm_eval(&device, &shape, input, affine, four.view(), four.view(), y.view_mut()).unwrap_err();
     assert!(error.to_string().contains("elements of residual: expected 288, got 4"), "{error}");
+    let affine = NormAffine { beta: four.view(), ..affine };
+    for (residual, tensor) in [(None, "y"), (Some(x.view()), "residual")] {
+        let input = NormInput { x: low.view(), residual, ..input };
+        let result = norm_eval(&device, &shape, input, affine, four.view(), four.view(), y.view_mut());
+        refuses_precision(result, "norm_eval", tensor);
+    }
+    let input = NormBackward {
+        map: None,
+        x: low.view(),
+        y: Some(low.view()),
+        dy: x.view(),
+        relu: true,
+        gamma: four.view(),
+        beta: four.view(),
+        mean: four.view(),
+        invstd: four.view(),
+        training: true,
+        count: count.view(),
+    };
+    let [mut scratch, mut dgamma, mut dbeta] = [shape.scratch_len(), 4, 4].map(|len| device.alloc(len).unwrap());
+    let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
+    let mixed = norm_backward(&device, &shape, input, scratch.view_mut(), of_gamma, of_beta, None, y.view_mut());
+    refuses_precision(mixed, "norm_backward", "dy");
     assert!(NormShape::new(0, 9, 5).is_err() && NormShape::new(4, 1 << 20, 1 << 20).is_err());
     assert!(NormShape::new(4, 9, usize::MAX).is_err());
 }

@@ -49,8 +49,8 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 let (x, added, dy) = (upload(&x), upload(added), upload(dy));
                 let len = dy.len();
                 let input = NormInput {
-                    x: x.view(),
-                    residual: residual.then(|| added.view()),
+                    x: x.view().into(),
+                    residual: residual.then(|| added.view().into()),
                     relu,
                     map,
                     count: counted.view(),
@@ -59,19 +59,21 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 let (mut y, mut scratch) = (unwritten(device, len), unwritten(device, shape.scratch_len()));
                 let (mut mean, mut var) = (upload(&[0.5; 3]), upload(&[2.0; 3]));
                 if eval {
-                    norm_eval(device, &shape, input, affine, mean.view(), var.view(), y.view_mut()).unwrap();
+                    norm_eval(device, &shape, input, affine, mean.view(), var.view(), y.view_mut().into()).unwrap();
                     return vec![read(device, y.view())];
                 }
                 let (mut saved, mut invstd) = (unwritten(device, 3), unwritten(device, 3));
                 let running = NormRunning { mean: mean.view_mut(), var: var.view_mut(), momentum: 0.1 };
                 let kept = NormSaved { mean: saved.view_mut(), invstd: invstd.view_mut() };
-                norm_forward(device, &shape, input, affine, running, kept, scratch.view_mut(), y.view_mut()).unwrap();
+                let to = y.view_mut().into();
+                norm_forward(device, &shape, input, affine, running, kept, scratch.view_mut(), to).unwrap();
                 let backward = NormBackward {
-                    x: x.view(),
-                    y: y.view(),
-                    dy: dy.view(),
+                    x: x.view().into(),
+                    y: input.residual.map(|_| y.view().into()),
+                    dy: dy.view().into(),
                     relu,
                     gamma: gamma.view(),
+                    beta: beta.view(),
                     mean: saved.view(),
                     invstd: invstd.view(),
                     training: true,
@@ -87,8 +89,8 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                     scratch.view_mut(),
                     dgamma.view_mut(),
                     dbeta.view_mut(),
-                    residual.then(|| dadded.view_mut()),
-                    dx.view_mut(),
+                    residual.then(|| dadded.view_mut().into()),
+                    dx.view_mut().into(),
                 )
                 .unwrap();
                 let mut of = vec![y];
@@ -136,8 +138,8 @@ fn a_shortcut_reads_the_channels_that_are_left() {
         let (x, dy) = (values(4, shape.input_len()), values(5, shape.output_len()));
         let (mut y, mut dx) = (unwritten(device, shape.output_len()), unwritten(device, shape.input_len()));
         let (on_x, on_dy) = (device.upload(&x).unwrap(), device.upload(&dy).unwrap());
-        shortcut_forward(device, &shape, Some(&map), on_x.view(), y.view_mut()).unwrap();
-        shortcut_backward(device, &shape, Some(&map), on_dy.view(), dx.view_mut()).unwrap();
+        shortcut_forward(device, &shape, Some(&map), on_x.view().into(), y.view_mut().into()).unwrap();
+        shortcut_backward(device, &shape, Some(&map), on_dy.view().into(), dx.view_mut().into()).unwrap();
         let (y, dx) = (read(device, y.view()), read(device, dx.view()));
         for (i, got) in y.iter().enumerate() {
             let (channel, row, column, n) = (i / 48, i / 16 % 3, i / 8 % 2, i % 8);
@@ -167,14 +169,16 @@ fn maps_that_make_no_sense_are_refused() {
     // A norm needs a place for each of its rows, and a map of its size.
     let shape = NormShape::new(2, 1, 8).unwrap();
     let (x, mut y, two) =
-        (device.upload(&[0.0; 16]).unwrap(), device.alloc(16).unwrap(), device.upload(&[1.0; 2]).unwrap());
+        (device.upload(&[0.0f32; 16]).unwrap(), device.alloc::<f32>(16).unwrap(), device.upload(&[1.0; 2]).unwrap());
     let count = device.upload(&[8]).unwrap();
     let affine = NormAffine { gamma: two.view(), beta: two.view(), epsilon: 1e-5 };
     for (rows, source, says) in [(2, [Some(0), None], "one for each of x"), (3, [Some(0), Some(2)], "the map's inputs")]
     {
         let map = RowMap::new(&device, rows, &source).unwrap();
-        let input = NormInput { x: x.view(), residual: None, relu: false, map: Some(&map), count: count.view() };
-        let error = norm_eval(&device, &shape, input, affine, two.view(), two.view(), y.view_mut()).unwrap_err();
+        let x = x.view().into();
+        let input = NormInput { x, residual: None, relu: false, map: Some(&map), count: count.view() };
+        let result = norm_eval(&device, &shape, input, affine, two.view(), two.view(), y.view_mut().into());
+        let error = result.unwrap_err();
         assert!(error.to_string().contains(says), "{error}");
     }
 }

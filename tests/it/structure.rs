@@ -146,12 +146,12 @@ fn pass(device: &Device, model: &Model, weights: &Weights, mode: Mode) -> (Vec<f
     network.load(weights).unwrap();
     let batch = network.batch();
     let x: Vec<f32> = (0..batch.x.len()).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
-    device.write(&x, batch.x).unwrap();
+    device.write_reals(&x, batch.x).unwrap();
     device.write(&[8], batch.current.count).unwrap();
     network.forward(mode).unwrap();
-    let logits = device.read(network.head().logits).unwrap();
+    let logits = device.read_reals(network.head().logits).unwrap();
     let rising: Vec<f32> = (0..logits.len()).map(|i| 1.0 + i as f32 / 8.0).collect();
-    device.write(&rising, network.head().gradient.unwrap()).unwrap();
+    device.write_reals(&rising, network.head().gradient.unwrap()).unwrap();
     network.backward().unwrap();
     let gradient = |p: &dilt::nn::model::Parameter| network.parameter_gradient(&p.name).unwrap().unwrap();
     (logits, model.parameters.iter().map(|p| (p.name.clone(), gradient(p))).collect())

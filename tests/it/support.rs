@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use dilt::device::{Device, HostOptions, Policy, Slice};
+use dilt::device::{Device, HostOptions, Policy, Precision, RealBuffer, Slice};
+use half::bf16;
 use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors};
 
@@ -237,6 +238,83 @@ pub fn read(device: &Device, slice: Slice<f32>) -> Vec<f32> {
 /// A buffer of NaN, so that an element that a kernel leaves out shows.
 pub fn unwritten(device: &Device, len: usize) -> dilt::device::Buffer<f32> {
     device.upload(&vec![f32::NAN; len]).unwrap()
+}
+
+/// How a test stores activations.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Storage {
+    F32,
+    /// As f32, inputs rounded to bf16 before an operation, results after it: by this bf16 is judged.
+    Naive,
+    Bf16,
+}
+
+impl Storage {
+    pub fn precision(self) -> Precision {
+        match self {
+            Storage::F32 | Storage::Naive => Precision::F32,
+            Storage::Bf16 => Precision::Bf16,
+        }
+    }
+
+    pub fn upload(self, device: &Device, values: &[f32]) -> RealBuffer {
+        device.upload_reals(&self.rounded(values.to_vec()), self.precision()).unwrap()
+    }
+
+    /// NaN, so that an element that a kernel leaves out shows.
+    pub fn unwritten(self, device: &Device, len: usize) -> RealBuffer {
+        self.upload(device, &vec![f32::NAN; len])
+    }
+
+    pub fn read(self, device: &Device, buffer: &RealBuffer) -> Vec<f32> {
+        self.rounded(device.read_reals(buffer.view()).unwrap())
+    }
+
+    /// Values as they are stored.
+    pub fn rounded(self, values: Vec<f32>) -> Vec<f32> {
+        match self {
+            Storage::F32 => values,
+            Storage::Naive | Storage::Bf16 => values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(),
+        }
+    }
+}
+
+/// A result of an operation that is judged: name, values, and what they should be.
+pub type Judged = (&'static str, Vec<f32>, Vec<f32>);
+
+/// Demands that bf16 errs at most twice as much as naive bf16, on the root mean square of a tensor and at most, and that
+/// padding, zero in naive bf16 and in what it should be, stays zero. Returns what bf16 gave.
+pub fn judge_bf16(label: &str, run: impl Fn(Storage) -> Vec<Judged>) -> Vec<Vec<f32>> {
+    /// Sums of f32 in another order.
+    const TINY: f64 = 1e-5;
+    let judge = |((name, got, want), (_, naive, _)): (Judged, Judged)| {
+        assert_eq!((got.len(), naive.len()), (want.len(), want.len()), "{label}: {name}: number of elements");
+        let errors = |of: &[f32]| {
+            let errors = || of.iter().zip(&want).map(|(&got, &want)| (f64::from(got) - f64::from(want)).abs());
+            let squares = errors().map(|error| error * error).sum::<f64>();
+            [(squares / want.len() as f64).sqrt(), errors().fold(0.0, f64::max)]
+        };
+        let tiny = TINY * want.iter().fold(0.0f64, |most, &value| most.max(f64::from(value).abs()));
+        for (kind, (error, most)) in ["mean", "largest"].iter().zip(errors(&got).into_iter().zip(errors(&naive))) {
+            assert!(error <= 2.0 * most + tiny, "{label}: {name}: {kind} error {error:.2e}, naive bf16's {most:.2e}");
+        }
+        // Statistics and gradients of parameters are f32: of the same inputs, they are the same.
+        if naive.iter().any(|&value| bf16::from_f32(value).to_f32() != value) {
+            let apart = got.iter().zip(&naive).map(|(got, naive)| f64::from((got - naive).abs())).fold(0.0, f64::max);
+            assert!(apart <= tiny, "{label}: {name}: {apart:.2e} from f32 of the same inputs");
+        }
+        // Of true elements that are zero by cancellation a rounding may be left.
+        let stray = (0..got.len()).find(|&i| want[i] == 0.0 && naive[i] == 0.0 && f64::from(got[i].abs()) > tiny);
+        assert_eq!(stray, None, "{label}: {name}: padding that is not zero");
+        got
+    };
+    run(Storage::Bf16).into_iter().zip(run(Storage::Naive)).map(judge).collect()
+}
+
+/// Demands an error that names the tensor whose precision is another than bf16, the first one's.
+pub fn refuses_precision(result: dilt::Result<()>, op: &str, tensor: &str) {
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains(&format!("{op}: precision of {tensor}: expected bf16, got f32")), "{error}");
 }
 
 /// Tensors laid into one arena as a network's parameters are: each starts at a multiple of 64 elements, gaps are zero.

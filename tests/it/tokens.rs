@@ -1,15 +1,16 @@
 //! Token columns against float64 goldens of PyTorch's: linear layers, patches, embedding and pooling.
 
-use dilt::device::Device;
+use dilt::device::{Device, Precision, Reals};
 use dilt::ops::Columns;
-use dilt::ops::conv::{Bias, ConvShape, conv_bias_gradient, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::bias::bias_gradient;
+use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 
 use dilt::ops::tokens::{
     EmbedGradients, EmbedParameters, EmbedShape, PatchShape, TokenPool, TokenPoolShape, embed_backward, embed_forward,
     patches_forward, token_pool_backward, token_pool_forward,
 };
 
-use crate::support::{Golden, Tensor, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// f32 sums of up to a few hundred products, against float64.
 const TOLERANCE: f64 = 2e-6;
@@ -62,28 +63,30 @@ fn linear_layers_over_token_columns_agree_with_pytorch() {
 
             let mut y = unwritten(device, shape.output_len());
             let with = bias.as_ref().map(|bias| Bias { bias: bias.view(), columns, count: count.view() });
-            conv_forward(device, &shape, x.view(), w.view(), with, y.view_mut()).unwrap();
+            conv_forward(device, &shape, x.view().into(), w.view().into(), with, y.view_mut().into()).unwrap();
             let y = read(device, y.view());
             check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
 
             let mut dx = unwritten(device, shape.input_len());
-            conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut()).unwrap();
+            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), false, dx.view_mut().into())
+                .unwrap();
             let once = read(device, dx.view());
             check_tokens_last(&tensor("dx"), &once, TOLERANCE, &format!("{label}: dx"));
-            conv_input_gradient(device, &shape, dy.view(), w.view(), true, dx.view_mut()).unwrap();
+            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), true, dx.view_mut().into()).unwrap();
             let twice: Vec<f32> = read(device, dx.view()).iter().map(|value| value / 2.0).collect();
             check_tokens_last(&tensor("dx"), &twice, TOLERANCE, &format!("{label}: dx, accumulated"));
 
-            let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
+            let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
             let mut dw = unwritten(device, shape.weight_len());
-            conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
+            conv_weight_gradient(device, &shape, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
+                .unwrap();
             let dw = read(device, dw.view());
             tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));
             results.extend([y, once, twice, dw]);
 
             if let Some(want) = golden.find(&case, "dbias") {
                 let mut dbias = unwritten(device, want.data.len());
-                conv_bias_gradient(device, &shape, dy.view(), dbias.view_mut()).unwrap();
+                bias_gradient(device, dy.view().into(), dbias.view_mut()).unwrap();
                 let dbias = read(device, dbias.view());
                 want.check(&dbias, TOLERANCE, &format!("{label}: dbias"));
                 results.push(dbias);
@@ -113,10 +116,11 @@ fn linear_layers_of_any_size_sum_every_product_once() {
             let [x, w, dy] = [&x, &w, &dy].map(|values| device.upload(values).unwrap());
             let (mut y, mut dw) = (unwritten(device, k * n), unwritten(device, k * c));
             let mut dx = device.upload(&old).unwrap();
-            let mut scratch = unwritten(device, shape.gradient_scratch_len(device));
-            conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut()).unwrap();
-            conv_input_gradient(device, &shape, dy.view(), w.view(), true, dx.view_mut()).unwrap();
-            conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
+            let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
+            conv_forward(device, &shape, x.view().into(), w.view().into(), None, y.view_mut().into()).unwrap();
+            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), true, dx.view_mut().into()).unwrap();
+            conv_weight_gradient(device, &shape, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
+                .unwrap();
             let got = [y, dx, dw].map(|buffer| read(device, buffer.view()));
             for (name, got, want) in [("y", &got[0], &y_want), ("dx", &got[1], &dx_want), ("dw", &got[2], &dw_want)] {
                 assert_eq!(got, want, "{label}: {c} to {k}, {n} columns: {name}");
@@ -130,11 +134,13 @@ fn linear_layers_of_any_size_sum_every_product_once() {
 fn columns_that_are_not_those_of_the_layer_are_refused_by_name() {
     let device = Device::open("host").unwrap();
     let shape = ConvShape::new([3, 1, 1], 4, [1, 1], 1, 0, Columns::tokens(5, 17).unwrap().len()).unwrap();
-    let (x, w) = (device.alloc(shape.input_len()).unwrap(), device.alloc(shape.weight_len()).unwrap());
+    let (x, w) = (device.alloc::<f32>(shape.input_len()).unwrap(), device.alloc::<f32>(shape.weight_len()).unwrap());
     let (bias, count) = (device.alloc(4).unwrap(), device.alloc(1).unwrap());
-    let mut y = device.alloc(shape.output_len()).unwrap();
+    let mut y = device.alloc::<f32>(shape.output_len()).unwrap();
     let bias = Bias { bias: bias.view(), columns: Columns::samples(5).unwrap(), count: count.view() };
-    let error = conv_forward(&device, &shape, x.view(), w.view(), Some(bias), y.view_mut()).unwrap_err().to_string();
+    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), Some(bias), y.view_mut().into())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("elements of columns: expected 192, got 8"), "{error}");
 }
 
@@ -153,10 +159,15 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let shape = PatchShape::new([c, h, w], number("patch"), number("prefix"), n).unwrap();
             assert_eq!([shape.tokens(), shape.features()], tensor("patches").shape[1..], "{label}");
 
-            let x = device.upload(&tensor("x").samples_last()).unwrap();
-            let mut patches = unwritten(device, shape.output_len());
-            patches_forward(device, &shape, x.view(), patches.view_mut()).unwrap();
-            let patches = read(device, patches.view());
+            let cut = |storage: Storage| {
+                let x = storage.upload(device, &tensor("x").samples_last());
+                let mut patches = storage.unwritten(device, shape.output_len());
+                patches_forward(device, &shape, x.view(), patches.view_mut()).unwrap();
+                storage.read(device, &patches)
+            };
+            let patches = cut(Storage::F32);
+            let want = tokens_last(&tensor("patches"));
+            judge_bf16(&label, |storage| vec![("patches", cut(storage), want.clone())]);
             check_tokens_last(&tensor("patches"), &patches, 0.0, &format!("{label}: patches"));
 
             // A patch convolution is a linear layer over patches.
@@ -165,9 +176,10 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let (x, w) = (device.upload(&patches).unwrap(), uploaded("w").unwrap());
             let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
             let (mut y, mut dw) = (unwritten(device, linear.output_len()), unwritten(device, linear.weight_len()));
-            let mut scratch = unwritten(device, linear.gradient_scratch_len(device));
-            conv_forward(device, &linear, x.view(), w.view(), None, y.view_mut()).unwrap();
-            conv_weight_gradient(device, &linear, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
+            let mut scratch = unwritten(device, linear.gradient_scratch_len(device, Precision::F32));
+            conv_forward(device, &linear, x.view().into(), w.view().into(), None, y.view_mut().into()).unwrap();
+            conv_weight_gradient(device, &linear, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
+                .unwrap();
             let (y, dw) = (read(device, y.view()), read(device, dw.view()));
             check_tokens_last(&tensor("embedded"), &y, TOLERANCE, &format!("{label}: embedded"));
             tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));
@@ -180,31 +192,40 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let stray =
                 |i: &usize| i % row >= tokens || i % row < number("prefix") || i / row % n.next_multiple_of(8) >= n;
             (0..embedded.len()).filter(stray).for_each(|i| embedded[i] = f32::NAN);
-            let (x, count) = (device.upload(&embedded).unwrap(), device.upload(&[n as u32]).unwrap());
+            let count = device.upload(&[n as u32]).unwrap();
             let (token, bias, positions) = (uploaded("token"), uploaded("bias"), uploaded("positions").unwrap());
             let (token, bias) = (token.as_ref().map(|token| token.view()), bias.as_ref().map(|bias| bias.view()));
             let parameters = EmbedParameters { token, bias, positions: positions.view() };
-            let mut y = unwritten(device, shape.len());
-            embed_forward(device, &shape, x.view(), parameters, count.view(), y.view_mut()).unwrap();
-            let y = read(device, y.view());
+            let embed = |storage: Storage| {
+                let (x, mut y) = (storage.upload(device, &embedded), storage.unwritten(device, shape.len()));
+                embed_forward(device, &shape, x.view(), parameters, count.view(), y.view_mut()).unwrap();
+                let gradient = |there: bool| there.then(|| unwritten(device, features));
+                let (mut dtoken, mut dbias) = (gradient(token.is_some()), gradient(bias.is_some()));
+                let mut dpositions = unwritten(device, shape.positions_len());
+                let (token, bias) =
+                    (dtoken.as_mut().map(|token| token.view_mut()), dbias.as_mut().map(|bias| bias.view_mut()));
+                let gradients = EmbedGradients { token, bias, positions: dpositions.view_mut() };
+                let dy = storage.upload(device, &tokens_last(&tensor("dy")));
+                embed_backward(device, &shape, dy.view(), gradients).unwrap();
+                let of = [("dtoken", dtoken), ("dbias", dbias), ("dpositions", Some(dpositions))];
+                let of = of.map(|(name, got)| (name, got.map(|got| read(device, got.view()))));
+                (storage.read(device, &y), of)
+            };
+            let (y, gradients) = embed(Storage::F32);
             check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
-
-            let gradient = |there: bool| there.then(|| unwritten(device, features));
-            let (mut dtoken, mut dbias) = (gradient(token.is_some()), gradient(bias.is_some()));
-            let mut dpositions = unwritten(device, shape.positions_len());
-            let (token, bias) =
-                (dtoken.as_mut().map(|token| token.view_mut()), dbias.as_mut().map(|bias| bias.view_mut()));
-            let gradients = EmbedGradients { token, bias, positions: dpositions.view_mut() };
-            embed_backward(device, &shape, dy.view(), gradients).unwrap();
             results.extend([patches, y]);
-            for (name, got) in [("dtoken", dtoken), ("dbias", dbias), ("dpositions", Some(dpositions))] {
+            for (name, got) in gradients {
                 assert_eq!(got.is_some(), golden.find(&case, name).is_some(), "{label}: {name}");
                 if let Some(got) = got {
-                    let got = read(device, got.view());
                     tensor(name).check(&got, TOLERANCE, &format!("{label}: {name}"));
                     results.push(got);
                 }
             }
+            results.extend(judge_bf16(&format!("{label}: bf16"), |storage| {
+                let (y, gradients) = embed(storage);
+                let gradients = gradients.into_iter().filter_map(|(name, got)| Some((name, got?, tensor(name).f32())));
+                std::iter::once(("y", y, tokens_last(&tensor("y")))).chain(gradients).collect()
+            }));
         }
         results
     });
@@ -219,18 +240,27 @@ fn pools_of_tokens_and_their_gradients_agree_with_pytorch() {
             let tensor = |name: &str| golden.get(&case, name);
             let [n, tokens, features] = tensor("y").shape[..] else { panic!() };
             let (x, dy) = (tokens_last(&tensor("y")), tensor("dpooled").samples_last());
-            let (x, dy) = (device.upload(&x).unwrap(), device.upload(&dy).unwrap());
             for (name, pool) in [("first", TokenPool::First), ("mean", TokenPool::Mean)] {
                 let label = format!("{label}: {case}: {name}");
                 let prefix = golden.number(&case, "prefix") as usize;
                 let shape = TokenPoolShape::new(features, tokens, prefix, n, pool).unwrap();
-                let (mut y, mut dx) = (unwritten(device, shape.output_len()), unwritten(device, shape.input_len()));
-                token_pool_forward(device, &shape, x.view(), y.view_mut()).unwrap();
-                token_pool_backward(device, &shape, dy.view(), dx.view_mut()).unwrap();
-                let (y, dx) = (read(device, y.view()), read(device, dx.view()));
+                let run = |storage: Storage| {
+                    let (x, dy) = (storage.upload(device, &x), storage.upload(device, &dy));
+                    let mut y = storage.unwritten(device, shape.output_len());
+                    let mut dx = storage.unwritten(device, shape.input_len());
+                    token_pool_forward(device, &shape, x.view(), y.view_mut()).unwrap();
+                    token_pool_backward(device, &shape, dy.view(), dx.view_mut()).unwrap();
+                    [y, dx].map(|buffer| storage.read(device, &buffer))
+                };
+                let [y, dx] = run(Storage::F32);
                 tensor(name).check_samples_last(&y, TOLERANCE, &format!("{label}: y"));
                 check_tokens_last(&tensor(&format!("d{name}")), &dx, TOLERANCE, &format!("{label}: dx"));
                 results.extend([y, dx]);
+                results.extend(judge_bf16(&format!("{label}: bf16"), |storage| {
+                    let [y, dx] = run(storage);
+                    let want = tokens_last(&tensor(&format!("d{name}")));
+                    vec![("y", y, tensor(name).samples_last()), ("dx", dx, want)]
+                }));
             }
         }
         results
@@ -256,7 +286,7 @@ fn gradients_of_an_embedding_sum_every_true_column_once() {
         let (mut dtoken, mut dbias) = (unwritten(device, features), unwritten(device, features));
         let (token, bias_gradient) = (Some(dtoken.view_mut()), Some(dbias.view_mut()));
         let gradients = EmbedGradients { token, bias: bias_gradient, positions: dpositions.view_mut() };
-        embed_backward(device, &shape, dy.view(), gradients).unwrap();
+        embed_backward(device, &shape, dy.view().into(), gradients).unwrap();
         let got = [dtoken.view(), dbias.view(), dpositions.view()].map(|slice| read(device, slice));
         assert_eq!(got, [positions[..features].to_vec(), bias.clone(), positions.clone()], "{label}");
         got.into()
@@ -297,31 +327,46 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
         assert!(error.contains(message), "{error}");
     };
     let shape = PatchShape::new([1, 4, 4], 2, 0, 5).unwrap();
-    let result = patches_forward(&device, &shape, x.view(), y.view_mut());
+    let result = patches_forward(&device, &shape, x.view().into(), y.view_mut().into());
     refused(result, "patches_forward: number of elements of x: expected 128, got 640");
-    let result = patches_forward(&device, &shape, x.slice(0..128), y.view_mut());
+    let result = patches_forward(&device, &shape, x.slice(0..128).into(), y.view_mut().into());
     refused(result, "elements of y: expected 256, got 640");
 
     // 3 features of 8 samples of 24 columns.
     let shape = EmbedShape::new(3, 17, 1, 5).unwrap();
     let (token, bias, positions) = (x.slice(0..3), x.slice(0..3), x.slice(0..51));
     let good = EmbedParameters { token: Some(token), bias: Some(bias), positions };
-    let (from, to) = (x.slice(0..576), 0..576);
+    let (from, to): (Reals, _) = (x.slice(0..576).into(), 0..576);
     for (parameters, message) in [
         (EmbedParameters { token: None, ..good }, "elements of token: expected 3, got 0"),
         (EmbedParameters { bias: Some(x.slice(0..4)), ..good }, "elements of bias: expected 3, got 4"),
         (EmbedParameters { positions: x.slice(0..50), ..good }, "elements of positions: expected 51, got 50"),
     ] {
-        refused(embed_forward(&device, &shape, from, parameters, count.view(), y.slice_mut(to.clone())), message);
+        let to = y.slice_mut(to.clone()).into();
+        refused(embed_forward(&device, &shape, from, parameters, count.view(), to), message);
     }
     let mut gradients = device.alloc::<f32>(51).unwrap();
     let positions = EmbedGradients { token: None, bias: None, positions: gradients.view_mut() };
     refused(embed_backward(&device, &shape, from, positions), "elements of token: expected 3, got 0");
 
     let shape = TokenPoolShape::new(3, 17, 1, 5, TokenPool::First).unwrap();
-    refused(token_pool_forward(&device, &shape, from, y.view_mut()), "elements of y: expected 24, got 640");
+    refused(token_pool_forward(&device, &shape, from, y.view_mut().into()), "elements of y: expected 24, got 640");
     refused(
-        token_pool_backward(&device, &shape, x.slice(0..24), y.view_mut()),
+        token_pool_backward(&device, &shape, x.slice(0..24).into(), y.view_mut().into()),
         "elements of dx: expected 576, got 640",
     );
+
+    // Of the right sizes, and of two precisions.
+    let (low, mut pooled) = (Storage::Bf16.upload(&device, &[0.0; 576]), y.slice_mut(0..24));
+    let mixed = token_pool_forward(&device, &shape, low.view(), pooled.reborrow().into());
+    refuses_precision(mixed, "token_pool_forward", "y");
+    let low = Storage::Bf16.upload(&device, &[0.0; 24]);
+    let mixed = token_pool_backward(&device, &shape, low.view(), y.slice_mut(to.clone()).into());
+    refuses_precision(mixed, "token_pool_backward", "dx");
+    let (shape, low) = (EmbedShape::new(3, 17, 1, 5).unwrap(), Storage::Bf16.upload(&device, &[0.0; 576]));
+    let mixed = embed_forward(&device, &shape, low.view(), good, count.view(), y.slice_mut(to).into());
+    refuses_precision(mixed, "embed_forward", "y");
+    let (shape, low) = (PatchShape::new([1, 4, 4], 2, 0, 5).unwrap(), Storage::Bf16.upload(&device, &[0.0; 128]));
+    let mixed = patches_forward(&device, &shape, low.view(), y.slice_mut(0..256).into());
+    refuses_precision(mixed, "patches_forward", "y");
 }

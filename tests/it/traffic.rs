@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dilt::device::{Device, HostOptions};
+use dilt::device::{Device, HostOptions, Precision};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::layout::Layout;
@@ -37,9 +37,9 @@ fn a_residual_network_moves_what_is_counted_by_hand() {
     let (x, w, y) = (pixels(8), 4 * 9, 4 * pixels(8));
     assert_eq!(layer(&step, "conv1").forward, work(2 * 9 * y, x + w, y));
     assert_eq!(layer(&step, "conv1").backward, work(2 * 9 * y, x + y, w));
-    // The statistics read x, the norm reads it again; backwards x, y and dy are read twice.
+    // The statistics read x, the norm reads it again; backwards x and dy are read twice.
     assert_eq!(layer(&step, "bn1").forward, work(0, 2 * y, y));
-    assert_eq!(layer(&step, "bn1").backward, work(0, 6 * y, y));
+    assert_eq!(layer(&step, "bn1").backward, work(0, 4 * y, y));
     // Stride 2, 4 to 8 channels; its input's gradient is added to that of the shortcut.
     let (x, w, y) = (4 * pixels(8), 8 * 4 * 9, 8 * pixels(4));
     let product = 2 * 4 * 9 * y;
@@ -48,7 +48,7 @@ fn a_residual_network_moves_what_is_counted_by_hand() {
     // Every second pixel of 4 channels is read, 8 channels are written; backwards the pixels between become zero.
     assert_eq!(layer(&step, "layer2.0.shortcut").forward, work(0, 4 * pixels(4), y));
     assert_eq!(layer(&step, "layer2.0.shortcut").backward, work(0, 4 * pixels(4), x));
-    // A norm to which the shortcut is added, and which writes its gradient too.
+    // A norm to which the shortcut is added before ReLU: backwards y is read too, and two gradients are written.
     assert_eq!(layer(&step, "layer2.0.bn2").forward, work(0, 3 * y, y));
     assert_eq!(layer(&step, "layer2.0.bn2").backward, work(0, 6 * y, 2 * y));
     // Weights, gradients and velocity; bits of mask and weight decay.
@@ -57,6 +57,23 @@ fn a_residual_network_moves_what_is_counted_by_hand() {
     assert_eq!(update.read, 12 * parameters + parameters / 8 * 2);
     let names: Vec<&str> = step.iter().rev().take(3).map(|layer| layer.name.as_str()).collect();
     assert_eq!(names, ["optimizer", "loss", "linear"]);
+}
+
+#[test]
+fn in_bf16_activations_and_weights_move_half_as_many_bytes() {
+    let model = |precision| {
+        let mut config = ModelConfig::load("resnet8", &[]).unwrap();
+        config.precision = precision;
+        let device = Device::open("host").unwrap();
+        let (memory_for, model) = (Use::Train(OptimizerKind::Sgd), config.build().unwrap());
+        let layout = Layout::new(&device, &model, &BTreeMap::new(), 16, memory_for, &Planning::Table).unwrap();
+        training_step(&device, &layout, 16, memory_for, false).unwrap()
+    };
+    let [full, half] = [Precision::F32, Precision::Bf16].map(model);
+    for name in ["bn1", "layer1.0.conv1", "loss"] {
+        let [full, half] = [&full, &half].map(|step| layer(step, name).forward);
+        assert_eq!((full.read, full.written, full.flop), (2 * half.read, 2 * half.written, half.flop), "{name}");
+    }
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn step(device: &Device, model: &Model, weights: &Weights) -> Step {
     let descent = Descent { model, weights, samples, steps: 1, rate: 0.0, optimizer };
     let (mut logits, mut gradients) = (Vec::new(), Vec::new());
     let (loss, _) = descent.run(device, batches("small", 1, samples, model), |_, network| {
-        logits = device.read(network.head().logits).unwrap();
+        logits = device.read_reals(network.head().logits).unwrap();
         let gradient = |name: &str| network.parameter_gradient(name).unwrap().unwrap();
         gradients = model.parameters.iter().map(|p| (p.name.clone(), gradient(&p.name))).collect();
     });
@@ -274,10 +274,10 @@ fn saved_and_loaded_a_network_computes_the_same_bits() {
     let (x, _) = batches("steps", 2, 20, &model)(0);
     let [before, after] = [&mut network, &mut loaded].map(|network| {
         let into = network.batch();
-        device.write(&x, into.x).unwrap();
+        device.write_reals(&x, into.x).unwrap();
         device.write(&[20], into.current.count).unwrap();
         network.forward(Mode::Evaluate).unwrap();
-        device.read(network.head().logits).unwrap().iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+        device.read_reals(network.head().logits).unwrap().iter().map(|value| value.to_bits()).collect::<Vec<_>>()
     });
     assert_eq!(before, after);
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use dilt::device::Device;
+use dilt::device::{Device, Precision};
 use dilt::mask::Mask;
 use dilt::mask::set::MaskSet;
 use dilt::nn::init;
@@ -79,6 +79,7 @@ struct Measured {
     model: String,
     batch: usize,
     density: f64,
+    precision: Precision,
     device: String,
     threads: usize,
     /// Of the choices: runs with other ones have other bits.
@@ -163,7 +164,7 @@ impl Bench {
         }
         let file = self.ticket.as_deref().map(Weights::load).transpose()?;
         let named = file.as_ref().and_then(|weights| weights.metadata.get("model"));
-        let (config, _) = self.target.load(named.map(String::as_str), &self.common.progress())?;
+        let (config, _) = self.target.load(named.map(String::as_str), &self.common)?;
         let model = config.build()?;
         let recipe = Recipe::from_table(&config.train)?;
         let dense = init::draw(&model, self.common.seed);
@@ -216,6 +217,7 @@ impl Bench {
             model: model.name.clone(),
             batch: self.batch,
             density: masks.density(),
+            precision: self.common.precision(),
             device: device.description(),
             threads: rayon::current_num_threads(),
             plan,
@@ -251,9 +253,9 @@ impl Bench {
         let mut random = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
         let batch = network.batch();
         device.write(&[self.batch as u32], batch.current.count)?;
-        device.write(&random(batch.x.len()), batch.x)?;
+        device.write_reals(&random(batch.x.len()), batch.x)?;
         if let Some(gradient) = network.head().gradient {
-            device.write(&random(gradient.len()), gradient)?;
+            device.write_reals(&random(gradient.len()), gradient)?;
         }
         Ok(network)
     }

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use dilt::Error;
-use dilt::device::{Buffer, Device};
+use dilt::device::{Buffer, Device, Precision, RealBuffer};
 use dilt::nn::traffic::{self, Work};
 use dilt::ops::Columns;
 use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
@@ -106,6 +106,7 @@ impl std::fmt::Display for Sizes {
 #[derive(Serialize)]
 struct Measured {
     rows: Vec<Row>,
+    precision: Precision,
     device: String,
     threads: usize,
     runs: usize,
@@ -132,6 +133,7 @@ struct Row {
 /// Random tensors on a device, and the times of what is done with them.
 struct Timer {
     device: Device,
+    precision: Precision,
     rng: ChaCha8Rng,
     runs: usize,
     /// Bytes of memory that tensors may still take.
@@ -162,7 +164,8 @@ pub(super) fn run(name: &str, shape: &[String], runs: usize, common: &super::Com
     let flush = device.alloc(FLUSH_BYTES / 4)?;
     let rng = ChaCha8Rng::seed_from_u64(common.seed);
     let free = device.free_memory().unwrap_or(usize::MAX);
-    let mut timer = Timer { device, rng, runs, free, flush, work: Work::default(), ms: Vec::new() };
+    let mut timer =
+        Timer { device, precision: common.precision(), rng, runs, free, flush, work: Work::default(), ms: Vec::new() };
     (op.time)(&mut timer, &sizes).map_err(refused).with_context(|| format!("--op {name} --shape {sizes}"))?;
     let Timer { device, work, mut ms, .. } = timer;
     ms.sort_by(f64::total_cmp);
@@ -179,7 +182,10 @@ pub(super) fn run(name: &str, shape: &[String], runs: usize, common: &super::Com
     };
     let threads = rayon::current_num_threads();
     let device = device.description();
-    common.print(&Measured { rows: vec![row], device, threads, runs, flushed_bytes: FLUSH_BYTES }, to_table)
+    common.print(
+        &Measured { rows: vec![row], precision: common.precision(), device, threads, runs, flushed_bytes: FLUSH_BYTES },
+        to_table,
+    )
 }
 
 /// A shape that an operation refuses is a wrong request here.
@@ -199,9 +205,10 @@ fn to_table(result: &Measured) -> String {
     });
     let shape = result.rows.iter().map(|row| row.shape.as_str()).collect::<Vec<_>>().join("; ");
     format!(
-        "{}\n\n{shape}, {} ({} threads); median, 10th and 90th percentile of {} runs, {} MiB written before each, so \
+        "{}\n\n{shape}, {}, {} ({} threads); median, 10th and 90th percentile of {} runs, {} MiB written before each, so \
          that caches are cold",
         table(&["", "ms", "p10", "p90", "GFLOP/s", "GB/s"], rows),
+        result.precision.name(),
         result.device,
         result.threads,
         result.runs,
@@ -236,6 +243,19 @@ impl Timer {
         Ok(buffer)
     }
 
+    /// Activations, zeros.
+    fn real_zeros(&mut self, len: usize) -> dilt::Result<RealBuffer> {
+        Ok(RealBuffer::new(self.zeros((len * self.precision.bytes()).div_ceil(4))?, len, self.precision))
+    }
+
+    /// Activations, random numbers.
+    fn reals(&mut self, len: usize) -> dilt::Result<RealBuffer> {
+        let mut buffer = self.real_zeros(len)?;
+        let numbers = self.numbers(len);
+        self.device.write_reals(&numbers, buffer.view_mut())?;
+        Ok(buffer)
+    }
+
     /// A bit for each element, all set.
     fn bits(&self, elements: usize) -> dilt::Result<Buffer<u32>> {
         self.device.upload(&vec![u32::MAX; elements.div_ceil(32)])
@@ -263,28 +283,28 @@ fn conv_shape(sizes: &Sizes) -> dilt::Result<ConvShape> {
 
 fn time_conv_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let shape = conv_shape(sizes)?;
-    let (x, w) = (timer.random(shape.input_len())?, timer.random(shape.weight_len())?);
-    let mut y = timer.zeros(shape.output_len())?;
-    timer.time(traffic::conv_forward(&shape), |device| {
+    let (x, w) = (timer.reals(shape.input_len())?, timer.reals(shape.read_weight_len(timer.precision))?);
+    let mut y = timer.real_zeros(shape.output_len())?;
+    timer.time(traffic::conv_forward(&shape, timer.precision), |device| {
         conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut())
     })
 }
 
 fn time_conv_input_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let shape = conv_shape(sizes)?;
-    let (dy, w) = (timer.random(shape.output_len())?, timer.random(shape.weight_len())?);
-    let mut dx = timer.zeros(shape.input_len())?;
-    timer.time(traffic::conv_input_gradient(&shape), |device| {
+    let (dy, w) = (timer.reals(shape.output_len())?, timer.reals(shape.read_weight_len(timer.precision))?);
+    let mut dx = timer.real_zeros(shape.input_len())?;
+    timer.time(traffic::conv_input_gradient(&shape, timer.precision), |device| {
         conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())
     })
 }
 
 fn time_conv_weight_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let shape = conv_shape(sizes)?;
-    let (x, dy) = (timer.random(shape.input_len())?, timer.random(shape.output_len())?);
+    let (x, dy) = (timer.reals(shape.input_len())?, timer.reals(shape.output_len())?);
     let mut dw = timer.zeros(shape.weight_len())?;
-    let mut scratch = timer.zeros(shape.gradient_scratch_len(&timer.device.clone()))?;
-    timer.time(traffic::conv_weight_gradient(&timer.device, &shape), |device| {
+    let mut scratch = timer.zeros(shape.gradient_scratch_len(&timer.device.clone(), timer.precision))?;
+    timer.time(traffic::conv_weight_gradient(&timer.device, &shape, timer.precision), |device| {
         conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
     })
 }
@@ -292,8 +312,8 @@ fn time_conv_weight_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<(
 /// The tensors of a norm, and the vectors of its features.
 struct NormTensors {
     shape: NormShape,
-    x: Buffer<f32>,
-    y: Buffer<f32>,
+    x: RealBuffer,
+    y: RealBuffer,
     scratch: Buffer<f32>,
     gamma: Buffer<f32>,
     beta: Buffer<f32>,
@@ -307,8 +327,8 @@ impl NormTensors {
         let [c, h, w, n] = ["c", "h", "w", "n"].map(|key| sizes.get(key));
         let shape = NormShape::new(c, h * w, n)?;
         Ok(NormTensors {
-            x: timer.random(shape.len())?,
-            y: timer.zeros(shape.len())?,
+            x: timer.reals(shape.len())?,
+            y: timer.real_zeros(shape.len())?,
             scratch: timer.zeros(shape.scratch_len())?,
             gamma: timer.random(c)?,
             beta: timer.random(c)?,
@@ -334,23 +354,24 @@ impl NormTensors {
 fn time_norm_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let mut norm = NormTensors::new(timer, sizes)?;
     let elements = norm.shape.len();
-    timer.time(traffic::norm_forward(elements, elements, false), |device| norm.forward(device))
+    timer.time(traffic::norm_forward(timer.precision, elements, elements, false), |device| norm.forward(device))
 }
 
 fn time_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let mut norm = NormTensors::new(timer, sizes)?;
     norm.forward(&timer.device)?;
     let (elements, features) = (norm.shape.len(), norm.gamma.len());
-    let (dy, mut dx) = (timer.random(elements)?, timer.zeros(elements)?);
+    let (dy, mut dx) = (timer.reals(elements)?, timer.real_zeros(elements)?);
     let (mut dgamma, mut dbeta) = (timer.zeros(features)?, timer.zeros(features)?);
-    timer.time(traffic::norm_backward(elements, elements, true, false), |device| {
+    timer.time(traffic::norm_backward(timer.precision, elements, elements, false, false), |device| {
         let input = NormBackward {
             map: None,
             x: norm.x.view(),
-            y: norm.y.view(),
+            y: None,
             dy: dy.view(),
             relu: true,
             gamma: norm.gamma.view(),
+            beta: norm.beta.view(),
             mean: norm.saved[0].view(),
             invstd: norm.saved[1].view(),
             training: true,
@@ -367,11 +388,11 @@ fn layer_norm_shape(sizes: &Sizes) -> dilt::Result<LayerNormShape> {
 
 fn time_layer_norm_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let shape = layer_norm_shape(sizes)?;
-    let (x, mut y) = (timer.random(shape.len())?, timer.zeros(shape.len())?);
+    let (x, mut y) = (timer.reals(shape.len())?, timer.real_zeros(shape.len())?);
     let (gamma, beta) = (timer.random(sizes.get("d"))?, timer.random(sizes.get("d"))?);
     let (mut mean, mut invstd) = (timer.zeros(shape.columns())?, timer.zeros(shape.columns())?);
     let count = timer.device.upload(&[sizes.get("n") as u32])?;
-    timer.time(traffic::layer_norm_forward(&shape), |device| {
+    timer.time(traffic::layer_norm_forward(&shape, timer.precision), |device| {
         let affine = LayerNormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-6 };
         let saved = LayerNormStatistics { mean: mean.view_mut(), invstd: invstd.view_mut() };
         layer_norm_forward(device, &shape, x.view(), affine, count.view(), Some(saved), y.view_mut())
@@ -380,12 +401,12 @@ fn time_layer_norm_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()>
 
 fn time_layer_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let (shape, features) = (layer_norm_shape(sizes)?, sizes.get("d"));
-    let (x, dy, mut dx) = (timer.random(shape.len())?, timer.random(shape.len())?, timer.zeros(shape.len())?);
+    let (x, dy, mut dx) = (timer.reals(shape.len())?, timer.reals(shape.len())?, timer.real_zeros(shape.len())?);
     let (mean, invstd) = (timer.random(shape.columns())?, timer.random(shape.columns())?);
     let (gamma, mut scratch) = (timer.random(features)?, timer.zeros(shape.scratch_len())?);
     let (mut dgamma, mut dbeta) = (timer.zeros(features)?, timer.zeros(features)?);
     let count = timer.device.upload(&[sizes.get("n") as u32])?;
-    timer.time(traffic::layer_norm_backward(&shape, false), |device| {
+    timer.time(traffic::layer_norm_backward(&shape, timer.precision, false), |device| {
         let input = LayerNormBackward {
             x: x.view(),
             dy: dy.view(),
@@ -403,8 +424,8 @@ fn time_layer_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()
 /// The tensors of attention.
 struct AttentionTensors {
     shape: AttentionShape,
-    qkv: Buffer<f32>,
-    y: Buffer<f32>,
+    qkv: RealBuffer,
+    y: RealBuffer,
     lse: Buffer<f32>,
     live: Buffer<u32>,
     count: Buffer<u32>,
@@ -415,8 +436,8 @@ impl AttentionTensors {
         let [heads, head_dim, tokens, n] = ["heads", "head_dim", "t", "n"].map(|key| sizes.get(key));
         let shape = AttentionShape::new(heads, head_dim, tokens, n)?;
         Ok(AttentionTensors {
-            qkv: timer.random(shape.qkv_len())?,
-            y: timer.zeros(shape.output_len())?,
+            qkv: timer.reals(shape.qkv_len())?,
+            y: timer.real_zeros(shape.output_len())?,
             lse: timer.zeros(shape.statistic_len())?,
             live: timer.device.upload(&vec![1; heads])?,
             count: timer.device.upload(&[n as u32])?,
@@ -432,16 +453,16 @@ impl AttentionTensors {
 
 fn time_attention_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let mut attention = AttentionTensors::new(timer, sizes)?;
-    timer.time(traffic::attention_forward(&attention.shape), |device| attention.forward(device))
+    timer.time(traffic::attention_forward(&attention.shape, timer.precision), |device| attention.forward(device))
 }
 
 fn time_attention_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let mut attention = AttentionTensors::new(timer, sizes)?;
     attention.forward(&timer.device)?;
     let AttentionTensors { shape, qkv, y, lse, live, count } = attention;
-    let (dy, mut dqkv) = (timer.random(shape.output_len())?, timer.zeros(shape.qkv_len())?);
+    let (dy, mut dqkv) = (timer.reals(shape.output_len())?, timer.real_zeros(shape.qkv_len())?);
     let mut delta = timer.zeros(shape.statistic_len())?;
-    timer.time(traffic::attention_backward(&timer.device, &shape), |device| {
+    timer.time(traffic::attention_backward(&timer.device, &shape, timer.precision), |device| {
         let input = AttentionInput { qkv: qkv.view(), live: live.view(), count: count.view() };
         let saved = AttentionSaved { y: y.view(), lse: lse.view() };
         attention_backward(device, &shape, input, saved, dy.view(), delta.view_mut(), dqkv.view_mut())
@@ -450,14 +471,14 @@ fn time_attention_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()>
 
 fn time_gelu_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let elements = sizes.get("elements");
-    let (x, mut y) = (timer.random(elements)?, timer.zeros(elements)?);
-    timer.time(Work::elements(elements, elements), |device| gelu_forward(device, x.view(), y.view_mut()))
+    let (x, mut y) = (timer.reals(elements)?, timer.real_zeros(elements)?);
+    timer.time(Work::reals(timer.precision, elements, elements), |device| gelu_forward(device, x.view(), y.view_mut()))
 }
 
 fn time_gelu_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let elements = sizes.get("elements");
-    let (x, dy, mut dx) = (timer.random(elements)?, timer.random(elements)?, timer.zeros(elements)?);
-    timer.time(Work::elements(2 * elements, elements), |device| {
+    let (x, dy, mut dx) = (timer.reals(elements)?, timer.reals(elements)?, timer.real_zeros(elements)?);
+    timer.time(Work::reals(timer.precision, 2 * elements, elements), |device| {
         gelu_backward(device, x.view(), dy.view(), dx.view_mut())
     })
 }

@@ -1,0 +1,125 @@
+//! Which tiling a convolution takes on a GPU: rows x columns of a block's tile of the product, and the splits of a weight
+//! gradient. Functions of the shape and the precision alone, so that a step has the same bits wherever it runs.
+//! The tiles of f32 were chosen on an H200 (benches/results); bf16 has taken over the choice, which is not measured yet.
+
+use super::conv::{ConvArgs, ConvWeightGradientArgs};
+use crate::device::{Kernel, Precision};
+
+/// A kernel and what one of its blocks owns: features x columns of a product, filters x weights of a gradient.
+pub(super) struct Tile<A: 'static> {
+    pub kernel: Kernel<A>,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+const fn tile<A>(name: &'static str, rows: usize, columns: usize) -> Tile<A> {
+    Tile { kernel: Kernel::new(name), rows, columns }
+}
+
+/// The tilings of forward pass or input gradient, in the order of [`PRODUCT_TILES`].
+pub(super) struct Product {
+    f32: [Tile<ConvArgs>; 5],
+    bf16: [Tile<ConvArgs>; 5],
+    /// The last three in f32 for filters of one tap, where they are others.
+    pointwise: Option<[Tile<ConvArgs>; 3]>,
+}
+
+pub(super) static FORWARD: Product = Product {
+    f32: [
+        tile("conv_forward_16x256_f32", 16, 256),
+        tile("conv_forward_32x256_f32", 32, 256),
+        tile("conv_forward_64x64_f32", 64, 64),
+        tile("conv_forward_64x128_f32", 64, 128),
+        tile("conv_forward_128x128_f32", 128, 128),
+    ],
+    bf16: [
+        tile("conv_forward_16x256_bf16", 16, 256),
+        tile("conv_forward_32x256_bf16", 32, 256),
+        tile("conv_forward_64x64_bf16", 64, 64),
+        tile("conv_forward_64x128_bf16", 64, 128),
+        tile("conv_forward_128x128_bf16", 128, 128),
+    ],
+    pointwise: None,
+};
+
+pub(super) static INPUT_GRADIENT: Product = Product {
+    f32: [
+        tile("conv_input_gradient_16x256_f32", 16, 256),
+        tile("conv_input_gradient_32x256_f32", 32, 256),
+        tile("conv_input_gradient_64x64_f32", 64, 64),
+        tile("conv_input_gradient_64x128_f32", 64, 128),
+        tile("conv_input_gradient_128x128_f32", 128, 128),
+    ],
+    bf16: [
+        tile("conv_input_gradient_16x256_bf16", 16, 256),
+        tile("conv_input_gradient_32x256_bf16", 32, 256),
+        tile("conv_input_gradient_64x64_bf16", 64, 64),
+        tile("conv_input_gradient_64x128_bf16", 64, 128),
+        tile("conv_input_gradient_128x128_bf16", 128, 128),
+    ],
+    pointwise: Some([
+        tile("conv_input_gradient_pointwise_64x64_f32", 64, 64),
+        tile("conv_input_gradient_pointwise_64x128_f32", 64, 128),
+        tile("conv_input_gradient_pointwise_128x128_f32", 128, 128),
+    ]),
+};
+
+/// The tilings of the weight gradient, by the filters that one owns.
+static WEIGHT_GRADIENT_F32: [Tile<ConvWeightGradientArgs>; 4] = [
+    tile("conv_weight_gradient_16x96_f32", 16, 96),
+    tile("conv_weight_gradient_32x96_f32", 32, 96),
+    tile("conv_weight_gradient_64x96_f32", 64, 96),
+    tile("conv_weight_gradient_128x96_f32", 128, 96),
+];
+static WEIGHT_GRADIENT_BF16: [Tile<ConvWeightGradientArgs>; 4] = [
+    tile("conv_weight_gradient_16x128_bf16", 16, 128),
+    tile("conv_weight_gradient_32x128_bf16", 32, 128),
+    tile("conv_weight_gradient_64x128_bf16", 64, 128),
+    tile("conv_weight_gradient_128x128_bf16", 128, 128),
+];
+
+/// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
+const PRODUCT_BLOCKS: usize = 200;
+/// Blocks that a weight gradient aims for: two for each of 132 multiprocessors.
+const GRADIENT_BLOCKS: usize = 264;
+
+impl Product {
+    /// The tile for a result of so many rows and columns, of filters of one tap or of more.
+    pub(super) fn of(&self, precision: Precision, rows: usize, columns: usize, one_tap: bool) -> &Tile<ConvArgs> {
+        let tiles = match precision {
+            Precision::F32 => &self.f32,
+            Precision::Bf16 => &self.bf16,
+        };
+        let fills = |&tile: &usize| {
+            let Tile { rows: height, columns: width, .. } = tiles[tile];
+            rows.div_ceil(height) * columns.div_ceil(width) >= PRODUCT_BLOCKS
+        };
+        let (smallest, larger): (usize, &[usize]) = match rows {
+            0..=16 => (0, &[]),
+            17..=32 => (1, &[]),
+            33..=64 => (2, &[3]),
+            _ => (2, &[4, 3]),
+        };
+        let tile = larger.iter().copied().find(fills).unwrap_or(smallest);
+        match &self.pointwise {
+            Some(others) if one_tap && tile >= 2 && precision == Precision::F32 => &others[tile - 2],
+            _ => &tiles[tile],
+        }
+    }
+}
+
+/// The tile for the gradient of so many filters of so many weights, and the splits of its `columns`.
+pub(super) fn weight_gradient(
+    precision: Precision,
+    filters: usize,
+    weights: usize,
+    columns: usize,
+) -> (&'static Tile<ConvWeightGradientArgs>, usize) {
+    let tiles = match precision {
+        Precision::F32 => &WEIGHT_GRADIENT_F32,
+        Precision::Bf16 => &WEIGHT_GRADIENT_BF16,
+    };
+    let tile = tiles.iter().find(|tile| filters <= tile.rows).unwrap_or(&tiles[3]);
+    let blocks = filters.div_ceil(tile.rows) * weights.div_ceil(tile.columns);
+    (tile, (GRADIENT_BLOCKS / blocks).min(columns / 256).max(1))
+}
