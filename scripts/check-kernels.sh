@@ -4,7 +4,8 @@
 #   scripts/check-kernels.sh [PROFILE FOLDER]       default: target/release, or the one in CARGO_TARGET_DIR
 #
 # Host objects: no weak symbols, of which the linker would keep one copy for all instruction sets. CUDA code, where the
-# build had nvcc: no serialised wgmma (C75xx), no spills, and no local memory (LDL, STL) in the machine code of sm_90a.
+# build had nvcc: no serialised wgmma (C75xx), no spills; in the machine code of sm_80 and sm_90a no local memory (LDL, STL), and in
+# the products of kernels/*_mma.cu tensor cores (HMMA) and asynchronous copies (LDGSTS).
 # Tools: nm; cuobjdump and nvdisasm beside NVCC or in PATH; DILT_REQUIRE_NVCC=1 demands the CUDA half.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -53,16 +54,27 @@ if [ -z "$cuobjdump" ] || ! PATH=$tools command -v nvdisasm >/dev/null; then
     fail "cuobjdump and nvdisasm are needed beside NVCC or in PATH"
     exit 1
 fi
-kernels=0
-for fatbin in "${fatbins[@]}"; do
-    code=$(PATH=$tools cuobjdump --dump-sass --gpu-architecture sm_90a "$fatbin")
-    kernels=$((kernels + $(grep -c 'Function : ' <<<"$code" || true)))
-    local_memory=$(awk -v allowed="$allowed" '
+# Of tensor-core products: which instructions must be there, beside no local memory anywhere.
+mapfile -t mma < <(sed -n 's/^KERNEL(\([a-z0-9_]*\).*/\1/p' kernels/*_mma.cu)
+for arch in sm_80 sm_90a; do
+    code=$(for fatbin in "${fatbins[@]}"; do
+        PATH=$tools cuobjdump --dump-sass --gpu-architecture "$arch" "$fatbin"
+    done)
+    kernels=$(grep -c 'Function : ' <<<"$code" || true)
+    [ "$kernels" -gt 0 ] || fail "no machine code for $arch in $out"
+    wrong=$(awk -v allowed="$allowed" -v mma="${mma[*]}" '
         /Function : / { kernel = $3 }
-        / (LDL|STL)[. ]/ && kernel !~ allowed { count[kernel]++ }
-        END { for (kernel in count) print kernel ": " count[kernel] " instructions" }' <<<"$code")
-    [ -z "$local_memory" ] || fail "local memory on sm_90a:"$'\n'"$local_memory"
+        / (LDL|STL)[. ]/ && kernel !~ allowed { local_memory[kernel]++ }
+        / HMMA/ { products[kernel]++ }
+        / LDGSTS/ { copies[kernel]++ }
+        END {
+            for (kernel in local_memory) print kernel ": " local_memory[kernel] " instructions of local memory"
+            for (i = split(mma, names, " "); i > 0; --i) {
+                if (!products[names[i]]) print names[i] ": no HMMA"
+                if (!copies[names[i]]) print names[i] ": no LDGSTS"
+            }
+        }' <<<"$code")
+    [ -z "$wrong" ] || fail "machine code of $arch:"$'\n'"$wrong"
+    echo "machine code: $kernels kernels of $arch looked at for local memory, ${#mma[@]} for tensor cores and asynchronous copies"
 done
-[ "$kernels" -gt 0 ] || fail "no machine code for sm_90a in $out"
-echo "machine code: $kernels kernels of sm_90a looked at for local memory"
 exit "$failed"

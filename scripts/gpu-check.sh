@@ -7,7 +7,7 @@
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
 #   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg
-#   steps       whole steps of tickets beside their dense networks, through their plans: steps.jsonl
+#   steps       whole steps of tickets beside their dense networks, through their plans, and in bf16: steps.jsonl
 #   ops         single operations: ops.log
 #   peers       PyTorch's side of crossover and steps on the same GPU: torch.jsonl
 #   roofline    Nsight Compute's roofline of the five kernels that a step of ResNet-18 spends most time in, where ncu is
@@ -107,6 +107,8 @@ steps() {
             "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 --kernels -q --json \
                 --device cuda | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' || return 1
         done
+        "$DILT_BIN" bench --model "$model" --batch "$batch" --precision bf16 --runs 20 --kernels -q --json --device cuda |
+            python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' || return 1
     done <<<"resnet20 128
 resnet18_cifar 128
 vit_small_patch16_224 64" >"$out/steps.jsonl"

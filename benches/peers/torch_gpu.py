@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""PyTorch's side of benches/crossover.rs and `dilt bench` on a GPU: single layers and whole steps in f32 and in TF32.
+"""PyTorch's side of benches/crossover.rs and `dilt bench` on a GPU: single layers and whole steps in f32, in TF32 and in bf16.
 
     python3 benches/peers/torch_gpu.py [--layers] [--steps]
 
 Layers: forward pass, input gradient and weight gradient of the layers of benches/crossover.rs, both memory formats, least of
 several runs of the better one, each pass captured in a CUDA graph. Steps: forward pass, loss, backward pass and optimizer of
 ResNet-20 and ResNet-18 on 32x32 images (SGD with momentum 0.9, weight decay 1e-4) and ViT-S/16 at 224x224 (AdamW), masked
-weights being zeros in a dense layer; eager, and the whole step captured in one CUDA graph. Prints a line of JSON each.
+weights being zeros in a dense layer; eager, the whole step captured in one CUDA graph, and compiled (torch.compile,
+max-autotune, which captures graphs itself). In bf16 layers are bf16, steps run under autocast with f32 weights, as dilt's
+do. Prints a line of JSON each.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -136,17 +139,21 @@ def passes(x, w, y, arguments):
     }
 
 
-def convolution(channels, image, filters, stride, memory_format):
-    x = torch.randn(128, channels, image, image, device="cuda").contiguous(memory_format=memory_format)
-    w = torch.randn(filters, channels, 3, 3, device="cuda").contiguous(memory_format=memory_format)
+def convolution(channels, image, filters, stride, memory_format, dtype):
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+
+    x, w = random(128, channels, image, image), random(filters, channels, 3, 3)
     arguments = ([stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
     y = torch.randn_like(torch.ops.aten.convolution(x, w, None, *arguments))
     return passes(x, w, y, arguments)
 
 
-def linear(inputs, outputs, samples, _):
-    x, w = torch.randn(samples * 197, inputs, device="cuda"), torch.randn(outputs, inputs, device="cuda")
-    y = torch.randn(samples * 197, outputs, device="cuda")
+def linear(inputs, outputs, samples, _, dtype):
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    x, w, y = random(samples * 197, inputs), random(outputs, inputs), random(samples * 197, outputs)
     return {"forward": lambda: x @ w.T, "input_gradient": lambda: y @ w, "weight_gradient": lambda: y.T @ x}
 
 
@@ -154,33 +161,37 @@ def layers():
     for channels, image, filters, stride in CONVOLUTIONS:
         by = "" if stride == 1 else f" by {stride}"
         yield (f"conv 3x3 {channels}x{image}x{image} to {filters}{by}",
-               lambda f, a=(channels, image, filters, stride): convolution(*a, f))
+               lambda f, t, a=(channels, image, filters, stride): convolution(*a, f, t))
     for inputs, outputs, samples in LINEAR:
-        yield f"linear {inputs} to {outputs} ({samples} samples)", lambda f, a=(inputs, outputs, samples): linear(*a, f)
+        yield f"linear {inputs} to {outputs} ({samples} samples)", lambda f, t, a=(inputs, outputs, samples): linear(*a, f, t)
 
 
-def precise(tf32):
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+PRECISIONS = ["f32", "tf32", "bf16"]
+
+
+def precise(precision):
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def measure_layers():
     for name, make in layers():
-        for tf32 in (False, True):
-            precise(tf32)
+        for precision in PRECISIONS:
+            dtype = precise(precision)
             best = {}
             for memory_format in FORMATS.values():
-                for which, work in make(memory_format).items():
+                for which, work in make(memory_format, dtype).items():
                     least = min(milliseconds(captured(work), 7, 10))
                     best[which] = min(best.get(which, least), least)
-            row = {"layer": name, "precision": "tf32" if tf32 else "f32"}
+            row = {"layer": name, "precision": precision}
             print(json.dumps(row | {f"{which}_ms": round(ms, 5) for which, ms in best.items()}), flush=True)
 
 
 def measure_steps():
     for name, (make, batch, size, classes) in MODELS.items():
-        for tf32 in (False, True):
-            precise(tf32)
+        for precision in PRECISIONS:
+            dtype = precise(precision)
             best = {}
             for memory_format in FORMATS.values():
                 torch.manual_seed(0)
@@ -189,24 +200,29 @@ def measure_steps():
                 x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=memory_format)
                 labels = torch.randint(0, classes, (batch,), device="cuda")
 
-                def step(model=model, optimizer=optimizer, x=x, labels=labels):
+                def step(model=model, optimizer=optimizer, x=x, labels=labels, dtype=dtype):
                     optimizer.zero_grad(set_to_none=False)
-                    F.cross_entropy(model(x), labels).backward()
+                    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                        loss = F.cross_entropy(model(x), labels)
+                    loss.backward()
                     optimizer.step()
 
-                def forward(model=model, x=x):
-                    with torch.no_grad():
+                def forward(model=model, x=x, dtype=dtype):
+                    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
                         return model(x)
 
-                for what, work in (("eager", step), ("graph", None), ("evaluation_graph", None)):
+                for what, work in (("eager", step), ("graph", None), ("compiled", None), ("evaluation_graph", None)):
                     if what == "graph":
                         work = captured(step)
+                    if what == "compiled":
+                        compiled = torch.compile(model, mode="max-autotune")
+                        work = functools.partial(step, model=compiled)
                     if what == "evaluation_graph":
                         model.eval()
                         work = captured(forward)
                     ms = statistics.median(milliseconds(work, 20, 2))
                     best[what] = min(best.get(what, ms), ms)
-            row = {"step": name, "batch": batch, "precision": "tf32" if tf32 else "f32"}
+            row = {"step": name, "batch": batch, "precision": precision}
             print(json.dumps(row | {f"{what}_ms": round(ms, 4) for what, ms in best.items()}), flush=True)
 
 
