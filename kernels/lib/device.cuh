@@ -127,7 +127,15 @@ DEVICE uint32_t round_pair(float low, float high) {
 template <int L>
 DEVICE Samples<L> load(const bf16* p) {
     Samples<L> x;
-    if constexpr (L % 4 == 0) {
+    if constexpr (L % 8 == 0) {
+        UNROLL for (int i = 0; i < L; i += 8) {
+            const uint4 v = *reinterpret_cast<const uint4*>(p + i);
+            const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+            UNROLL for (int j = 0; j < 4; ++j)
+                x.lane[i + 2 * j] = __uint_as_float(pairs[j] << 16),
+                             x.lane[i + 2 * j + 1] = __uint_as_float(pairs[j] & 0xffff0000u);
+        }
+    } else if constexpr (L % 4 == 0) {
         UNROLL for (int i = 0; i < L; i += 4) {
             const uint2 v = *reinterpret_cast<const uint2*>(p + i);
             x.lane[i] = __uint_as_float(v.x << 16), x.lane[i + 1] = __uint_as_float(v.x & 0xffff0000u);
@@ -141,7 +149,12 @@ DEVICE Samples<L> load(const bf16* p) {
 
 template <int L>
 DEVICE void store(bf16* p, const Samples<L>& x) {
-    if constexpr (L % 4 == 0) {
+    if constexpr (L % 8 == 0) {
+        UNROLL for (int i = 0; i < L; i += 8)
+            *reinterpret_cast<uint4*>(p + i) =
+                make_uint4(round_pair(x.lane[i], x.lane[i + 1]), round_pair(x.lane[i + 2], x.lane[i + 3]),
+                           round_pair(x.lane[i + 4], x.lane[i + 5]), round_pair(x.lane[i + 6], x.lane[i + 7]));
+    } else if constexpr (L % 4 == 0) {
         UNROLL for (int i = 0; i < L; i += 4)
             *reinterpret_cast<uint2*>(p + i) =
                 make_uint2(round_pair(x.lane[i], x.lane[i + 1]), round_pair(x.lane[i + 2], x.lane[i + 3]));
