@@ -106,7 +106,7 @@ fn options_out_of_range() {
         (&["--data", "mnist"], &["mnist", "digits"]),
         (&["--data", "cifar10"], &["cifar10=DIR"]),
         (&["--skip-broken"], &["--skip-broken", "image files"]),
-        (&["--precision", "bf16"], &["bf16", "f32"]),
+        (&["--precision", "f16"], &["f16", "bf16", "f32"]),
         (&["--device", "tpu"], &["tpu", "host"]),
         (&["--batch", "0"], &["batch", "at least 1"]),
         (&["--batch", "18446744073709551615"], &["batch", "at most"]),

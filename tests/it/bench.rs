@@ -12,7 +12,7 @@ fn a_ticket_s_plan_and_its_gain_are_shown_and_times_are_taken_once() {
     json(folder, &["prune", "--weights", "w/weights.safetensors", "--sparsity", "0.9", "--out", "t"]);
 
     let result = json(folder, &[&BENCH[..], &["--plan", "-q"]].concat());
-    let expected = ["batch", "bytes", "density", "device", "layers", "model", "plan", "rows", "threads"];
+    let expected = ["batch", "bytes", "density", "device", "layers", "model", "plan", "precision", "rows", "threads"];
     assert_eq!(keys(&result), expected);
     let layers = result["layers"].as_array().unwrap();
     assert!(layers.len() > 3, "{layers:?}");
