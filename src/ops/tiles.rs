@@ -16,7 +16,7 @@ const fn tile<A>(name: &'static str, rows: usize, columns: usize) -> Tile<A> {
     Tile { kernel: Kernel::new(name), rows, columns }
 }
 
-/// The tilings of forward pass or input gradient, in the order of [`PRODUCT_TILES`].
+/// The tilings of forward pass or input gradient, by the features that one owns.
 pub(super) struct Product {
     f32: [Tile<ConvArgs>; 5],
     bf16: [Tile<ConvArgs>; 5],
