@@ -1,9 +1,9 @@
 // attention_mma.cu - attention on tensor cores, bf16 with f32 sums: the formulas and the kernels of attention.cu.
 //
-// A block owns 64 queries, or keys in the second kernel of the backward pass, of a head of a sample, each of its four warps 16 of
-// them, whose scores and results it keeps in registers. The others come in tiles, each while the one before is multiplied.
-// Probabilities and their gradients are rounded to bf16 where they are multiplied again (as in Dao 2023, arXiv 2307.08691); the sum
-// of a query's exponentials is of unrounded ones. Features beyond the head's are zeros.
+// A block owns 64 queries, or keys in the second kernel of the backward pass, of a head of a sample, each of its four warps
+// 16 of them, whose scores and results it keeps in registers. The others come in tiles, each while the one before is
+// multiplied. Probabilities and their gradients are rounded to bf16 where they are multiplied again (as in Dao 2023, arXiv
+// 2307.08691); the sum of a query's exponentials is of unrounded ones. Features beyond the head's are zeros.
 //
 // Limit: tensor cores and exponentials; not measured yet.
 #include "kernels/attention.cuh"

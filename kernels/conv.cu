@@ -8,10 +8,11 @@
 // columns of a feature row: samples, or the tokens of all samples. N is a multiple of 8. What lies outside the image is
 // zero. Sums are f32 in an order that depends on the shape alone.
 //
-// Sums of splits are for both devices and precisions, the rest are the GPU's tilings of f32: a block copies tiles through shared memory, two at a time so that one is read while
-// the next arrives, and its threads multiply from there. Those of the host are in conv_direct.cu, those of bf16 in conv_mma.cu. Forward and input gradient
-// are one template: they differ only in which input row a filter tap reads (Taps, PixelClass). Limit: multiply-adds. H200,
-// 2026-11-26: 3x3 on 128 channels of 16x16, 128 samples, 35 TFLOP/s forward, half of the datasheet's 67.
+// Sums of splits are for both devices and precisions, the rest are the GPU's tilings of f32: a block copies tiles through
+// shared memory, two at a time so that one is read while the next arrives, and its threads multiply from there. Those of
+// the host are in conv_direct.cu, those of bf16 in conv_mma.cu. Forward and input gradient are one template: they differ
+// only in which input row a filter tap reads (Taps, PixelClass). Limit: multiply-adds. H200, 2026-11-26: 3x3 on 128 channels
+// of 16x16, 128 samples, 35 TFLOP/s forward, half of the datasheet's 67.
 #include "kernels/conv.cuh"
 
 struct ConvSumArgs {

@@ -2,8 +2,8 @@
 //
 //   to[k, r, s, c] = from[k, c, r, s]
 //
-// from: [K, C, R, S], f32; to: [K, R, S, channels], as weight_strides of conv.cuh says, zeros where a filter is padded. One launch
-// for all layers: grid y counts them. Limit: bytes, 4 read and 2 written a weight.
+// from: [K, C, R, S], f32; to: [K, R, S, channels], as weight_strides of conv.cuh says, zeros where a filter is padded. One
+// launch for all layers: grid y counts them. Limit: bytes, 4 read and 2 written a weight.
 #include "kernels/conv.cuh"
 
 struct RoundLayerArgs {

@@ -1,8 +1,8 @@
 // mma.cuh - products of small tiles by a warp on tensor cores, bf16 with f32 sums, and copies to shared memory that a
 // thread does not wait for: mma.sync, ldmatrix and cp.async of sm_80 and newer, and what they mean on the host.
 //
-// All 32 lanes of a warp call these together, each with its number. On the host a lane reads what another lane's address names after it has come to
-// the same place: as between warps, a barrier must stand between that and writing there again.
+// All 32 lanes of a warp call these together, each with its number. On the host a lane reads what another lane's address
+// names after it has come to the same place: as between warps, a barrier must stand between that and writing there again.
 #pragma once
 #include "kernels/lib/device.cuh"
 

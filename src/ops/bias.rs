@@ -16,7 +16,8 @@ const THREADS: u32 = 256;
 /// The sum of each row of dy, `[k, columns]`: dbias `[k]`, overwritten. Padded columns of dy are zero.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if dy does not have a whole number of columns, a multiple of 8, for each element of dbias.
+/// [`Error::Shape`](crate::Error::Shape) if dy does not have a whole number of columns, a multiple of 8, for each element
+/// of dbias.
 pub fn bias_gradient(device: &Device, dy: Reals, dbias: SliceMut<f32>) -> Result<()> {
     let rows = dbias.len();
     let row = dy.len() / rows.max(1);
