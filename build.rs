@@ -135,8 +135,9 @@ fn scan_into(source: &mut Source, path: &Path) {
     }
 }
 
-/// The file that is compiled: the kernel file, and a kernel that writes the layout of its structs. In a namespace of its own:
-/// functions that a compiler does not inline have the same names in both precisions, and the linker would keep one copy.
+/// The file that is compiled: the kernel file, and a kernel that writes the layout of its structs. All but the kernels' names
+/// has internal linkage: functions that a compiler does not inline have the same names in both precisions and in every
+/// instruction set, and the linker would keep one copy.
 fn write_wrapper(source: &Source, out: &Path) -> (String, PathBuf) {
     let mut body = String::new();
     let mut at = 0;
@@ -153,7 +154,7 @@ fn write_wrapper(source: &Source, out: &Path) -> (String, PathBuf) {
     }
     let stem = &source.stem;
     let text = format!(
-        "{}#include \"kernels/lib/device.cuh\"\nnamespace {stem}_kernels {{\n#include \"{}\"\n\
+        "{}#include <math.h>\n#include <stdint.h>\n#include <string.h>\nnamespace {{\n#include \"{}\"\n\
          BARRIER_FREE_KERNEL(layout_{stem}, LayoutArgs, 1) {{\n{body}}}\n}}\n",
         if source.bf16 { "#define DILT_BF16\n" } else { "" },
         source.path.display()
