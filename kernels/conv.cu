@@ -82,7 +82,9 @@ DEVICE void staged(const ConvArgs& a, typename ProductTile<ROWS, COLUMNS, PER_RO
     const int from_height = Pass::from_height(d), from_width = Pass::from_width(d);
     const int plane = from_height * from_width * d.n;
     const WeightStrides strides = weight_strides<float>(d);
-    const int row_stride = int(Pass::row_stride(strides)), channel_stride = int(Pass::channel_stride(strides));
+    // Said in two ways: ptxas 13.0 spills a few registers of one pass or the other if both are said in one.
+    const int row_stride = GRADIENT ? d.r * d.s : int(strides.filter);
+    const int channel_stride = GRADIENT ? d.r * d.s * d.c : int(strides.channel);
     const int row0 = row_tile * ROWS, rows = Pass::rows(d);
 
     // What this thread copies: always the same samples of a pixel, and the same rows of w.
