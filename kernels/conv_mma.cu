@@ -50,6 +50,22 @@ DEVICE void multiply_stage(int lane, const bf16* left, const bf16* right, SumTil
     }
 }
 
+// Fetches each step's stage STAGES - 1 steps before it is multiplied, with one barrier a step.
+template <class Copies, class Fetch, class Multiply>
+DEVICE void pipeline(int steps, Copies& copies, Fetch fetch, Multiply multiply) {
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (step < steps) fetch(step);
+        copies.commit();
+    }
+    for (int step = 0; step < steps; ++step) {
+        copies.template wait<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
+        copies.commit();
+        multiply(step);
+    }
+}
+
 // A step of the reduction, over a filter's rows, its columns, and `period` channels, and how it moves on by DEPTH.
 struct Step {
     int channel, r, s;
@@ -156,20 +172,12 @@ struct Product {
         const int warp = thread / 32, lane = thread % 32;
         SumTile sum[Warp::LEFTS][Warp::RIGHTS];
         UNROLL for (int i = 0; i < Warp::LEFTS; ++i) clear(sum[i]);
-        for (int step = 0; step < STAGES - 1; ++step) {
-            if (step < steps) fetch(step);
-            copies.commit();
-        }
-        for (int step = 0; step < steps; ++step) {
-            copies.template wait<STAGES - 2>();
-            __syncthreads();
-            if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
-            copies.commit();
+        pipeline(steps, copies, fetch, [&](int step) {
             const Stage& stage = shared.stage[step % STAGES];
             const bf16* w = GRADIENT ? &stage.w[0][Warp::row(warp)] : &stage.w[Warp::row(warp)][0];
             multiply_stage<Warp, GRADIENT, false, W_LENGTH + SPACE, COLUMNS + SPACE>(
                 lane, w, &stage.x[0][Warp::column(warp)], sum);
-        }
+        });
         __syncthreads();
         write(a, shared, lane, warp, column_tile, row0, sum);
     }
@@ -271,19 +279,11 @@ struct Gradient {
         const int warp = thread / 32, lane = thread % 32;
         SumTile sum[Warp::LEFTS][Warp::RIGHTS];
         UNROLL for (int i = 0; i < Warp::LEFTS; ++i) clear(sum[i]);
-        for (int step = 0; step < STAGES - 1; ++step) {
-            if (step < steps) fetch(step);
-            copies.commit();
-        }
-        for (int step = 0; step < steps; ++step) {
-            copies.template wait<STAGES - 2>();
-            __syncthreads();
-            if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
-            copies.commit();
+        pipeline(steps, copies, fetch, [&](int step) {
             const Stage& stage = shared.stage[step % STAGES];
             multiply_stage<Warp, false, true, DEPTH + SPACE, DEPTH + SPACE>(
                 lane, &stage.dy[Warp::row(warp)][0], &stage.x[Warp::column(warp)][0], sum);
-        }
+        });
         float* partial = a.partial + int64_t(split) * d.k * taps;
         UNROLL for (int i = 0; i < Warp::LEFTS; ++i)
             UNROLL for (int j = 0; j < Warp::RIGHTS; ++j)
@@ -297,10 +297,11 @@ struct Gradient {
 
 // ---------------------------------------------------------------------------------------------------------- kernels
 
-// Grid of the products: column tiles, row tiles, classes of pixels. Named by rows x columns.
-#define PRODUCT_KERNEL(tile)       \
-    SHARED(tile::Shared, shared);    \
+#define RUN(tile)                 \
+    SHARED(tile::Shared, shared); \
     tile::run(a, shared, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
+
+// Grid of the products: column tiles, row tiles, classes of pixels. Named by rows x columns.
 
 using Forward16 = Product<false, 16, 256, 8>;
 using Forward32 = Product<false, 32, 256, 8>;
@@ -313,16 +314,16 @@ using Backward64 = Product<true, 64, 64, 4>;
 using Backward64Wide = Product<true, 64, 128, 4>;
 using Backward128 = Product<true, 128, 128, 4>;
 
-KERNEL(conv_forward_16x256_bf16, ConvArgs, Forward16::Shared, THREADS, 2) { PRODUCT_KERNEL(Forward16); }
-KERNEL(conv_forward_32x256_bf16, ConvArgs, Forward32::Shared, THREADS, 2) { PRODUCT_KERNEL(Forward32); }
-KERNEL(conv_forward_64x64_bf16, ConvArgs, Forward64::Shared, THREADS, 3) { PRODUCT_KERNEL(Forward64); }
-KERNEL(conv_forward_64x128_bf16, ConvArgs, Forward64Wide::Shared, THREADS, 2) { PRODUCT_KERNEL(Forward64Wide); }
-KERNEL(conv_forward_128x128_bf16, ConvArgs, Forward128::Shared, THREADS, 2) { PRODUCT_KERNEL(Forward128); }
-KERNEL(conv_input_gradient_16x256_bf16, ConvArgs, Backward16::Shared, THREADS, 2) { PRODUCT_KERNEL(Backward16); }
-KERNEL(conv_input_gradient_32x256_bf16, ConvArgs, Backward32::Shared, THREADS, 2) { PRODUCT_KERNEL(Backward32); }
-KERNEL(conv_input_gradient_64x64_bf16, ConvArgs, Backward64::Shared, THREADS, 3) { PRODUCT_KERNEL(Backward64); }
-KERNEL(conv_input_gradient_64x128_bf16, ConvArgs, Backward64Wide::Shared, THREADS, 2) { PRODUCT_KERNEL(Backward64Wide); }
-KERNEL(conv_input_gradient_128x128_bf16, ConvArgs, Backward128::Shared, THREADS, 2) { PRODUCT_KERNEL(Backward128); }
+KERNEL(conv_forward_16x256_bf16, ConvArgs, Forward16::Shared, THREADS, 2) { RUN(Forward16); }
+KERNEL(conv_forward_32x256_bf16, ConvArgs, Forward32::Shared, THREADS, 2) { RUN(Forward32); }
+KERNEL(conv_forward_64x64_bf16, ConvArgs, Forward64::Shared, THREADS, 3) { RUN(Forward64); }
+KERNEL(conv_forward_64x128_bf16, ConvArgs, Forward64Wide::Shared, THREADS, 2) { RUN(Forward64Wide); }
+KERNEL(conv_forward_128x128_bf16, ConvArgs, Forward128::Shared, THREADS, 2) { RUN(Forward128); }
+KERNEL(conv_input_gradient_16x256_bf16, ConvArgs, Backward16::Shared, THREADS, 2) { RUN(Backward16); }
+KERNEL(conv_input_gradient_32x256_bf16, ConvArgs, Backward32::Shared, THREADS, 2) { RUN(Backward32); }
+KERNEL(conv_input_gradient_64x64_bf16, ConvArgs, Backward64::Shared, THREADS, 3) { RUN(Backward64); }
+KERNEL(conv_input_gradient_64x128_bf16, ConvArgs, Backward64Wide::Shared, THREADS, 2) { RUN(Backward64Wide); }
+KERNEL(conv_input_gradient_128x128_bf16, ConvArgs, Backward128::Shared, THREADS, 2) { RUN(Backward128); }
 
 // Grid of the weight gradients: tap tiles, row tiles, splits.
 using Gradient16 = Gradient<16, 128, 8>;
@@ -331,14 +332,14 @@ using Gradient64 = Gradient<64, 128, 4>;
 using Gradient128 = Gradient<128, 128, 4>;
 
 KERNEL(conv_weight_gradient_16x128_bf16, ConvWeightGradientArgs, Gradient16::Shared, THREADS, 2) {
-    PRODUCT_KERNEL(Gradient16);
+    RUN(Gradient16);
 }
 KERNEL(conv_weight_gradient_32x128_bf16, ConvWeightGradientArgs, Gradient32::Shared, THREADS, 2) {
-    PRODUCT_KERNEL(Gradient32);
+    RUN(Gradient32);
 }
 KERNEL(conv_weight_gradient_64x128_bf16, ConvWeightGradientArgs, Gradient64::Shared, THREADS, 2) {
-    PRODUCT_KERNEL(Gradient64);
+    RUN(Gradient64);
 }
 KERNEL(conv_weight_gradient_128x128_bf16, ConvWeightGradientArgs, Gradient128::Shared, THREADS, 2) {
-    PRODUCT_KERNEL(Gradient128);
+    RUN(Gradient128);
 }

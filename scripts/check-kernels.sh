@@ -4,8 +4,8 @@
 #   scripts/check-kernels.sh [PROFILE FOLDER]       default: target/release, or the one in CARGO_TARGET_DIR
 #
 # Host objects: no weak symbols, of which the linker would keep one copy for all instruction sets. CUDA code, where the
-# build had nvcc: no serialised wgmma (C75xx), no spills; in the machine code of sm_80 and sm_90a no local memory (LDL, STL), and in
-# the products of kernels/*_mma.cu tensor cores (HMMA) and asynchronous copies (LDGSTS).
+# build had nvcc: no serialised wgmma (C75xx), no spills; in the machine code of sm_80 and sm_90a no local memory (LDL,
+# STL), and in the products of kernels/*_mma.cu tensor cores (HMMA) and asynchronous copies (LDGSTS).
 # Tools: nm; cuobjdump and nvdisasm beside NVCC or in PATH; DILT_REQUIRE_NVCC=1 demands the CUDA half.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -13,8 +13,8 @@
 #   roofline    Nsight Compute's roofline of the five kernels that a step of ResNet-18 spends most time in, where ncu is
 #               installed (NCU names it if it is not in PATH) and may read the GPU's counters: roofline.ncu-rep, roofline.txt
 #
-# All sections if none is named; each is stopped after its own limit, at most ten minutes (`limits` below). --no-gpu runs the tests alone, on the host device, to
-# try the pack. Fails if anything fails.
+# All sections if none is named; each is stopped after its own limit, at most ten minutes (`limits` below). --no-gpu runs
+# the tests alone, on the host device, to try the pack. Fails if anything fails.
 set -euo pipefail
 
 usage="usage: gpu-check.sh OUT [--no-gpu] [tests|sanitizers|crossover|steps|ops|peers|roofline ...] [-- TEST FILTER...]"

@@ -131,9 +131,8 @@ DEVICE Samples<L> load(const bf16* p) {
         UNROLL for (int i = 0; i < L; i += 8) {
             const uint4 v = *reinterpret_cast<const uint4*>(p + i);
             const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-            UNROLL for (int j = 0; j < 4; ++j)
-                x.lane[i + 2 * j] = __uint_as_float(pairs[j] << 16),
-                             x.lane[i + 2 * j + 1] = __uint_as_float(pairs[j] & 0xffff0000u);
+            UNROLL for (int j = 0; j < 8; ++j)
+                x.lane[i + j] = __uint_as_float(j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16);
         }
     } else if constexpr (L % 4 == 0) {
         UNROLL for (int i = 0; i < L; i += 4) {

@@ -132,16 +132,6 @@ impl<'a> Reals<'a> {
         self.precision
     }
 
-    /// Elements `range`.
-    ///
-    /// # Panics
-    /// If the range is not within the view.
-    pub fn slice(&self, range: std::ops::Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.len, "slice {range:?} of {} elements", self.len);
-        let address = self.address + (range.start * self.precision.bytes()) as u64;
-        Reals { address, len: range.len(), ..*self }
-    }
-
     /// The same elements, if they are f32.
     ///
     /// # Errors

@@ -34,61 +34,25 @@ struct Staged {
     backward_keys: Kernel<AttentionBackwardArgs>,
 }
 
-/// Those of `kernels/attention.cu`.
-static STAGED_F32: [Staged; 3] = [
-    Staged {
-        head_dim: 32,
-        tokens: 64,
-        threads: 256,
-        forward: Kernel::new("attention_forward_32_f32"),
-        backward_queries: Kernel::new("attention_backward_queries_32_f32"),
-        backward_keys: Kernel::new("attention_backward_keys_32_f32"),
-    },
-    Staged {
-        head_dim: 64,
-        tokens: 64,
-        threads: 256,
-        forward: Kernel::new("attention_forward_64_f32"),
-        backward_queries: Kernel::new("attention_backward_queries_64_f32"),
-        backward_keys: Kernel::new("attention_backward_keys_64_f32"),
-    },
-    Staged {
-        head_dim: 128,
-        tokens: 32,
-        threads: 256,
-        forward: Kernel::new("attention_forward_128_f32"),
-        backward_queries: Kernel::new("attention_backward_queries_128_f32"),
-        backward_keys: Kernel::new("attention_backward_keys_128_f32"),
-    },
-];
+macro_rules! staged {
+    ($head_dim:literal, $precision:literal, $tokens:literal, $threads:literal) => {
+        Staged {
+            head_dim: $head_dim,
+            tokens: $tokens,
+            threads: $threads,
+            forward: Kernel::new(concat!("attention_forward_", $head_dim, "_", $precision)),
+            backward_queries: Kernel::new(concat!("attention_backward_queries_", $head_dim, "_", $precision)),
+            backward_keys: Kernel::new(concat!("attention_backward_keys_", $head_dim, "_", $precision)),
+        }
+    };
+}
 
+/// Those of `kernels/attention.cu`.
+static STAGED_F32: [Staged; 3] =
+    [staged!(32, "f32", 64, 256), staged!(64, "f32", 64, 256), staged!(128, "f32", 32, 256)];
 /// Those of `kernels/attention_mma.cu`.
-static STAGED_BF16: [Staged; 3] = [
-    Staged {
-        head_dim: 32,
-        tokens: 64,
-        threads: 128,
-        forward: Kernel::new("attention_forward_32_bf16"),
-        backward_queries: Kernel::new("attention_backward_queries_32_bf16"),
-        backward_keys: Kernel::new("attention_backward_keys_32_bf16"),
-    },
-    Staged {
-        head_dim: 64,
-        tokens: 64,
-        threads: 128,
-        forward: Kernel::new("attention_forward_64_bf16"),
-        backward_queries: Kernel::new("attention_backward_queries_64_bf16"),
-        backward_keys: Kernel::new("attention_backward_keys_64_bf16"),
-    },
-    Staged {
-        head_dim: 128,
-        tokens: 64,
-        threads: 128,
-        forward: Kernel::new("attention_forward_128_bf16"),
-        backward_queries: Kernel::new("attention_backward_queries_128_bf16"),
-        backward_keys: Kernel::new("attention_backward_keys_128_bf16"),
-    },
-];
+static STAGED_BF16: [Staged; 3] =
+    [staged!(32, "bf16", 64, 128), staged!(64, "bf16", 64, 128), staged!(128, "bf16", 64, 128)];
 
 /// Most features of a head.
 const MOST_HEAD_DIM: usize = 128;

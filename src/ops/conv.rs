@@ -31,8 +31,6 @@ kernel_args! {
 }
 layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs);
 
-static FORWARD_DIRECT: RealKernel<ConvArgs> = real_kernel!("conv_forward_direct");
-static INPUT_GRADIENT_DIRECT: RealKernel<ConvArgs> = real_kernel!("conv_input_gradient_direct");
 static WEIGHT_GRADIENT_DIRECT: RealKernel<ConvWeightGradientArgs> = real_kernel!("conv_weight_gradient_direct");
 static SUM_SPLITS: Kernel<ConvSumArgs> = Kernel::new("conv_sum_splits_f32");
 
@@ -184,17 +182,11 @@ impl ConvShape {
     }
 }
 
-/// The kernels of forward pass or input gradient.
-struct Pass {
-    staged: &'static Product,
-    direct: &'static RealKernel<ConvArgs>,
-}
-
 /// `to_image` of the result; `classes` of its pixels, by their remainder in each direction, are multiplied apart.
 fn product(
     device: &Device,
     precision: Precision,
-    pass: &Pass,
+    kernels: &'static Product,
     rows: i32,
     to_image: [i32; 2],
     classes: i32,
@@ -205,14 +197,14 @@ fn product(
     let (kernel, grid, block) = match device.policy() {
         Policy::Direct => {
             let grid = [height * width, n.div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
-            (pass.direct.of(precision), grid, 1)
+            (kernels.direct.of(precision), grid, 1)
         }
         Policy::Staged => {
             // Of the largest class.
             let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
             let one_tap = args.shape.r * args.shape.s == 1;
             let Tile { kernel, rows: tile_rows, columns: tile_columns } =
-                pass.staged.of(precision, rows, columns * classes * classes, one_tap);
+                kernels.of(precision, rows, columns * classes * classes, one_tap);
             let grid = [columns.div_ceil(*tile_columns), rows.div_ceil(*tile_rows), classes * classes];
             (kernel, grid, THREADS)
         }
@@ -275,8 +267,7 @@ pub fn conv_forward(
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         accumulate: 0,
     };
-    let pass = Pass { staged: &FORWARD, direct: &FORWARD_DIRECT };
-    product(device, precision, &pass, shape.k, [shape.p, shape.q], 1, &args)
+    product(device, precision, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)
 }
 
 /// Input gradient: dy `[k, p, q, n]`, dx `[c, h, w, n]`, overwritten or (`accumulate`) added to.
@@ -303,8 +294,7 @@ pub fn conv_input_gradient(
     let accumulate = i32::from(accumulate);
     let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
     let args = ConvArgs { from, w: w.ptr(), bias, to, count, shape: *shape, columns, accumulate };
-    let pass = Pass { staged: &INPUT_GRADIENT, direct: &INPUT_GRADIENT_DIRECT };
-    product(device, precision, &pass, shape.c, [shape.h, shape.w], shape.stride, &args)
+    product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)
 }
 
 /// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten. `scratch` has

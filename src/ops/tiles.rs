@@ -3,7 +3,7 @@
 //! The tiles of f32 were chosen on an H200 (benches/results); bf16 has taken over the choice, which is not measured yet.
 
 use super::conv::{ConvArgs, ConvWeightGradientArgs};
-use crate::device::{Kernel, Precision};
+use crate::device::{Kernel, Precision, RealKernel, real_kernel};
 
 /// A kernel and what one of its blocks owns: features x columns of a product, filters x weights of a gradient.
 pub(super) struct Tile<A: 'static> {
@@ -16,52 +16,52 @@ const fn tile<A>(name: &'static str, rows: usize, columns: usize) -> Tile<A> {
     Tile { kernel: Kernel::new(name), rows, columns }
 }
 
-/// The tilings of forward pass or input gradient, by the features that one owns.
+/// The kernels of forward pass or input gradient.
 pub(super) struct Product {
+    /// By the features that one owns.
     f32: [Tile<ConvArgs>; 5],
     bf16: [Tile<ConvArgs>; 5],
     /// The last three in f32 for filters of one tap, where they are others.
     pointwise: Option<[Tile<ConvArgs>; 3]>,
+    /// The host's.
+    pub direct: RealKernel<ConvArgs>,
+}
+
+/// The larger tiles of a product, after what stands before them.
+macro_rules! products {
+    ($name:literal, $precision:literal $(, $smaller:expr)*) => {
+        [
+            $($smaller,)*
+            tile(concat!($name, "_64x64_", $precision), 64, 64),
+            tile(concat!($name, "_64x128_", $precision), 64, 128),
+            tile(concat!($name, "_128x128_", $precision), 128, 128),
+        ]
+    };
+}
+/// All tiles of a product.
+macro_rules! all_products {
+    ($name:literal, $precision:literal) => {
+        products!(
+            $name,
+            $precision,
+            tile(concat!($name, "_16x256_", $precision), 16, 256),
+            tile(concat!($name, "_32x256_", $precision), 32, 256)
+        )
+    };
 }
 
 pub(super) static FORWARD: Product = Product {
-    f32: [
-        tile("conv_forward_16x256_f32", 16, 256),
-        tile("conv_forward_32x256_f32", 32, 256),
-        tile("conv_forward_64x64_f32", 64, 64),
-        tile("conv_forward_64x128_f32", 64, 128),
-        tile("conv_forward_128x128_f32", 128, 128),
-    ],
-    bf16: [
-        tile("conv_forward_16x256_bf16", 16, 256),
-        tile("conv_forward_32x256_bf16", 32, 256),
-        tile("conv_forward_64x64_bf16", 64, 64),
-        tile("conv_forward_64x128_bf16", 64, 128),
-        tile("conv_forward_128x128_bf16", 128, 128),
-    ],
+    f32: all_products!("conv_forward", "f32"),
+    bf16: all_products!("conv_forward", "bf16"),
     pointwise: None,
+    direct: real_kernel!("conv_forward_direct"),
 };
 
 pub(super) static INPUT_GRADIENT: Product = Product {
-    f32: [
-        tile("conv_input_gradient_16x256_f32", 16, 256),
-        tile("conv_input_gradient_32x256_f32", 32, 256),
-        tile("conv_input_gradient_64x64_f32", 64, 64),
-        tile("conv_input_gradient_64x128_f32", 64, 128),
-        tile("conv_input_gradient_128x128_f32", 128, 128),
-    ],
-    bf16: [
-        tile("conv_input_gradient_16x256_bf16", 16, 256),
-        tile("conv_input_gradient_32x256_bf16", 32, 256),
-        tile("conv_input_gradient_64x64_bf16", 64, 64),
-        tile("conv_input_gradient_64x128_bf16", 64, 128),
-        tile("conv_input_gradient_128x128_bf16", 128, 128),
-    ],
-    pointwise: Some([
-        tile("conv_input_gradient_pointwise_64x64_f32", 64, 64),
-        tile("conv_input_gradient_pointwise_64x128_f32", 64, 128),
-        tile("conv_input_gradient_pointwise_128x128_f32", 128, 128),
-    ]),
+    f32: all_products!("conv_input_gradient", "f32"),
+    bf16: all_products!("conv_input_gradient", "bf16"),
+    pointwise: Some(products!("conv_input_gradient_pointwise", "f32")),
+    direct: real_kernel!("conv_input_gradient_direct"),
 };
 
 /// The tilings of the weight gradient, by the filters that one owns.

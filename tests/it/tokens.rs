@@ -2,7 +2,6 @@
 
 use dilt::device::{Device, Precision, Reals};
 use dilt::ops::Columns;
-use dilt::ops::bias::bias_gradient;
 use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 
 use dilt::ops::tokens::{
@@ -10,6 +9,7 @@ use dilt::ops::tokens::{
     patches_forward, token_pool_backward, token_pool_forward,
 };
 
+use crate::conv::{Layer, Passes};
 use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// f32 sums of up to a few hundred products, against float64.
@@ -55,42 +55,23 @@ fn linear_layers_over_token_columns_agree_with_pytorch() {
             let [n, tokens, c] = tensor("x").shape[..] else { panic!() };
             let columns = Columns::tokens(n, tokens).unwrap();
             let shape = ConvShape::new([c, 1, 1], tensor("w").shape[0], [1, 1], 1, 0, columns.len()).unwrap();
-            let (x, dy) = (tokens_last(&tensor("x")), tokens_last(&tensor("dy")));
-            let (x, dy) = (device.upload(&x).unwrap(), device.upload(&dy).unwrap());
-            let w = device.upload(&tensor("w").f32()).unwrap();
-            let bias = golden.find(&case, "bias").map(|bias| device.upload(&bias.f32()).unwrap());
-            let count = device.upload(&[n as u32]).unwrap();
+            let (x, w, dy) = (tokens_last(&tensor("x")), tensor("w").f32(), tokens_last(&tensor("dy")));
+            let bias = golden.find(&case, "bias").map(|bias| bias.f32());
+            let layer = Layer { shape, columns, count: n, x: &x, w: &w, bias: bias.as_deref(), dy: &dy };
 
-            let mut y = unwritten(device, shape.output_len());
-            let with = bias.as_ref().map(|bias| Bias { bias: bias.view(), columns, count: count.view() });
-            conv_forward(device, &shape, x.view().into(), w.view().into(), with, y.view_mut().into()).unwrap();
-            let y = read(device, y.view());
+            let Passes { y, dx, twice, dw, dbias } = layer.passes(device, Storage::F32);
             check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
-
-            let mut dx = unwritten(device, shape.input_len());
-            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), false, dx.view_mut().into())
-                .unwrap();
-            let once = read(device, dx.view());
-            check_tokens_last(&tensor("dx"), &once, TOLERANCE, &format!("{label}: dx"));
-            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), true, dx.view_mut().into()).unwrap();
-            let twice: Vec<f32> = read(device, dx.view()).iter().map(|value| value / 2.0).collect();
-            check_tokens_last(&tensor("dx"), &twice, TOLERANCE, &format!("{label}: dx, accumulated"));
-
-            let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
-            let mut dw = unwritten(device, shape.weight_len());
-            conv_weight_gradient(device, &shape, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
-                .unwrap();
-            let dw = read(device, dw.view());
+            check_tokens_last(&tensor("dx"), &dx, TOLERANCE, &format!("{label}: dx"));
+            let half: Vec<f32> = twice.iter().map(|value| value / 2.0).collect();
+            check_tokens_last(&tensor("dx"), &half, TOLERANCE, &format!("{label}: dx, added twice"));
             tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));
-            results.extend([y, once, twice, dw]);
-
             if let Some(want) = golden.find(&case, "dbias") {
-                let mut dbias = unwritten(device, want.data.len());
-                bias_gradient(device, dy.view().into(), dbias.view_mut()).unwrap();
-                let dbias = read(device, dbias.view());
                 want.check(&dbias, TOLERANCE, &format!("{label}: dbias"));
-                results.push(dbias);
             }
+            results.extend([y, dx, twice, dw, dbias]);
+
+            let [y, dx] = ["y", "dx"].map(|name| tokens_last(&tensor(name)));
+            results.extend(layer.judge_bf16(device, &format!("{label}: bf16"), &y, &dx, &tensor("dw").f32()));
         }
         results
     });

@@ -177,7 +177,7 @@ fn follows_pytorch(case: &str, masked: bool) {
     });
 }
 
-/// In bf16 a loss may differ by a quarter of what losses differ by from batch to batch: of the first five steps under a mask,
+/// In bf16 a loss may differ by a tenth of what losses differ by from batch to batch: of the first five steps under a mask,
 /// since the few weights that it keeps magnify every rounding. Pruned weights are zeros all the same.
 #[test]
 #[cfg_attr(dilt_sanitize = "thread", ignore = "minutes, and the kernels are those of conv:: and norm::")]
@@ -188,7 +188,7 @@ fn ten_steps_in_bf16_stay_near_pytorch() {
             let (losses, _, network) = train(device, &golden, masked, Precision::Bf16);
             let want = golden.get(case, "losses").data;
             let least = want.iter().copied().fold(f64::INFINITY, f64::min);
-            let allowed = (want.iter().copied().fold(0.0, f64::max) - least) / 4.0;
+            let allowed = (want.iter().copied().fold(0.0, f64::max) - least) / 10.0;
             let near = if masked { 5 } else { STEPS };
             for (step, (&got, want)) in losses.iter().zip(&want).take(near).enumerate() {
                 let error = (f64::from(got) - want).abs();
