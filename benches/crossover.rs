@@ -2,9 +2,9 @@
 //! a layer can be multiplied, beside the dense one. Masks are random, or those of groups of 32 rows that keep the same
 //! columns, as `dilt structure --method regroup` makes them.
 //!
-//! `cargo bench --bench crossover [-- --out FOLDER] [--only TEXT] [--quick]`, on the device that `DILT_BENCH_DEVICE` names (auto,
-//! host, cuda; auto if not set), writes FOLDER/crossover.csv (for each layer, mask, sparsity and way: milliseconds of
-//! the three passes, least of several runs in turn with the others) and FOLDER/crossover.svg (the speed of all three, as
+//! `cargo bench --bench crossover [-- --out FOLDER] [--precision f32|bf16] [--only TEXT] [--quick]`, on the device that
+//! `DILT_BENCH_DEVICE` names (auto, host, cuda; auto if not set), writes FOLDER/crossover.csv, of bf16 crossover-bf16.csv (for each layer, mask, sparsity and way: milliseconds of
+//! the three passes, least of several runs in turn with the others) and a figure, .svg (the speed of all three, as
 //! a multiple of the dense way's: what lies below 1 loses). FOLDER is target/crossover if it is not given. `--only`
 //! takes the layers whose names contain TEXT; `--quick` two layers, three sparsities and one run.
 
@@ -13,12 +13,12 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use dilt::device::Device;
+use dilt::device::{Device, Precision};
 use dilt::mask::Mask;
 use dilt::nn::ways::{MaskedLayer, Trial, Way};
 use dilt::ops::Columns;
 use dilt::ops::conv::ConvShape;
-use dilt::ops::conv_sparse::Pass;
+use dilt::ops::kept::{Pass, group_rows};
 use plotters::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -121,14 +121,20 @@ fn main() -> anyhow::Result<()> {
         at.and_then(|at| arguments.get(at + 1)).map(String::as_str)
     };
     let (out, only) = (value("--out").unwrap_or("target/crossover"), value("--only").unwrap_or(""));
+    let precision = match value("--precision").unwrap_or("f32") {
+        "f32" => Precision::F32,
+        "bf16" => Precision::Bf16,
+        other => anyhow::bail!("--precision: expected f32 or bf16, got {other}"),
+    };
     let device = Device::open(&std::env::var("DILT_BENCH_DEVICE").unwrap_or_else(|_| "auto".into()))?;
     let mut cells = Vec::new();
     let layers = layers()?.into_iter().filter(|(name, _)| name.contains(only));
     for (name, shape) in layers.take(if quick { 2 } else { usize::MAX }) {
-        let mut trial = Trial::new(&device, &shape)?;
+        let mut trial = Trial::new(&device, &shape, precision)?;
         for sparsity in SPARSITIES.into_iter().step_by(if quick { 4 } else { 1 }) {
             for kind in MASKS {
-                let layer = MaskedLayer::new(&shape, &mask(kind, &shape, sparsity));
+                let layer =
+                    MaskedLayer::new(&shape, precision, &mask(kind, &shape, sparsity), group_rows(&device, precision));
                 let what = format!("{name}, {kind}, {:.1} % pruned", 100.0 * sparsity);
                 for (way, seconds) in measure(&device, &what, &mut trial, &layer, if quick { 1 } else { RUNS })? {
                     let multiplied = layer.multiplied(way);
@@ -139,9 +145,13 @@ fn main() -> anyhow::Result<()> {
     }
     eprintln!();
     std::fs::create_dir_all(out).with_context(|| out.to_owned())?;
-    let [table, figure] = ["crossover.csv", "crossover.svg"].map(|name| Path::new(out).join(name));
+    let [table, figure] = ["csv", "svg"].map(|kind| {
+        let name = if precision.is_f32() { "crossover" } else { "crossover-bf16" };
+        Path::new(out).join(format!("{name}.{kind}"))
+    });
     std::fs::write(&table, csv(&cells)).with_context(|| table.display().to_string())?;
-    draw(&figure, &device.description(), &cells).with_context(|| figure.display().to_string())?;
+    draw(&figure, &format!("{}, {}", device.description(), precision.name()), &cells)
+        .with_context(|| figure.display().to_string())?;
     println!("{}\n{}", table.display(), figure.display());
     Ok(())
 }

@@ -14,11 +14,10 @@ use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
 use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
-use dilt::ops::conv_sparse::{
-    Kept, KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
-};
+use dilt::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use dilt::ops::distances::{DistanceShape, Metric, distance_matrix, pitch};
 use dilt::ops::gw::{Couplings, Layers, Start, Step};
+use dilt::ops::kept::{Kept, KeptWeights, Pass};
 use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
@@ -86,19 +85,19 @@ impl Bench<'_> {
         for sparsity in [0.5, 0.75, 0.9, 0.95, 0.98] {
             let mut rng = ChaCha8Rng::seed_from_u64(7);
             let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|_| !rng.random_bool(sparsity)).collect();
-            let mut kept =
-                KeptWeights::new(&self.device, &shape, &Kept { places: &places, packed: false }, None, &Pass::ALL)?;
+            let kept = Kept { places: &places, packed: false };
+            let mut kept = KeptWeights::new(&self.device, &shape, Precision::F32, &kept, None, &Pass::ALL)?;
             let flop = Throughput::Elements(2 * (shape.multiply_adds() / shape.weight_len() * places.len()) as u64);
             let name = format!("{name}, {}% pruned", sparsity * 100.0);
             self.time(&format!("sparse {name}: forward"), flop.clone(), |device| {
                 kept.gather(device, w.view())?;
-                conv_sparse_forward(device, &kept, x.view(), None, y.view_mut())
+                conv_sparse_forward(device, &kept, x.view().into(), None, y.view_mut().into())
             });
             self.time(&format!("sparse {name}: input gradient"), flop.clone(), |device| {
-                conv_sparse_input_gradient(device, &kept, dy.view(), false, dx.view_mut())
+                conv_sparse_input_gradient(device, &kept, dy.view().into(), false, dx.view_mut().into())
             });
             self.time(&format!("sparse {name}: weight gradient"), flop, |device| {
-                conv_sparse_weight_gradient(device, &mut kept, x.view(), dy.view(), dw.view_mut())
+                conv_sparse_weight_gradient(device, &mut kept, x.view().into(), dy.view().into(), dw.view_mut())
             });
         }
         Ok(())

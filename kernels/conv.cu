@@ -16,8 +16,9 @@
 #include "kernels/conv.cuh"
 
 struct ConvSumArgs {
-    const float* partial;  // [splits, count]
-    float* sum;            // [count]
+    const float* partial;    // [splits, count]
+    const uint32_t* places;  // [count]: where in `sum` each goes, or NONE; null: sum is [count]
+    float* sum;
     int64_t count;
     int32_t splits;
 };
@@ -385,11 +386,13 @@ KERNEL(conv_weight_gradient_128x96_f32, ConvWeightGradientArgs, Gradient128::Sha
 // Adds the splits' partial sums: four chains of every fourth, since a GPU waits long for each.
 BARRIER_FREE_KERNEL(conv_sum_splits_f32, ConvSumArgs, THREADS) {
     EACH(i, a.count) {
+        const int64_t place = a.places ? a.places[i] : i;
+        if (place == NONE) continue;
         Samples<4> sum = splat<4>(0.0f);
         int split = 0;
         for (; split + 4 <= a.splits; split += 4)
             UNROLL for (int chain = 0; chain < 4; ++chain) sum[chain] += a.partial[(split + chain) * a.count + i];
         for (; split < a.splits; ++split) sum[0] += a.partial[split * a.count + i];
-        a.sum[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        a.sum[place] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
 }

@@ -3,6 +3,13 @@
 #pragma once
 #include "kernels/lib/device.cuh"
 
+// The row of a group that has no more rows, and the place of a weight that is not kept.
+constexpr uint32_t NONE = 0xffffffffu;
+
+// Where an entry of a list reads, as rows and columns from a pixel's origin: 16 bits each.
+DEVICE int shift_rows(uint32_t shift) { return int32_t(shift) >> 16; }
+DEVICE int shift_columns(uint32_t shift) { return int16_t(shift & 0xffffu); }
+
 struct ConvShape {
     int32_t c, h, w;      // input channels, rows and columns
     int32_t k, r, s;      // output channels, filter rows and columns

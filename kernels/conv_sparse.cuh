@@ -15,13 +15,13 @@
 
 // Forward: x to y. Input gradient: dy to dx; bias is null.
 struct ConvSparseArgs {
-    const float* from;
+    const Real* from;
     const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
     const uint32_t* starts;  // [groups, taps] and one more: where the entries of a group's tap begin
     const int32_t* offsets;  // [entries]
-    const float* values;     // [entries, R]
+    const float* values;     // [entries, R], rounded as products read weights
     const float* bias;       // [K], or null
-    float* to;
+    Real* to;
     const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
     ConvShape shape;
     Columns columns;         // what the shape's N is made of; read only where there is a bias
@@ -30,12 +30,12 @@ struct ConvSparseArgs {
 };
 
 struct ConvSparseGradientArgs {
-    const float* x;
-    const float* dy;
+    const Real* x;
+    const Real* dy;
     const uint32_t* rows;     // of the forward pass, as the next four
     const uint32_t* starts;
     const int32_t* offsets;
-    const uint32_t* taps;     // [entries] of rows by themselves, staged: r S + s of each
+    const uint32_t* shifts;   // [entries]; read where rows are by themselves, staged, and in bf16 groups
     const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 8: of all entries), first entry, and the one after the last
     float* partial;           // [splits, entries, R]
     ConvShape shape;
@@ -44,9 +44,6 @@ struct ConvSparseGradientArgs {
 
 constexpr int GROUP_ROWS = 8;  // R of a group
 constexpr int BLOCK_SAMPLES = 128;
-
-// The row of a group that has no more rows, and the place of a weight that is not kept.
-constexpr uint32_t NONE = 0xffffffffu;
 
 // Where the taps that a pixel meets stand in a row's list: `runs` runs of `taps` taps each, a filter row apart.
 struct Window {
@@ -86,7 +83,7 @@ template <bool GRADIENT, int R, int V, int L>
 DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pixel, int n, const uint32_t (&live)[V]) {
     using Pass = Taps<GRADIENT>;
     const ConvShape& d = a.shape;
-    const float* from = a.from + n;
+    const Real* from = a.from + n;
     const uint32_t* starts = a.starts + int64_t(group) * d.r * d.s + at.first;
     Samples<L> sum[R][V];
     UNROLL for (int i = 0; i < R; ++i) {
@@ -95,7 +92,7 @@ DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pi
     }
     for (int run = 0; run < at.runs; ++run, starts += d.s) {
         for (uint32_t entry = starts[0]; entry < starts[at.taps]; ++entry) {
-            const float* x = from + (at.origin + a.offsets[entry]);
+            const Real* x = from + (at.origin + a.offsets[entry]);
             const auto value = load_uniform<R>(a.values + int64_t(entry) * R);
             Samples<L> read[V];
             UNROLL for (int v = 0; v < V; ++v) read[v] = load<L>(x + v * L);
@@ -106,7 +103,7 @@ DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pi
     UNROLL for (int i = 0; i < R; ++i) {
         const uint32_t row = row_of<R>(a, group, i);
         if (row == NONE) break;
-        float* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
+        Real* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
         UNROLL for (int v = 0; v < V; ++v) {
             if (a.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
             if (a.accumulate) sum[i][v] += load<L>(to + v * L);
@@ -147,4 +144,40 @@ DEVICE int unit_of(const ConvSparseGradientArgs& a, int split) {
 template <int R>
 DEVICE float* partial_of(const ConvSparseGradientArgs& a, int split) {
     return a.partial + int64_t(split) * a.entries * R;
+}
+
+// ------------------------------------------------------------------------------------------ warps, in the staged kernels
+
+constexpr int THREADS = 256;
+
+// A thread's 4 columns of a pixel, if there are so many.
+template <bool GRADIENT>
+struct Place {
+    int pixel, n;
+    bool there;
+    DEVICE Place(const ConvShape& d, int column) : pixel(column / d.n), n(column % d.n) {
+        there = pixel < Taps<GRADIENT>::to_height(d) * Taps<GRADIENT>::to_width(d);
+    }
+    DEVICE Window window_of(const ConvShape& d) const {
+        const int width = Taps<GRADIENT>::to_width(d);
+        return window<GRADIENT>(d, pixel / width, pixel % width);
+    }
+};
+
+// The units of a split of the staged kernels, one after the other: an output pixel's blocks of 128 samples.
+struct Unit {
+    int block, q, p;
+    DEVICE Unit(const ConvShape& d, int unit, int blocks)
+        : block(unit % blocks), q(unit / blocks % d.q), p(unit / blocks / d.q) {}
+    DEVICE void next(const ConvShape& d, int blocks) {
+        if (++block < blocks) return;
+        block = 0;
+        if (++q == d.q) q = 0, ++p;
+    }
+};
+
+// The sum of a warp, in all of its lanes.
+DEVICE float warp_sum(float sum) {
+    UNROLL for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
 }

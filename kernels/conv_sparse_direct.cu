@@ -36,10 +36,10 @@ constexpr int CHUNK = 64;
 
 // Adds what V vectors of samples at a pixel give to the sums of a chunk.
 template <int V, int L>
-DEVICE void add_samples(const ConvSparseGradientArgs& a, const Chunk& chunk, const Window& at, const float* dy, int n,
+DEVICE void add_samples(const ConvSparseGradientArgs& a, const Chunk& chunk, const Window& at, const Real* dy, int n,
                         Samples<L> (&sum)[CHUNK]) {
     const ConvShape& d = a.shape;
-    const float* x = a.x + n;
+    const Real* x = a.x + n;
     const uint32_t* starts = a.starts + int64_t(chunk.group) * d.r * d.s + at.first;
     Samples<L> g[V];
     UNROLL for (int v = 0; v < V; ++v) g[v] = load<L>(dy + n + v * L);
@@ -47,7 +47,7 @@ DEVICE void add_samples(const ConvSparseGradientArgs& a, const Chunk& chunk, con
         const uint32_t first = uint32_t(max64(starts[0], chunk.begin));
         const uint32_t last = uint32_t(min64(starts[at.taps], chunk.end));
         for (uint32_t entry = first; entry < last; ++entry) {
-            const float* read = x + (at.origin + a.offsets[entry]);
+            const Real* read = x + (at.origin + a.offsets[entry]);
             Samples<L> total = sum[entry - chunk.begin];
             UNROLL for (int v = 0; v < V; ++v) total += g[v] * load<L>(read + v * L);
             sum[entry - chunk.begin] = total;
@@ -56,7 +56,7 @@ DEVICE void add_samples(const ConvSparseGradientArgs& a, const Chunk& chunk, con
 }
 
 template <int V, int L>
-DEVICE void add_columns(const ConvSparseGradientArgs& a, const Chunk& chunk, const Window& at, const float* dy, int n,
+DEVICE void add_columns(const ConvSparseGradientArgs& a, const Chunk& chunk, const Window& at, const Real* dy, int n,
                         int last, Samples<L> (&sum)[CHUNK]) {
     for (; n + V * L <= last; n += V * L) add_samples<V, L>(a, chunk, at, dy, n, sum);
     if constexpr (V > 1) add_columns<V / 2, L>(a, chunk, at, dy, n, last, sum);
@@ -73,7 +73,7 @@ DEVICE void direct_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
         const int last = int(min64(n + BLOCK_SAMPLES, d.n));
         for (int q = 0; q < d.q; ++q) {
             const Window at = window<false>(d, p, q);
-            const float* dy = a.dy + ((int64_t(chunk.group) * d.p + p) * d.q + q) * d.n;
+            const Real* dy = a.dy + ((int64_t(chunk.group) * d.p + p) * d.q + q) * d.n;
             add_columns<VECTORS<1>, L>(a, chunk, at, dy, n, last, sum);
         }
     }
@@ -113,7 +113,7 @@ DEVICE void direct_group_gradient(const ConvSparseGradientArgs& a, const Chunk& 
                 const int runs = merged ? int(min64(columns, 1)) : columns, length = merged ? columns * d.n : samples;
                 for (int run = 0; run < runs; ++run) {
                     const int q = across.first + run;
-                    const float* dy = a.dy + (int64_t(p) * d.q + q) * d.n + n;
+                    const Real* dy = a.dy + (int64_t(p) * d.q + q) * d.n + n;
                     const int64_t origin =
                         (int64_t(p * d.stride - d.pad) * d.w + q * d.stride - d.pad) * d.n + n;
                     for (int i = 0; i < length; i += L) {
@@ -136,23 +136,23 @@ DEVICE void direct_group_gradient(const ConvSparseGradientArgs& a, const Chunk& 
 // ---------------------------------------------------------------------------------------------------------- kernels
 
 // Grid of the products: pixels, blocks of samples, blocks of rows. Of the weight gradients: chunks, splits.
-BARRIER_FREE_KERNEL(conv_sparse_forward_direct_f32, ConvSparseArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_sparse_forward_direct), ConvSparseArgs, 1) {
     direct<false, 1>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_groups_forward_direct_f32, ConvSparseArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_groups_forward_direct), ConvSparseArgs, 1) {
     direct<false, GROUP_ROWS>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_sparse_input_gradient_direct_f32, ConvSparseArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_sparse_input_gradient_direct), ConvSparseArgs, 1) {
     direct<true, 1>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_groups_input_gradient_direct_f32, ConvSparseArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_groups_input_gradient_direct), ConvSparseArgs, 1) {
     direct<true, GROUP_ROWS>(a, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-BARRIER_FREE_KERNEL(conv_sparse_weight_gradient_direct_f32, ConvSparseGradientArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_sparse_weight_gradient_direct), ConvSparseGradientArgs, 1) {
     const Chunk chunk(a.chunks + blockIdx.x * 4);
     const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
     float* partial = partial_of<1>(a, blockIdx.y);
@@ -162,7 +162,7 @@ BARRIER_FREE_KERNEL(conv_sparse_weight_gradient_direct_f32, ConvSparseGradientAr
         direct_gradient<ROW_LANES>(a, chunk, begin, end, partial);
 }
 
-BARRIER_FREE_KERNEL(conv_groups_weight_gradient_direct_f32, ConvSparseGradientArgs, 1) {
+BARRIER_FREE_KERNEL(REAL(conv_groups_weight_gradient_direct), ConvSparseGradientArgs, 1) {
     const Chunk chunk(a.chunks + blockIdx.x * 4);
     const int begin = unit_of(a, blockIdx.y), end = unit_of(a, blockIdx.y + 1);
     float* partial = partial_of<GROUP_ROWS>(a, blockIdx.y);

@@ -50,6 +50,12 @@ DEVICE void load_matrices(int, bool transposed, const bf16* row, uint32_t (&word
                      : "memory");
 }
 
+// A left tile that lies as the lanes hold it: [lane][8].
+DEVICE LeftTile load_left_packed(int lane, const bf16* at) {
+    const uint4 v = *reinterpret_cast<const uint4*>(at + lane * 8);
+    return {{v.x, v.y, v.z, v.w}};
+}
+
 // A thread's copies of 16 bytes from global to shared memory, in groups. PENDING: how many at most have not arrived.
 template <int PENDING>
 struct AsyncCopies {
@@ -121,6 +127,12 @@ DILT_CALL void dilt_load_matrices(const char* site, int lane, bool transposed, c
         const auto at = [&](int r, int c) { return uint32_t(reinterpret_cast<const bf16*>(lanes[8 * i + r][0])[c].bits); };
         words[i] = transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
     }
+}
+
+DEVICE LeftTile load_left_packed(int lane, const bf16* at) {
+    LeftTile tile;
+    memcpy(tile.word, at + lane * 8, sizeof tile.word);
+    return tile;
 }
 
 // The host copies when the thread waits, and leaves NaN there until then.

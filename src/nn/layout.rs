@@ -11,11 +11,11 @@ use super::model::{Layer, Model};
 use super::paths::{Choice, Planning, choose};
 use super::plan::{Plan, Use};
 use super::ways::{Lists, MaskedLayer};
-use crate::device::{Device, Precision};
+use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::ops::SAMPLE_ALIGNMENT;
-use crate::ops::conv_sparse::Pass;
+use crate::ops::kept::{Pass, group_rows};
 
 /// A network under masks, before it has memory.
 pub struct Layout {
@@ -89,10 +89,7 @@ pub(super) fn plan_layers(
     memory_for: Use,
     planning: &Planning,
 ) -> Result<Vec<Option<PlannedLayer>>> {
-    // Sparse products are f32: in bf16 a masked weight is a zero among the others.
-    if computed.precision != Precision::F32 {
-        return Ok(computed.layers.iter().map(|_| None).collect());
-    }
+    let rows = group_rows(device, computed.precision);
     let passes = if memory_for == Use::Evaluate { &Pass::ALL[..1] } else { &Pass::ALL };
     let masked = |layer: &Layer| {
         let Layer::Conv { weight, .. } = *layer else { return Ok(None) };
@@ -103,7 +100,7 @@ pub(super) fn plan_layers(
             return Ok(None);
         }
         let shape = computed.conv_shape(layer, batch.next_multiple_of(SAMPLE_ALIGNMENT))?;
-        Ok(Some(MaskedLayer::new(&shape, &mask)))
+        Ok(Some(MaskedLayer::new(&shape, computed.precision, &mask, rows)))
     };
     // Finding groups of rows takes a while; choosing may measure, and has the device for itself.
     let layers: Result<Vec<Option<MaskedLayer>>> = computed.layers.par_iter().map(masked).collect();

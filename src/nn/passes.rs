@@ -9,11 +9,10 @@ use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::bias::bias_gradient;
 use crate::ops::conv::{Bias, conv_forward, conv_input_gradient, conv_weight_gradient};
-use crate::ops::conv_sparse::{
-    KeptWeights, Pass, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
-};
+use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
+use crate::ops::kept::{KeptWeights, Pass};
 use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
@@ -30,8 +29,6 @@ use crate::profile::range;
 
 /// Added to a batch norm's variance before its root is taken; PyTorch's default.
 const NORM_EPSILON: f32 = 1e-5;
-/// What is said of products of kept weights alone, which are f32.
-const SPARSE: &str = "sparse products";
 /// Share of the batch's statistics in the running ones; PyTorch's default.
 const NORM_MOMENTUM: f32 = 0.1;
 
@@ -112,7 +109,7 @@ impl Network {
                     lists.gather(device, parameter(weight))?;
                 }
                 match lists_of(paths, index, Pass::Forward) {
-                    Some(kept) => conv_sparse_forward(device, kept, value(input).f32(SPARSE)?, bias, y.f32(SPARSE)?),
+                    Some(kept) => conv_sparse_forward(device, kept, value(input), bias, y),
                     None => {
                         conv_forward(device, &model.conv_shape(layer, n)?, value(input), read_weight(weight), bias, y)
                     }
@@ -234,7 +231,7 @@ impl Network {
             Layer::Conv { weight, bias, input, .. } => {
                 let (shape, x, dw) = (model.conv_shape(layer, n)?, value(input), gradients.slice_mut(range(weight)));
                 match lists_of(paths, index, Pass::WeightGradient) {
-                    Some(kept) => conv_sparse_weight_gradient(device, kept, x.f32(SPARSE)?, dy.f32(SPARSE)?, dw)?,
+                    Some(kept) => conv_sparse_weight_gradient(device, kept, x, dy, dw)?,
                     None => conv_weight_gradient(device, &shape, x, dy, scratch.view_mut(), dw)?,
                 }
                 if let Some(bias) = bias {
@@ -245,9 +242,7 @@ impl Network {
                 }
                 let dx = at(value_gradients, slot(input));
                 match lists_of(paths, index, Pass::InputGradient) {
-                    Some(kept) => {
-                        conv_sparse_input_gradient(device, kept, dy.f32(SPARSE)?, accumulate, dx.f32(SPARSE)?)
-                    }
+                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, accumulate, dx),
                     None => conv_input_gradient(device, &shape, dy, read_weight(weight), accumulate, dx),
                 }
             }

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::ways::{MaskedLayer, Trial, Way};
-use crate::device::{Device, Policy};
+use crate::device::{Device, Policy, Precision};
 use crate::error::{Error, Result};
-use crate::ops::conv_sparse::{KeptWeights, Pass};
+use crate::ops::kept::{KeptWeights, Pass};
 
 /// What a way takes in each pass: of one core, or of a GPU.
 struct Rate {
@@ -55,6 +55,10 @@ const LINEAR: [Rate; 3] = [
     rate(Way::Direct, [[36.8, 270.0, 0.0, 0.0], [41.0, 270.0, 0.0, 0.0], [60.0, 0.0, 0.0, 0.0]]),
 ];
 
+/// The host's rates in bf16.
+const FILTERS_BF16: [Rate; 3] = FILTERS;
+const LINEAR_BF16: [Rate; 3] = LINEAR;
+
 /// The same of an H200, fitted on 2026-11-26; benches/results/gpu-2026-11-26/crossover.csv is a later run of that day. Of
 /// 840 passes there, five take a way that is slower than the dense one, by 3 to 25 %.
 const GPU_FILTERS: [Rate; 3] = [
@@ -92,7 +96,8 @@ const WORTH_ON_GPU: f64 = 0.85;
 pub struct Candidate {
     /// The way.
     pub way: Way,
-    /// Seconds of each pass by the table, on one core or on the GPU that it was measured on.
+    /// Seconds of each pass by the table, on one core or on the GPU that it was measured on; none if nobody has measured
+    /// this precision on this kind of device.
     pub predicted: Vec<f64>,
     /// Seconds of each pass as they were measured here; none if they were not.
     pub measured: Vec<f64>,
@@ -109,12 +114,15 @@ pub struct Choice {
 
 impl Choice {
     /// Of each pass the best candidate: by measured times where there are any, else by predicted ones. Dense, unless
-    /// another is faster.
+    /// another is known to be faster.
     fn among(candidates: Vec<Candidate>, passes: &[Pass], policy: Policy) -> Self {
         let worth = if policy == Policy::Staged { WORTH_ON_GPU } else { WORTH };
         let seconds = |candidate: &Candidate, pass: usize| match candidate.measured.get(pass) {
             Some(measured) => *measured,
-            None => candidate.predicted[pass] * if candidate.way == Way::Dense { worth } else { 1.0 },
+            None => {
+                let predicted = candidate.predicted.get(pass).copied().unwrap_or(f64::INFINITY);
+                predicted * if candidate.way == Way::Dense { worth } else { 1.0 }
+            }
         };
         let best = |pass: usize| {
             let faster = |best, other| if seconds(other, pass) < seconds(best, pass) { other } else { best };
@@ -146,18 +154,23 @@ pub enum Planning {
     Table,
     /// Times of this machine.
     Times(Tuning),
-    /// Nothing: all weights are multiplied, pruned ones as zeros. What the other ways are compared with.
-    Dense,
+    /// Nothing: each layer takes this way where it can, else the dense one. What the other ways are compared with.
+    Only(Way),
 }
 
 /// The choice for a layer.
 pub(super) fn choose(device: &Device, layer: &MaskedLayer, passes: &[Pass], planning: &Planning) -> Result<Choice> {
     let candidate = |way| {
-        let predicted = passes.iter().map(|pass| predicted(device.policy(), layer, way, *pass)).collect();
+        let predicted = passes.iter().filter_map(|pass| predicted(device.policy(), layer, way, *pass)).collect();
         Candidate { way, predicted, measured: Vec::new() }
     };
-    if matches!(planning, Planning::Dense) || !KeptWeights::reach(layer.shape()) {
-        return Ok(Choice::among(vec![candidate(Way::Dense)], passes, device.policy()));
+    let only = match planning {
+        _ if !KeptWeights::reach(layer.shape()) => Some(Way::Dense),
+        Planning::Only(way) => Some(*way),
+        _ => None,
+    };
+    if let Some(way) = only {
+        return Ok(Choice::among(vec![candidate(way)], passes, device.policy()));
     }
     let mut candidates: Vec<Candidate> = Way::ALL.into_iter().map(candidate).collect();
     if let Planning::Times(tuning) = planning {
@@ -168,15 +181,19 @@ pub(super) fn choose(device: &Device, layer: &MaskedLayer, passes: &[Pass], plan
     Ok(Choice::among(candidates, passes, device.policy()))
 }
 
-/// Seconds of a pass of a layer.
-fn predicted(policy: Policy, layer: &MaskedLayer, way: Way, pass: Pass) -> f64 {
+/// Seconds of a pass of a layer, where there is a table.
+fn predicted(policy: Policy, layer: &MaskedLayer, way: Way, pass: Pass) -> Option<f64> {
     let shape = layer.shape();
     let linear = shape.weight_len() == shape.filters() * shape.channels();
-    let table = match (policy, linear) {
-        (Policy::Direct, false) => &FILTERS,
-        (Policy::Direct, true) => &LINEAR,
-        (Policy::Staged, false) => &GPU_FILTERS,
-        (Policy::Staged, true) => &GPU_LINEAR,
+    let table = match (policy, layer.precision(), linear) {
+        (Policy::Direct, Precision::F32, false) => &FILTERS,
+        (Policy::Direct, Precision::F32, true) => &LINEAR,
+        (Policy::Direct, Precision::Bf16, false) => &FILTERS_BF16,
+        (Policy::Direct, Precision::Bf16, true) => &LINEAR_BF16,
+        (Policy::Staged, Precision::F32, false) => &GPU_FILTERS,
+        (Policy::Staged, Precision::F32, true) => &GPU_LINEAR,
+        // Not measured yet.
+        (Policy::Staged, Precision::Bf16, _) => return None,
     };
     let rate = table.iter().find(|rate| rate.way == way).expect("the table has every way");
     let columns = shape.multiply_adds() / shape.weight_len();
@@ -188,7 +205,7 @@ fn predicted(policy: Policy, layer: &MaskedLayer, way: Way, pass: Pass) -> f64 {
     };
     let Cost { multiply_add, written: value, launch, step } = rate.costs[pass as usize];
     let steps = multiplied as f64 / rows as f64;
-    1e-12 * ((multiplied * columns) as f64 * multiply_add + written as f64 * value + launch + steps * step)
+    Some(1e-12 * ((multiplied * columns) as f64 * multiply_add + written as f64 * value + launch + steps * step))
 }
 
 /// Seconds of passes in each way, the least of several runs that alternate.
@@ -200,7 +217,7 @@ pub fn measure(device: &Device, layer: &MaskedLayer, passes: &[Pass]) -> Result<
     const RUNS: usize = 5;
     /// A layer that has taken so long has one run that counts, and no more.
     const LONG: Duration = Duration::from_millis(500);
-    let mut trial = Trial::new(device, layer.shape())?;
+    let mut trial = Trial::new(device, layer.shape(), layer.precision())?;
     let mut ways = Vec::new();
     for way in Way::ALL {
         ways.push((layer.lists(device, way, passes, false)?, vec![f64::INFINITY; passes.len()]));
@@ -295,5 +312,7 @@ fn key(device: &Device, layer: &MaskedLayer, passes: &[Pass]) -> String {
     layer.places().iter().for_each(|place| hash.update(place.to_le_bytes()));
     let mask: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     let passes = if passes.len() > 1 { "training" } else { "evaluation" };
-    format!("{device}: {}, {passes}, mask {mask}", layer.shape())
+    // What f32 was called before there was another.
+    let precision = if layer.precision().is_f32() { "" } else { ", bf16" };
+    format!("{device}: {}{precision}, {passes}, mask {mask}", layer.shape())
 }

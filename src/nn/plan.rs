@@ -223,7 +223,7 @@ impl Plan {
             _ => 0,
         }));
         carve.piece(Group::Masks, "heads with a kept projection", head_len);
-        let rounded = round_plan(model, &parameters, n)?;
+        let rounded = round_plan(model, &parameters, &lengths, n)?;
         carve.piece(Group::Parameters, "weights in bf16", rounded.len().div_ceil(2));
         debug_assert_eq!(carve.pieces.len(), Fixed::Pieces as usize);
 
@@ -289,10 +289,11 @@ fn offsets(sizes: impl Iterator<Item = usize>) -> (Vec<usize>, usize) {
 }
 
 /// The weights that products read in bf16: of every layer that multiplies.
-fn round_plan(model: &Model, parameters: &[usize], n: usize) -> Result<RoundPlan> {
+fn round_plan(model: &Model, parameters: &[usize], lengths: &[usize], n: usize) -> Result<RoundPlan> {
     let rounded = |layer: &Layer| match layer {
         Layer::Conv { weight, .. } if model.precision == Precision::Bf16 => {
-            Ok(Some((parameters[*weight], model.conv_shape(layer, n)?)))
+            let shape = model.conv_shape(layer, n)?;
+            Ok((lengths[*weight] == shape.weight_len()).then_some((parameters[*weight], shape)))
         }
         _ => Ok(None),
     };

@@ -22,8 +22,6 @@ use crate::ops::conv::ConvShape;
 use crate::ops::layer_norm::LayerNormShape;
 use crate::ops::tokens::TokenPool;
 
-/// Bytes of an element of weights that are trained, gradients of weights, and statistics.
-const ELEMENT: usize = size_of::<f32>();
 /// Bytes of what says which weight a kept one is.
 const PLACE: usize = size_of::<u32>();
 
@@ -120,7 +118,12 @@ impl Multiplied {
         let (kept, layer) = (planned.layer.places().len(), &planned.layer);
         std::array::from_fn(|pass| match planned.choice.ways[pass] {
             Way::Dense => Self::all(shape, precision),
-            way => Multiplied { count: layer.multiplied(way)[pass], kept, bytes: (ELEMENT + PLACE) * kept, precision },
+            way => Multiplied {
+                count: layer.multiplied(way)[pass],
+                kept,
+                bytes: (precision.bytes() + PLACE) * kept,
+                precision,
+            },
         })
     }
 

@@ -3,15 +3,13 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::device::{Buffer, Device, Precision, Slice};
+use crate::device::{Buffer, Device, Precision, RealBuffer, Slice};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::groups::group_rows;
 use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
-use crate::ops::conv_sparse::{
-    GROUP_ROWS, Kept, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient,
-    conv_sparse_weight_gradient,
-};
+use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
+use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
 
 /// A way to multiply with the weights of a layer under a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -45,6 +43,7 @@ const MOST_COMPARED: usize = 1 << 29;
 /// A layer under a mask.
 pub struct MaskedLayer {
     shape: ConvShape,
+    precision: Precision,
     kept: Vec<u32>,
     groups: RowGroups,
     /// Weights that groups multiply: forward, for the input gradient.
@@ -52,8 +51,9 @@ pub struct MaskedLayer {
 }
 
 impl MaskedLayer {
-    /// A layer of this shape whose weights `[k, c, r, s]` have this mask.
-    pub fn new(shape: &ConvShape, mask: &Mask) -> Self {
+    /// A layer of this shape, its activations of this precision, whose weights `[k, c, r, s]` have this mask; groups are of
+    /// `size` rows ([`group_rows`](crate::ops::kept::group_rows)).
+    pub fn new(shape: &ConvShape, precision: Precision, mask: &Mask, size: usize) -> Self {
         let kept: Vec<u32> = (0u32..).zip(mask.iter()).filter(|&(_, kept)| kept).map(|(place, _)| place).collect();
         let [outputs, inputs] = [shape.filters(), shape.channels()];
         let taps = shape.weight_len() / outputs / inputs;
@@ -67,20 +67,26 @@ impl MaskedLayer {
         // Each row is compared with those left, and joined with those that keep one of its columns.
         let compared = |rows: usize, columns: usize| rows * rows + kept.len() / columns * kept.len();
         let group = |rows: &[Vec<u32>], columns: usize| match compared(rows.len(), columns) <= MOST_COMPARED {
-            true => group_rows(rows, columns, GROUP_ROWS),
+            true => group_rows(rows, columns, size),
             false => {
                 let order: Vec<usize> = (0..rows.len()).collect();
-                order.chunks(GROUP_ROWS).map(<[usize]>::to_vec).collect()
+                order.chunks(size).map(<[usize]>::to_vec).collect()
             }
         };
         let (by_outputs, by_inputs) = (group(&by_output, inputs * taps), group(&by_input, outputs * taps));
-        let grouped = [multiplied(&by_output, &by_outputs), multiplied(&by_input, &by_inputs)];
-        MaskedLayer { shape: *shape, kept, groups: RowGroups { outputs: by_outputs, inputs: by_inputs }, grouped }
+        let grouped = [multiplied(&by_output, &by_outputs, size), multiplied(&by_input, &by_inputs, size)];
+        let groups = RowGroups { outputs: by_outputs, inputs: by_inputs };
+        MaskedLayer { shape: *shape, precision, kept, groups, grouped }
     }
 
     /// The layer.
     pub fn shape(&self) -> &ConvShape {
         &self.shape
+    }
+
+    /// What its activations are stored as.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The places of kept weights.
@@ -108,7 +114,8 @@ impl MaskedLayer {
             Way::Groups => Some(&self.groups),
             Way::Direct => None,
         };
-        KeptWeights::new(device, &self.shape, &Kept { places: &self.kept, packed }, groups, passes).map(Some)
+        let kept = Kept { places: &self.kept, packed };
+        KeptWeights::new(device, &self.shape, self.precision, &kept, groups, passes).map(Some)
     }
 }
 
@@ -158,12 +165,12 @@ impl Lists {
 }
 
 /// Weights that groups of rows multiply: for each group, each column that a row keeps, for all rows of a full group.
-fn multiplied(rows: &[Vec<u32>], groups: &[Vec<usize>]) -> usize {
+fn multiplied(rows: &[Vec<u32>], groups: &[Vec<usize>], size: usize) -> usize {
     let columns = |group: &Vec<usize>| {
         let mut columns: Vec<u32> = group.iter().flat_map(|&row| rows[row].iter().copied()).collect();
         columns.sort_unstable();
         columns.dedup();
-        columns.len() * GROUP_ROWS
+        columns.len() * size
     };
     groups.iter().map(columns).sum()
 }
@@ -171,35 +178,35 @@ fn multiplied(rows: &[Vec<u32>], groups: &[Vec<usize>]) -> usize {
 /// Memory on a device to time the passes of a layer with.
 pub struct Trial {
     device: Device,
-    x: Buffer<f32>,
-    dy: Buffer<f32>,
+    x: RealBuffer,
+    dy: RealBuffer,
     w: Buffer<f32>,
-    y: Buffer<f32>,
-    dx: Buffer<f32>,
+    /// All weights, as products read them.
+    read_w: RealBuffer,
+    y: RealBuffer,
+    dx: RealBuffer,
     dw: Buffer<f32>,
     scratch: Buffer<f32>,
     shape: ConvShape,
 }
 
 impl Trial {
-    /// Random tensors for a layer.
+    /// Random tensors for a layer, activations of this precision.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out.
-    pub fn new(device: &Device, shape: &ConvShape) -> Result<Self> {
+    pub fn new(device: &Device, shape: &ConvShape, precision: Precision) -> Result<Self> {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut random = |len: usize| {
-            let values: Vec<f32> = (0..len).map(|_| rng.random_range(-1.0..1.0)).collect();
-            device.upload(&values)
-        };
+        let mut random = |len: usize| (0..len).map(|_| rng.random_range(-1.0..1.0)).collect::<Vec<f32>>();
         Ok(Trial {
-            x: random(shape.input_len())?,
-            dy: random(shape.output_len())?,
-            w: random(shape.weight_len())?,
-            y: device.alloc(shape.output_len())?,
-            dx: device.alloc(shape.input_len())?,
+            x: device.upload_reals(&random(shape.input_len()), precision)?,
+            dy: device.upload_reals(&random(shape.output_len()), precision)?,
+            w: device.upload(&random(shape.weight_len()))?,
+            read_w: device.upload_reals(&random(shape.read_weight_len(precision)), precision)?,
+            y: device.alloc_reals(shape.output_len(), precision)?,
+            dx: device.alloc_reals(shape.input_len(), precision)?,
             dw: device.alloc(shape.weight_len())?,
-            scratch: device.alloc(shape.gradient_scratch_len(device, Precision::F32))?,
+            scratch: device.alloc(shape.gradient_scratch_len(device, precision))?,
             device: device.clone(),
             shape: *shape,
         })
@@ -231,22 +238,15 @@ impl Trial {
     }
 
     fn run(&mut self, pass: Pass, lists: Option<&mut KeptWeights>) -> Result<()> {
-        let Trial { device, x, dy, w, y, dx, dw, scratch, shape } = self;
+        let Trial { device, x, dy, w, read_w, y, dx, dw, scratch, shape } = self;
         match (pass, lists) {
-            (Pass::Forward, None) => {
-                conv_forward(device, shape, x.view().into(), w.view().into(), None, y.view_mut().into())
-            }
+            (Pass::Forward, None) => conv_forward(device, shape, x.view(), read_w.view(), None, y.view_mut()),
             (Pass::InputGradient, None) => {
-                conv_input_gradient(device, shape, dy.view().into(), w.view().into(), false, dx.view_mut().into())
+                conv_input_gradient(device, shape, dy.view(), read_w.view(), false, dx.view_mut())
             }
-            (Pass::WeightGradient, None) => conv_weight_gradient(
-                device,
-                shape,
-                x.view().into(),
-                dy.view().into(),
-                scratch.view_mut(),
-                dw.view_mut(),
-            ),
+            (Pass::WeightGradient, None) => {
+                conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
+            }
             (Pass::Forward, Some(lists)) => {
                 lists.gather(device, w.view())?;
                 conv_sparse_forward(device, lists, x.view(), None, y.view_mut())

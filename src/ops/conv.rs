@@ -27,7 +27,7 @@ kernel_args! {
     pub(super) struct ConvWeightGradientArgs {
         x: Ptr<Real>, dy: Ptr<Real>, partial: Ptr<f32>, shape: ConvShape, splits: i32,
     }
-    struct ConvSumArgs { partial: Ptr<f32>, sum: Ptr<f32>, count: i64, splits: i32 }
+    struct ConvSumArgs { partial: Ptr<f32>, places: Ptr<u32>, sum: Ptr<f32>, count: i64, splits: i32 }
 }
 layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs);
 
@@ -330,10 +330,21 @@ pub fn conv_weight_gradient(
         // SAFETY: the lengths of everything that `args` points to were checked against its shape.
         unsafe { device.launch(kernel, launch, &args)? };
     }
-    if splits > 1 {
-        let args = ConvSumArgs { partial, sum: dw.ptr(), count: dw.len() as i64, splits: splits as i32 };
-        // SAFETY: the first `splits * dw.len()` elements of scratch were just written.
-        unsafe { device.launch(&SUM_SPLITS, device.elementwise(dw.len()), &args)? };
-    }
-    Ok(())
+    if splits > 1 { sum_splits(device, partial, None, dw.len(), splits, dw) } else { Ok(()) }
+}
+
+/// Adds `splits` partial sums `[splits, count]`, which were just written, to where `places` say in dw: each below its length,
+/// or a mark for nowhere; without places, in their order.
+pub(super) fn sum_splits(
+    device: &Device,
+    partial: Ptr<f32>,
+    places: Option<Slice<u32>>,
+    count: usize,
+    splits: usize,
+    dw: SliceMut<f32>,
+) -> Result<()> {
+    let places = places.map_or(Ptr::null(), |places| places.ptr());
+    let args = ConvSumArgs { partial, places, sum: dw.ptr(), count: count as i64, splits: splits as i32 };
+    // SAFETY: the callers have made sure of what stands above.
+    unsafe { device.launch(&SUM_SPLITS, device.elementwise(count), &args) }
 }

@@ -15,6 +15,7 @@ pub mod dropout;
 pub mod faults;
 pub mod gelu;
 pub mod gw;
+pub mod kept;
 pub mod layer_norm;
 mod linear;
 pub mod loss;
@@ -88,6 +89,7 @@ pub fn layouts() -> Vec<Layout> {
         faults::layouts(),
         gelu::layouts(),
         gw::layouts(),
+        kept::layouts(),
         layer_norm::layouts(),
         linear::layouts(),
         loss::layouts(),

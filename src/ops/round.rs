@@ -1,4 +1,4 @@
-//! Weights rounded to bf16, in the order that products read them (`kernels/round.cu`).
+//! Weights rounded to bf16, in the order that products read them (`kernels/round.cu`): all, or kept ones.
 
 use std::ops::Range;
 
@@ -12,10 +12,12 @@ use crate::error::Result;
 kernel_args! {
     struct RoundLayerArgs { from: i64, to: i64, filter: i64, k: i32, c: i32, taps: i32, pitch: i32 }
     struct RoundWeightsArgs { from: Ptr<f32>, to: Ptr<bf16>, layers: Ptr<u32> }
+    struct GatherWeightsArgs { from: Ptr<f32>, places: Ptr<u32>, to: Ptr<bf16>, count: i64 }
 }
-layouts_of!(RoundLayerArgs, RoundWeightsArgs);
+layouts_of!(RoundLayerArgs, RoundWeightsArgs, GatherWeightsArgs);
 
 static ROUND: Kernel<RoundWeightsArgs> = Kernel::new("round_weights_bf16");
+static GATHER: Kernel<GatherWeightsArgs> = Kernel::new("gather_weights_bf16");
 
 /// Blocks that share a layer on a GPU.
 const BLOCKS: u32 = 64;
@@ -107,4 +109,16 @@ pub fn round_weights(device: &Device, table: &RoundTable, from: Slice<f32>, to: 
     let launch = Launch::new([blocks, plan.layers.len() as u32, 1], threads);
     // SAFETY: the plan's offsets and lengths lie within both arenas, as was checked.
     unsafe { device.launch(&ROUND, launch, &args) }
+}
+
+/// Rounds the weights at these places, which are below the length of `from` or mark a zero.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) if there are not as many places as values.
+pub(super) fn gather_weights(device: &Device, from: Slice<f32>, places: Slice<u32>, to: SliceMut<bf16>) -> Result<()> {
+    check_len("gather_weights", "to", to.len(), places.len())?;
+    let (count, launch) = (places.len() as i64, device.elementwise(places.len()));
+    let args = GatherWeightsArgs { from: from.ptr(), places: places.ptr(), to: to.ptr(), count };
+    // SAFETY: the callers have made sure of the places.
+    unsafe { device.launch(&GATHER, launch, &args) }
 }

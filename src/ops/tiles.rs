@@ -3,6 +3,7 @@
 //! The tiles of f32 were chosen on an H200 (benches/results); bf16 has taken over the choice, which is not measured yet.
 
 use super::conv::{ConvArgs, ConvWeightGradientArgs};
+use super::conv_sparse::{ConvGroupsArgs, ConvGroupsGradientArgs};
 use crate::device::{Kernel, Precision, RealKernel, real_kernel};
 
 /// A kernel and what one of its blocks owns: features x columns of a product, filters x weights of a gradient.
@@ -78,10 +79,20 @@ static WEIGHT_GRADIENT_BF16: [Tile<ConvWeightGradientArgs>; 4] = [
     tile("conv_weight_gradient_128x128_bf16", 128, 128),
 ];
 
+/// The tilings of groups of rows in bf16, by the columns that one owns; of the weight gradient a group's entries.
+pub(super) static GROUPS_FORWARD: [Tile<ConvGroupsArgs>; 2] =
+    [tile("conv_groups_forward_32x128_bf16", 32, 128), tile("conv_groups_forward_32x256_bf16", 32, 256)];
+pub(super) static GROUPS_INPUT_GRADIENT: [Tile<ConvGroupsArgs>; 2] =
+    [tile("conv_groups_input_gradient_32x128_bf16", 32, 128), tile("conv_groups_input_gradient_32x256_bf16", 32, 256)];
+pub(super) static GROUP_GRADIENT: Tile<ConvGroupsGradientArgs> =
+    tile("conv_groups_weight_gradient_32x128_bf16", 32, 128);
+
 /// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
 const PRODUCT_BLOCKS: usize = 200;
 /// Blocks that a weight gradient aims for: two for each of 132 multiprocessors.
 const GRADIENT_BLOCKS: usize = 264;
+/// The same of groups, whose blocks are smaller: three for each.
+const GROUP_GRADIENT_BLOCKS: usize = 396;
 
 impl Product {
     /// The tile for a result of so many rows and columns, of filters of one tap or of more.
@@ -122,4 +133,19 @@ pub(super) fn weight_gradient(
     let tile = tiles.iter().find(|tile| filters <= tile.rows).unwrap_or(&tiles[3]);
     let blocks = filters.div_ceil(tile.rows) * weights.div_ceil(tile.columns);
     (tile, (GRADIENT_BLOCKS / blocks).min(columns / 256).max(1))
+}
+
+/// The tile for a product of so many groups, classes of pixels apart, with `columns` each.
+pub(super) fn group_product(
+    tiles: &'static [Tile<ConvGroupsArgs>; 2],
+    groups: usize,
+    columns: usize,
+) -> &'static Tile<ConvGroupsArgs> {
+    let [narrow, wide] = tiles;
+    if groups * columns.div_ceil(wide.columns) >= PRODUCT_BLOCKS { wide } else { narrow }
+}
+
+/// The splits of the `columns` of a weight gradient of so many chunks of groups.
+pub(super) fn group_gradient_splits(chunks: usize, columns: usize) -> usize {
+    (GROUP_GRADIENT_BLOCKS / chunks.max(1)).min(columns / 256).max(1)
 }

@@ -8,9 +8,8 @@ use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::bias::bias_gradient;
 use crate::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
-use crate::ops::conv_sparse::{
-    Kept, KeptWeights, Pass, RowGroups, conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient,
-};
+use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
+use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use crate::ops::round::{RoundPlan, round_weights};
 
 /// The checks of operations of activations, each of as few kernels as its operation allows.
@@ -35,11 +34,14 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| convolution_weight_gradient(t, &ConvShape::new([3, 7, 7], 50, [3, 3], 1, 1, SAMPLES)?),
     |t| convolution_weight_gradient(t, &linear()?),
     |t| convolution_bias_gradient(t, &few_channels()?),
+    |t| kept_weights(t, &few_channels()?),
+    |t| kept_weights(t, &many_channels()?),
+    |t| kept_weights(t, &large_image(3, 50)?),
+    |t| kept_weights(t, &large_image(50, 3)?),
 ];
 
 /// The other checks.
-pub(super) const OTHERS: &[Check] =
-    &[rounded_weights, |t| kept_weights(t, &few_channels()?), |t| kept_weights(t, &many_channels()?)];
+pub(super) const OTHERS: &[Check] = &[rounded_weights];
 
 /// Takes the smallest tiles, and two splits of the weight gradient.
 fn few_channels() -> Result<ConvShape> {
@@ -127,17 +129,18 @@ fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
 /// All passes with every fifth weight, rows by themselves and in groups.
 fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let places: Vec<u32> = (0..shape.weight_len() as u32).step_by(5).collect();
-    let (w, x, dy) = (t.floats(shape.weight_len())?, t.samples(shape.input_len())?, t.samples(shape.output_len())?);
-    for groups in [None, Some(RowGroups::neighbours(shape))] {
-        let mut weights =
-            KeptWeights::new(t.device, shape, &Kept { places: &places, packed: false }, groups.as_ref(), &Pass::ALL)?;
+    let kept = Kept { places: &places, packed: false };
+    let w = t.floats(shape.weight_len())?;
+    let (x, dy) = (t.real_samples(shape.input_len())?, t.real_samples(shape.output_len())?);
+    for groups in [None, Some(RowGroups::neighbours(shape, group_rows(t.device, t.precision)))] {
+        let mut weights = KeptWeights::new(t.device, shape, t.precision, &kept, groups.as_ref(), &Pass::ALL)?;
         weights.gather(t.device, w.view())?;
-        let mut y = t.unwritten(shape.output_len())?;
+        let mut y = t.unwritten_reals(shape.output_len())?;
         conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;
-        t.close("y", &y)?;
-        let mut dx = t.unwritten(shape.input_len())?;
+        t.close_reals("y", &y)?;
+        let mut dx = t.unwritten_reals(shape.input_len())?;
         conv_sparse_input_gradient(t.device, &weights, dy.view(), false, dx.view_mut())?;
-        t.close("dx", &dx)?;
+        t.close_reals("dx", &dx)?;
         // Zero where no weight is kept, since that is not written.
         let mut dw = t.device.alloc(shape.weight_len())?;
         conv_sparse_weight_gradient(t.device, &mut weights, x.view(), dy.view(), dw.view_mut())?;

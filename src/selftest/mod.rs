@@ -162,12 +162,6 @@ impl<'a> Trial<'a> {
         self.draw(len, Rng::random)
     }
 
-    /// Rows of samples, the padded ones zero, `len` elements in all.
-    fn samples(&mut self, len: usize) -> Result<Buffer<f32>> {
-        let values = self.values_where(len, |i| i % PADDED < SAMPLES);
-        self.device.upload(&values)
-    }
-
     /// From -1 to 1, zero where `is_true` is not.
     fn values_where(&mut self, len: usize, is_true: impl Fn(usize) -> bool) -> Vec<f32> {
         (0..len).map(|i| if is_true(i) { self.random.random_range(-1.0..1.0) } else { 0.0 }).collect()

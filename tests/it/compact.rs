@@ -13,6 +13,7 @@ use dilt::nn::model::{Layer, Model};
 use dilt::nn::network::{Mode, Network};
 use dilt::nn::paths::Planning;
 use dilt::nn::plan::Use;
+use dilt::nn::ways::Way;
 use dilt::nn::weights::Weights;
 use dilt::ticket::structure::{Scores, Structure, Structuring};
 use dilt::train::{Checkpoint, Recipe};
@@ -164,9 +165,15 @@ fn ten_steps_without_what_does_not_matter_are_those_of_the_masked_dense_network(
                 let logits = network.device().clone().read_reals(network.head().logits).unwrap();
                 (losses, gradients, logits, network)
             };
-            let (losses, gradients, logits, dense) =
-                run(Network::for_masks(&staged, &model, &BTreeMap::new(), SAMPLES, descent.memory(), &Planning::Dense)
-                    .unwrap());
+            let (losses, gradients, logits, dense) = run(Network::for_masks(
+                &staged,
+                &model,
+                &BTreeMap::new(),
+                SAMPLES,
+                descent.memory(),
+                &Planning::Only(Way::Dense),
+            )
+            .unwrap());
             let trained = dense.weights().unwrap();
             let matter = matter(&model, &weights.masks);
             for case in default_devices() {

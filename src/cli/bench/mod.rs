@@ -19,7 +19,7 @@ use dilt::nn::plan::Use;
 use dilt::nn::traffic::training_step;
 use dilt::nn::ways::{Lists, MaskedLayer, Way};
 use dilt::nn::weights::Weights;
-use dilt::ops::conv_sparse::Pass;
+use dilt::ops::kept::{Pass, group_rows};
 use dilt::report::table::table;
 use dilt::train::{MOST_SAMPLES, Recipe};
 use rand::{Rng, SeedableRng};
@@ -145,7 +145,11 @@ impl LayerPlan {
     fn ms(&self, of: impl Fn(&WayPlan) -> &[f64], way: impl Fn(usize) -> Way) -> f64 {
         let ms = |pass: usize| {
             let way = way(pass);
-            self.ways.iter().find(|other| other.way == way).map_or(f64::NAN, |other| of(other)[pass])
+            self.ways
+                .iter()
+                .find(|other| other.way == way)
+                .and_then(|other| of(other).get(pass).copied())
+                .unwrap_or(f64::NAN)
         };
         (0..self.chosen.len()).map(ms).sum()
     }
@@ -310,7 +314,7 @@ impl Bench {
             let parameter = &network.computed().parameters[*weight];
             let mask = network.compaction().mask(*weight, &parameter.shape, &weights.masks[&parameter.name]);
             let shape = network.computed().conv_shape(layer, self.batch.next_multiple_of(8))?;
-            let own = MaskedLayer::new(&shape, &mask);
+            let own = MaskedLayer::new(&shape, model.precision, &mask, group_rows(device, model.precision));
             let measured = measure(device, &own, &Pass::ALL)?;
             let packed = choice.needs_kept_alone();
             let weight_bytes = 4 * if packed { mask.count() } else { mask.len() };

@@ -1,0 +1,101 @@
+// conv_mma.cuh - what the products on tensor cores share, of all weights (conv_mma.cu) and of groups of rows (conv_groups_mma.cu):
+// bf16 with f32 sums.
+//
+// A block owns a tile of the result, its eight warps parts of it. Stages of the reduction come to shared memory by copies of
+// 16 bytes that are under way while earlier stages are multiplied: STAGES - 1 at a time, one barrier a stage. What lies
+// outside the image comes as zeros. Rows in shared memory lie 16 bytes further apart than they are long, so that eight of them
+// meet no bank twice.
+#pragma once
+#include "kernels/conv.cuh"
+#include "kernels/lib/mma.cuh"
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int DEPTH = 32;   // steps of the reduction in a stage
+constexpr int STAGES = 4;
+constexpr int SPACE = 8;    // elements between the rows of a stage
+constexpr int CHUNK = 8;    // elements of a copy
+
+// The warps of a block, ACROSS of them side by side, and what one owns of the block's tile.
+template <int ROWS, int COLUMNS, int ACROSS>
+struct WarpTile {
+    static constexpr int DOWN = WARPS / ACROSS;
+    static constexpr int HEIGHT = ROWS / DOWN, WIDTH = COLUMNS / ACROSS;
+    static_assert(HEIGHT % 16 == 0 && WIDTH % 16 == 0 && 256 % WIDTH == 0, "whole tiles of tensor cores");
+    static constexpr int LEFTS = HEIGHT / 16, RIGHTS = WIDTH / 8;
+    DEVICE static int row(int warp) { return warp % DOWN * HEIGHT; }
+    DEVICE static int column(int warp) { return warp / DOWN * WIDTH; }
+};
+
+// Adds the products of a stage to a warp's sums. Element (row, step) of the left operand is left[row][step], or
+// left[step][row] where it is TRANSPOSED; of the right one (step, column) right[step][column], or right[column][step].
+template <class Tile, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED, int LEFT_PITCH, int RIGHT_PITCH>
+DEVICE void multiply_stage(int lane, const bf16* left, const bf16* right, SumTile (&sum)[Tile::LEFTS][Tile::RIGHTS]) {
+    UNROLL for (int step = 0; step < DEPTH; step += 16) {
+        LeftTile rows[Tile::LEFTS];
+        UNROLL for (int i = 0; i < Tile::LEFTS; ++i)
+            rows[i] = load_left<LEFT_TRANSPOSED, LEFT_PITCH>(
+                lane, left + (LEFT_TRANSPOSED ? step * LEFT_PITCH + i * 16 : i * 16 * LEFT_PITCH + step));
+        RightTile columns[Tile::RIGHTS];
+        UNROLL for (int j = 0; j < Tile::RIGHTS; j += 2)
+            load_right<RIGHT_TRANSPOSED, RIGHT_PITCH>(
+                lane, right + (RIGHT_TRANSPOSED ? j * 8 * RIGHT_PITCH + step : step * RIGHT_PITCH + j * 8), columns[j],
+                columns[j + 1]);
+        UNROLL for (int i = 0; i < Tile::LEFTS; ++i)
+            UNROLL for (int j = 0; j < Tile::RIGHTS; ++j) multiply_add(lane, sum[i][j], rows[i], columns[j]);
+    }
+}
+
+// Fetches each step's stage STAGES - 1 steps before it is multiplied, with one barrier a step.
+template <class Copies, class Fetch, class Multiply>
+DEVICE void pipeline(int steps, Copies& copies, Fetch fetch, Multiply multiply) {
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (step < steps) fetch(step);
+        copies.commit();
+    }
+    for (int step = 0; step < steps; ++step) {
+        copies.template wait<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < steps) fetch(step + STAGES - 1);
+        copies.commit();
+        multiply(step);
+    }
+}
+
+// What a warp writes at a time, to turn it into rows of the result.
+template <class Warp>
+using Slab = float[16][Warp::WIDTH + 4];
+
+// Writes a warp's sums, 16 rows at a time, to the pixels of a class: each lane rows of 8 samples, 16 bytes. `row_of` is the
+// row of the result that each of the tile's rows is, or NONE.
+template <bool GRADIENT, class Warp, class Args, class RowOf>
+DEVICE void write_sums(const Args& a, const PixelClass& own, Slab<Warp>& slab, int lane, int warp, int first_column,
+                       const SumTile (&sum)[Warp::LEFTS][Warp::RIGHTS], RowOf row_of) {
+    using Pass = Taps<GRADIENT>;
+    constexpr int LANES_ACROSS = Warp::WIDTH / 8, LANES_DOWN = 32 / LANES_ACROSS;
+    const ConvShape& d = a.shape;
+    const int across_slab = lane % LANES_ACROSS * 8, down_slab = lane / LANES_ACROSS;
+    const int column = first_column + Warp::column(warp) + across_slab;
+    const bool inside = column < own.height * own.width * d.n;
+    const int n = column % d.n, at = column / d.n, to_width = Pass::to_width(d);
+    const int down = own.first_h + at / own.width * own.step, across = own.first_w + at % own.width * own.step;
+    const int64_t pitch = int64_t(Pass::to_height(d)) * to_width * d.n;
+    bf16* const to = a.to + (int64_t(down) * to_width + across) * d.n + n;
+    const uint32_t live = a.bias ? live_columns<8>(a.columns, int(*a.count), n) : 0;
+    UNROLL for (int i = 0; i < Warp::LEFTS; ++i) {
+        UNROLL for (int j = 0; j < Warp::RIGHTS; ++j)
+            UNROLL for (int e = 0; e < 4; ++e)
+                slab[lane / 4 + e / 2 * 8][j * 8 + lane % 4 * 2 + e % 2] = sum[i][j].value[e];
+        __syncwarp();
+        UNROLL for (int r = 0; r < 16; r += LANES_DOWN) {
+            const uint32_t row = row_of(Warp::row(warp) + i * 16 + r + down_slab);
+            if (inside && row != NONE) {
+                Samples<8> y = load<8>(&slab[r + down_slab][across_slab]);
+                if (a.bias) y = kept<8>(y + splat<8>(a.bias[row]), live);
+                if (a.accumulate) y += load<8>(to + row * pitch);
+                store<8>(to + row * pitch, y);
+            }
+        }
+        __syncwarp();
+    }
+}
