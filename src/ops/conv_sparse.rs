@@ -149,7 +149,7 @@ fn tiles_product(
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
         shifts: list.shifts.view().ptr(),
-        values: list.tiles.view().ptr(),
+        values: list.left_tiles.view().ptr(),
         bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
         to: to.ptr(),
         count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
@@ -244,26 +244,14 @@ pub fn conv_sparse_weight_gradient(
         return Ok(());
     }
     let partial = own.partial.view_mut().ptr();
-    let (x, dy, rows, offsets) = (x.ptr(), dy.ptr(), list.rows.view().ptr(), list.offsets.view().ptr());
-    let (shifts, chunk_list) = (list.shifts.view().ptr(), own.chunks.view().ptr());
-    let (entries, splits) = (list.offsets.len() as i32, own.splits as i32);
-    let grid = |blocks: usize| [blocks as u32, own.splits as u32, 1];
+    let (rows, offsets, shifts) = (list.rows.view().ptr(), list.offsets.view().ptr(), list.shifts.view().ptr());
+    let (entries, splits, chunk_list) = (list.offsets.len() as i32, own.splits as i32, own.chunks.view().ptr());
+    let (x, dy, grid) = (x.ptr(), dy.ptr(), |blocks: usize| [blocks as u32, own.splits as u32, 1]);
     if form == Form::Tiles {
-        let chunks_ptr = chunk_list;
-        let args = ConvGroupsGradientArgs {
-            x,
-            dy,
-            rows,
-            offsets,
-            shifts,
-            chunks: chunks_ptr,
-            partial,
-            shape,
-            entries,
-            splits,
-        };
-        let launch = Launch::new(grid(chunks), THREADS);
-        // SAFETY: as below.
+        let (chunks, launch) = (chunk_list, Launch::new(grid(chunks), THREADS));
+        let args = ConvGroupsGradientArgs { x, dy, rows, offsets, shifts, chunks, partial, shape, entries, splits };
+        // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
+        // list.
         unsafe { device.launch(&tiles::GROUP_GRADIENT.kernel, launch, &args)? };
     } else {
         let args = ConvSparseGradientArgs {
@@ -285,8 +273,7 @@ pub fn conv_sparse_weight_gradient(
             Policy::Direct => (chunks, 1),
             Policy::Staged => (chunks.div_ceil(BLOCK_CHUNKS), THREADS),
         };
-        // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
-        // list.
+        // SAFETY: as above.
         unsafe { device.launch(kernel, Launch::new(grid(blocks), block), &args)? };
     }
     sum_splits(device, partial, Some(list.places.view()), list.places.len(), own.splits, dw)

@@ -20,10 +20,10 @@ static GATHER: RealKernel<ConvSparseGatherArgs> = real_kernel!("conv_sparse_gath
 const NONE: u32 = u32::MAX;
 /// Entries that a tensor core takes at a time.
 const TILE_ENTRIES: usize = 16;
-/// The shift of an entry that fills up a tile: above every image that has a list ([`MOST_ROWS`]).
+/// The shift of an entry that fills up a tile: above every image that has a list ([`MOST_SIDE`]).
 const NOWHERE: u32 = 0x8000_0000;
-/// Rows or columns of an image or filter, at most.
-const MOST_ROWS: i32 = 1 << 15;
+/// Rows and columns of an image or filter stay below this: sums of two are 16 bits.
+const MOST_SIDE: i32 = 1 << 14;
 
 /// Entries of a chunk of a weight gradient, at most: of rows by themselves and of groups, direct and staged. Of direct
 /// groups whole tiles of every instruction set.
@@ -162,7 +162,7 @@ pub(super) struct List {
     pub places: Buffer<u32>,
     /// `[entries, rows of a group]`, and `[entries / 16, 2, 32, 8]` of tiles.
     pub values: Buffer<f32>,
-    pub tiles: Buffer<bf16>,
+    pub left_tiles: Buffer<bf16>,
 }
 
 /// What a list is for: its rows are input channels (`transposed`) or output channels, by themselves or in groups; its
@@ -270,14 +270,14 @@ impl List {
             shifts: device.upload(if shifted { &shifts } else { &[] })?,
             places: device.upload(&places)?,
             values: device.alloc(values(form != Form::Tiles))?,
-            tiles: device.alloc(values(form == Form::Tiles))?,
+            left_tiles: device.alloc(values(form == Form::Tiles))?,
         };
         Ok((list, starts))
     }
 
     fn gather(&mut self, device: &Device, precision: Precision, w: Slice<f32>) -> Result<()> {
         if self.form == Form::Tiles {
-            return gather_weights(device, w, self.places.view(), self.tiles.view_mut());
+            return gather_weights(device, w, self.places.view(), self.left_tiles.view_mut());
         }
         let (count, values) = (self.places.len() as i64, self.values.view_mut().ptr());
         let args = ConvSparseGatherArgs { w: w.ptr(), places: self.places.view().ptr(), values, count };
@@ -288,7 +288,7 @@ impl List {
     /// Bytes of its tensors.
     fn bytes(&self) -> usize {
         let words = [&self.rows, &self.starts, &self.shifts, &self.places].map(Buffer::len).iter().sum::<usize>();
-        4 * (words + self.offsets.len() + self.values.len()) + 2 * self.tiles.len()
+        4 * (words + self.offsets.len() + self.values.len()) + 2 * self.left_tiles.len()
     }
 }
 
@@ -308,7 +308,7 @@ impl KeptWeights {
     /// images and filters.
     pub fn reach(shape: &ConvShape) -> bool {
         let sides = [shape.h, shape.w, shape.p, shape.q, shape.r, shape.s, shape.pad];
-        shape.input_len().max(shape.output_len()) < 1 << 30 && sides.iter().all(|&side| side < MOST_ROWS / 2)
+        shape.input_len().max(shape.output_len()) < 1 << 30 && sides.iter().all(|&side| side < MOST_SIDE)
     }
 
     /// Lists of kept weights of `[k, c, r, s]` for some passes, of activations of this precision. Rows are taken by
@@ -330,7 +330,7 @@ impl KeptWeights {
             Err(Error::Shape { op: "convolution of kept weights", what: what.into(), expected, got })
         };
         if !Self::reach(shape) {
-            let expected = format!("fewer than 2^30 elements, sides below {}", MOST_ROWS / 2);
+            let expected = format!("fewer than 2^30 elements, sides below {MOST_SIDE}");
             return refuse("tensors", expected, shape.to_string());
         }
         if let Some(pair) = kept.places.windows(2).find(|pair| pair[0] >= pair[1]) {
