@@ -2,8 +2,9 @@
 //! with nvcc, where there is one, into fat binaries that the binary embeds. Writes `kernels.rs`, the list of both.
 //!
 //! Environment: `NVCC`, `CUDA_HOME` (where nvcc is), `DILT_REQUIRE_NVCC=1` (no nvcc is an error), `DILT_CUDA_ARCHS`
-//! (default `80,90a`), `DILT_SANITIZE=address|thread` (a sanitizer build, which `scripts/sanitize.sh` makes: the host
-//! device alone, instrumented, with the faulty kernels of `tests/faults/` that prove that the sanitizer sees them).
+//! (default `80,90a`), `DILT_DENY_WARNINGS=1` (what the C++ compiler warns of is an error), `DILT_SANITIZE=address|thread`
+//! (a sanitizer build, which `scripts/sanitize.sh` makes: the host device alone, instrumented, with the faulty kernels of
+//! `tests/faults/` that prove that the sanitizer sees them).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -185,16 +186,21 @@ fn compile_host(
         (true, false) => &[("base", "-march=x86-64")],
         (false, _) => &[("base", "")],
     };
+    // Instrumented code makes the compiler warn of what is not there.
+    let deny_warnings = environment("DILT_DENY_WARNINGS").is_some_and(|value| value != "0") && sanitizer.is_none();
     for (name, march) in sets {
         let folder = out.join(name);
         fs::create_dir_all(&folder).unwrap();
         let mut build = cc::Build::new();
-        build.cpp(true).out_dir(&folder).include(root).cargo_metadata(true).warnings(false).opt_level(3);
+        build.cpp(true).out_dir(&folder).include(root).cargo_metadata(true).opt_level(3);
+        // What another compiler warns of must not end a user's build.
+        build.warnings(deny_warnings).extra_warnings(deny_warnings).warnings_into_errors(deny_warnings);
         build.define("DILT_ISA", *name);
         // Files are named from the root of the repository, in the words for barriers and in sanitizers' reports.
         build.flag(format!("-ffile-prefix-map={}/=", root.display()));
-        let flags = "-xc++ -std=c++20 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -fno-math-errno \
-                     -fno-trapping-math -ffp-contract=fast -fno-semantic-interposition";
+        // Vectors that are wider than the machine's are passed between our own functions alone.
+        let flags = "-xc++ -std=c++20 -Wno-psabi -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math \
+                     -ffp-contract=fast -fno-semantic-interposition";
         for flag in flags.split_whitespace().chain(march.split_whitespace()) {
             build.flag(flag);
         }
