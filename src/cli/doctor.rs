@@ -4,14 +4,16 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use dilt::Error;
-use dilt::device::{self, Device};
+use dilt::device::{self, Device, Precision};
+use dilt::nn::roofline::Ceilings;
 use dilt::report::table::table;
 use dilt::selftest::{self, Outcome};
 use serde::Serialize;
 
 use super::Common;
 
-/// Look at this machine: driver, GPUs, embedded kernels, and a self-test of every kernel.
+/// Look at this machine: driver, GPUs, embedded kernels, what it multiplies and copies at best, and a self-test of every
+/// kernel.
 ///
 /// The self-test runs each kernel on --device, with small random inputs drawn from --seed, and compares with the same
 /// operation in another form. Exits with 1 if a kernel fails.
@@ -68,6 +70,14 @@ fn facts(device: &Device) -> dilt::Result<Vec<Row>> {
     let chosen = host.strip_prefix("host ").unwrap_or(&host);
     rows.push(("host instruction set".into(), format!("{chosen} (compiled for {sets})")));
     rows.push(("host threads".into(), device::host_threads().to_string()));
+    for precision in Precision::ALL {
+        // The self-test follows, and says more of a device that fails.
+        let value = match Ceilings::measure(device, precision) {
+            Ok(ceilings) => ceilings.to_string(),
+            Err(error) => format!("none: {error}"),
+        };
+        rows.push((format!("measured ceilings, {}", precision.name()), value));
+    }
     let archs: Vec<_> = device::embedded_archs().iter().map(|arch| format!("sm_{arch}")).collect();
     for (stem, image) in device::embedded_images() {
         rows.push((format!("kernels/{stem}.cu"), format!("{}, {} bytes", archs.join(", "), image.len())));

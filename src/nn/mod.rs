@@ -23,6 +23,7 @@ pub mod paths;
 pub mod plan;
 pub mod positions;
 mod resnet;
+pub mod roofline;
 mod shards;
 pub mod snapshot;
 pub mod tensors;

@@ -481,6 +481,17 @@ impl Model {
         ConvShape::new(image, shape[0], filter, stride, pad, n).map_err(|error| self.name_it(error))
     }
 
+    /// Columns that hold something for each sample of what a convolution reads: 1 of an image, of tokens those that are neither
+    /// padding nor the empty ones before patches.
+    pub fn true_tokens(&self, value: ValueId) -> usize {
+        let Shape::Tokens { tokens, .. } = self.values[value].shape else { return 1 };
+        let prefix = |layer: &Layer| match *layer {
+            Layer::Patches { prefix, output, .. } if output == value => Some(prefix),
+            _ => None,
+        };
+        tokens - self.layers.iter().find_map(prefix).unwrap_or(0)
+    }
+
     pub(super) fn norm_shape(&self, value: ValueId, n: usize) -> Result<NormShape> {
         let [channels, height, width] = self.values[value].image();
         NormShape::new(channels, height * width, n)

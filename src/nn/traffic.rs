@@ -3,9 +3,10 @@
 //!
 //! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
 //! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
-//! the norm) and writes y. Padded samples and tokens count as others do, but in attention's products. Left out are vectors of an element a feature (biases, γ,
-//! β, statistics), embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or
-//! attention; what attention computes again in its backward pass is not counted twice.
+//! the norm) and writes y. Padded samples and tokens are moved as others are, but what is multiplied with them counts for nothing.
+//! Left out are vectors of an element a feature (biases, γ, β, statistics), embeddings, and labels. An operation is half a
+//! multiply-add of a convolution, a linear layer or attention; what attention computes again in its backward pass is not counted
+//! twice.
 
 use std::iter::Sum;
 use std::ops::Add;
@@ -102,33 +103,33 @@ struct Multiplied {
     kept: usize,
     /// Bytes of their values, and of the list that says which they are.
     bytes: usize,
+    /// True columns of a pixel: samples, or their tokens.
+    columns: usize,
     /// Of what they are multiplied with.
     precision: Precision,
 }
 
 impl Multiplied {
-    fn all(shape: &ConvShape, precision: Precision) -> Self {
+    fn all(shape: &ConvShape, columns: usize, precision: Precision) -> Self {
         let count = shape.weight_len();
-        Multiplied { count, kept: count, bytes: precision.bytes() * shape.read_weight_len(precision), precision }
+        let bytes = precision.bytes() * shape.read_weight_len(precision);
+        Multiplied { count, kept: count, bytes, columns, precision }
     }
 
-    /// In the three passes of a layer.
-    fn of(shape: &ConvShape, precision: Precision, planned: Option<&PlannedLayer>) -> [Self; 3] {
-        let Some(planned) = planned else { return [Self::all(shape, precision); 3] };
+    /// In the passes of a layer that are planned.
+    fn of(shape: &ConvShape, columns: usize, precision: Precision, planned: Option<&PlannedLayer>) -> [Self; 3] {
+        let all = Self::all(shape, columns, precision);
+        let Some(planned) = planned else { return [all; 3] };
         let (kept, layer) = (planned.layer.places().len(), &planned.layer);
-        std::array::from_fn(|pass| match planned.choice.ways[pass] {
-            Way::Dense => Self::all(shape, precision),
-            way => Multiplied {
-                count: layer.multiplied(way)[pass],
-                kept,
-                bytes: (precision.bytes() + PLACE) * kept,
-                precision,
-            },
+        let bytes = (precision.bytes() + PLACE) * kept;
+        std::array::from_fn(|pass| match planned.choice.ways.get(pass) {
+            None | Some(Way::Dense) => all,
+            Some(&way) => Multiplied { count: layer.multiplied(way)[pass], kept, bytes, ..all },
         })
     }
 
     fn multiply_adds(&self, shape: &ConvShape) -> usize {
-        self.count * (shape.output_len() / shape.filters())
+        self.count * shape.output_image().iter().product::<usize>() * self.columns
     }
 
     fn forward(&self, shape: &ConvShape) -> Work {
@@ -149,19 +150,20 @@ impl Multiplied {
     }
 }
 
-/// Convolution with all weights, forward.
-pub fn conv_forward(shape: &ConvShape, precision: Precision) -> Work {
-    Multiplied::all(shape, precision).forward(shape)
+/// Convolution with all weights, forward; of a pixel's columns so many are true.
+pub fn conv_forward(shape: &ConvShape, columns: usize, precision: Precision) -> Work {
+    Multiplied::all(shape, columns, precision).forward(shape)
 }
 
 /// Input gradient of a convolution with all weights, overwritten.
-pub fn conv_input_gradient(shape: &ConvShape, precision: Precision) -> Work {
-    Multiplied::all(shape, precision).input_gradient(shape, false)
+pub fn conv_input_gradient(shape: &ConvShape, columns: usize, precision: Precision) -> Work {
+    Multiplied::all(shape, columns, precision).input_gradient(shape, false)
 }
 
 /// Weight gradient of a convolution with all weights.
-pub fn conv_weight_gradient(device: &Device, shape: &ConvShape, precision: Precision) -> Work {
-    Multiplied::all(shape, precision).weight_gradient(shape, shape.gradient_scratch_len(device, precision))
+pub fn conv_weight_gradient(device: &Device, shape: &ConvShape, columns: usize, precision: Precision) -> Work {
+    let partial = shape.gradient_scratch_len(device, precision);
+    Multiplied::all(shape, columns, precision).weight_gradient(shape, partial)
 }
 
 /// Batch norm of x elements to y elements with the batch's statistics, with another value added to it or not.
@@ -188,14 +190,14 @@ pub fn layer_norm_backward(shape: &LayerNormShape, precision: Precision, accumul
     Work::reals(precision, 2 * shape.len() + added_to, shape.len()) + Work::elements(statistics + partial, partial)
 }
 
-/// Attention, which keeps the log-sum-exp of each query: two products.
-pub fn attention_forward(shape: &AttentionShape, precision: Precision) -> Work {
+/// Attention over so many true samples, which keeps the log-sum-exp of each query: two products.
+pub fn attention_forward(shape: &AttentionShape, samples: usize, precision: Precision) -> Work {
     let work = Work::reals(precision, shape.qkv_len(), shape.output_len()) + Work::elements(0, shape.statistic_len());
-    work.with_multiply_adds(2 * shape.multiply_adds())
+    work.with_multiply_adds(2 * shape.multiply_adds(samples))
 }
 
 /// Its backward pass: five products, by one kernel on the host, by one of queries and one of keys on a GPU.
-pub fn attention_backward(device: &Device, shape: &AttentionShape, precision: Precision) -> Work {
+pub fn attention_backward(device: &Device, shape: &AttentionShape, samples: usize, precision: Precision) -> Work {
     let (d, statistic) = (shape.output_len(), shape.statistic_len());
     // y is read for delta alone, which the kernel of keys reads again.
     let work = match device.policy() {
@@ -207,7 +209,7 @@ pub fn attention_backward(device: &Device, shape: &AttentionShape, precision: Pr
             reals + Work::elements(3 * statistic, statistic)
         }
     };
-    work.with_multiply_adds(5 * shape.multiply_adds())
+    work.with_multiply_adds(5 * shape.multiply_adds(samples))
 }
 
 /// An optimizer's step over so many parameters, with a bit for the mask of each and one for weight decay where it is
@@ -237,17 +239,8 @@ pub fn training_step(
     clip: bool,
 ) -> Result<Vec<LayerWork>> {
     let (model, plan) = (&layout.computed, &layout.plan);
-    let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
-    let mut step = Vec::new();
-    for (index, layer) in model.layers.iter().enumerate() {
-        let (forward, mut backward) = layer_work(device, layout, index, n)?;
-        if plan.gradient_slots[layer.output()].is_none() {
-            backward = Work::default();
-        }
-        let name = model.values[layer.output()].name.clone();
-        step.push(LayerWork { name, forward, backward, update: Work::default() });
-    }
-    let logits = model.values[model.output()].elements(n);
+    let mut step = layers(device, layout, batch)?;
+    let logits = model.values[model.output()].elements(batch.next_multiple_of(SAMPLE_ALIGNMENT));
     let (forward, backward, update) = (Work::reals(model.precision, logits, logits), Work::default(), Work::default());
     step.push(LayerWork { name: "loss".into(), forward, backward, update });
     let norm = if clip { gradient_norm(plan.parameter_len) } else { Work::default() };
@@ -258,9 +251,47 @@ pub fn training_step(
     Ok(step)
 }
 
-/// Forward and backward of a layer whose output has a gradient, for `n` samples.
-fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Result<(Work, Work)> {
+/// The work of a forward pass in evaluation of a batch of `batch` samples, layer by layer. The layout is one for evaluation.
+///
+/// # Errors
+/// [`crate::Error`] if a layer's shape cannot be computed.
+pub fn evaluation(device: &Device, layout: &Layout, batch: usize) -> Result<Vec<LayerWork>> {
+    let model = &layout.computed;
+    let mut forward = layers(device, layout, batch)?;
+    let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
+    for (LayerWork { forward: work, .. }, layer) in forward.iter_mut().zip(&model.layers) {
+        match *layer {
+            // Its statistics are there.
+            Layer::Norm { input, .. } => work.read -= model.precision.bytes() * model.values[input].elements(n),
+            // Nothing is kept for a backward pass.
+            Layer::LayerNorm { input, .. } => {
+                work.written -= Work::elements(0, 2 * model.layer_norm_shape(input, n)?.columns()).written;
+            }
+            Layer::Attention { .. } => {
+                work.written -= Work::elements(0, model.attention_shape(layer, n)?.statistic_len()).written;
+            }
+            _ => {}
+        }
+    }
+    Ok(forward)
+}
+
+/// The work of a network's layers, without what they have no gradients for.
+fn layers(device: &Device, layout: &Layout, batch: usize) -> Result<Vec<LayerWork>> {
+    let (model, plan) = (&layout.computed, &layout.plan);
+    let work = |(index, layer): (usize, &Layer)| {
+        let (forward, backward) = layer_work(device, layout, index, batch)?;
+        let backward = if plan.gradient_slots[layer.output()].is_some() { backward } else { Work::default() };
+        let name = model.values[layer.output()].name.clone();
+        Ok(LayerWork { name, forward, backward, update: Work::default() })
+    };
+    model.layers.iter().enumerate().map(work).collect()
+}
+
+/// Forward and backward of a layer whose output has a gradient, for `batch` samples.
+fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> Result<(Work, Work)> {
     let (model, plan, layer) = (&layout.computed, &layout.plan, &layout.computed.layers[index]);
+    let n = batch.next_multiple_of(SAMPLE_ALIGNMENT);
     let elements = |value: ValueId| model.values[value].elements(n);
     let has_gradient = |value: ValueId| plan.gradient_slots[value].is_some();
     let accumulate = plan.accumulates[index];
@@ -272,7 +303,8 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Resul
     Ok(match *layer {
         Layer::Conv { bias, input, .. } => {
             let shape = model.conv_shape(layer, n)?;
-            let [forward, dx, dw] = Multiplied::of(&shape, precision, layout.layers[index].as_ref());
+            let columns = batch * model.true_tokens(input);
+            let [forward, dx, dw] = Multiplied::of(&shape, columns, precision, layout.layers[index].as_ref());
             let partial =
                 if dw.count == shape.weight_len() { shape.gradient_scratch_len(device, precision) } else { 0 };
             let mut backward = dw.weight_gradient(&shape, partial);
@@ -312,7 +344,7 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, n: usize) -> Resul
         }
         Layer::Attention { .. } => {
             let shape = model.attention_shape(layer, n)?;
-            (attention_forward(&shape, precision), attention_backward(device, &shape, precision))
+            (attention_forward(&shape, batch, precision), attention_backward(device, &shape, batch, precision))
         }
         Layer::Gelu { .. } => (reals(y, y), reals(2 * y, y)),
         Layer::Residual { .. } if layer.adds_plainly() => (reals(2 * y, y), Work::default()),

@@ -97,11 +97,10 @@ impl AttentionShape {
         self.heads as usize * self.columns.len()
     }
 
-    /// Multiply-adds of one product of all heads, such as that of queries and keys.
-    pub fn multiply_adds(&self) -> usize {
-        let [heads, head_dim, tokens, n] =
-            [self.heads, self.head_dim, self.columns.tokens, self.columns.n].map(|x| x as usize);
-        heads * head_dim * tokens * tokens * n
+    /// Multiply-adds of one product of all heads, such as that of queries and keys, for so many samples.
+    pub fn multiply_adds(&self, samples: usize) -> usize {
+        let [heads, head_dim, tokens] = [self.heads, self.head_dim, self.columns.tokens].map(|x| x as usize);
+        heads * head_dim * tokens * tokens * samples
     }
 
     /// 1 / sqrt(head_dim).

@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod augment;
 pub mod bias;
+pub mod ceiling;
 pub mod conv;
 pub mod conv_sparse;
 pub mod distances;
@@ -81,6 +82,7 @@ pub fn layouts() -> Vec<Layout> {
         attention::layouts(),
         augment::layouts(),
         bias::layouts(),
+        ceiling::layouts(),
         conv::layouts(),
         conv_sparse::layouts(),
         distances::layouts(),

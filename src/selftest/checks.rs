@@ -1,5 +1,6 @@
 //! The checks: each runs one operation on random inputs and hands its results over. One function per operation.
 
+use half::bf16;
 use rand::Rng;
 
 use super::{Check, PADDED, SAMPLES, Trial};
@@ -9,6 +10,7 @@ use crate::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, atte
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
+use crate::ops::ceiling::{DEPTH, TILE, WARPS, ceiling_copy, multiply_add, multiply_tiles};
 use crate::ops::dropout::{
     Draw, ResidualShape, dropout_backward, dropout_forward, residual_backward, residual_forward,
 };
@@ -68,6 +70,7 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
 /// The others.
 pub(super) const OTHERS: &[Check] = &[
     argument_layouts,
+    ceilings,
     sgd,
     adamw,
     norm_of_gradients,
@@ -494,6 +497,21 @@ fn step_beginning(t: &mut Trial) -> Result<()> {
     t.exact("rate", &rate)?;
     t.exact("corrections", &corrections)?;
     t.exact("step", &step)
+}
+
+/// Copies, multiply-adds in registers, and products on tensor cores, which have no other form.
+fn ceilings(t: &mut Trial) -> Result<()> {
+    let (x, mut to, mut y) = (t.floats(2096)?, t.unwritten(2096)?, t.unwritten(2096)?);
+    ceiling_copy(t.device, x.view(), to.view_mut())?;
+    t.exact("to", &to)?;
+    multiply_add(t.device, 3, [-0.999, 0.5], x.view(), y.view_mut())?;
+    t.close("y", &y)?;
+    let [rows, columns] = TILE;
+    let mut tile = |len| t.draw(len, |random| bf16::from_f32(random.random_range(-1.0..1.0)));
+    let (left, right) = (tile(rows * DEPTH)?, tile(columns * DEPTH)?);
+    let mut sum = t.unwritten(WARPS * rows * columns)?;
+    multiply_tiles(t.device, 2, left.view(), right.view(), sum.view_mut())?;
+    t.close("sum", &sum)
 }
 
 fn step_ending(t: &mut Trial) -> Result<()> {

@@ -1,8 +1,21 @@
 //! `dilt bench` and `--tune`: the plan of a ticket, and the times that it is chosen by.
 
+use serde_json::Value;
+
 use crate::command::{SMALL, dilt, failed, fails, json, keys, output};
 
 const BENCH: [&str; 9] = ["bench", "--ticket", "t", "--set", "widths=[4,8,16]", "--batch", "8", "--runs", "1"];
+
+const ROW: [&str; 6] = ["flop", "images_per_second", "ms", "name", "share_of_ceiling", "share_of_roofline"];
+
+/// Demands that the share of the ceiling is that of so many operations, and that of the roofline no smaller.
+fn shares_are_of_the_ceilings(result: &Value, row: &Value, flop: f64) {
+    let seconds = row["ms"].as_f64().unwrap() / 1e3;
+    let share = flop / seconds / result["ceilings"]["flop_per_second"].as_f64().unwrap();
+    let got = row.get("share_of_ceiling").map_or(0.0, |share| share.as_f64().unwrap());
+    assert!((got - share).abs() <= 1e-9 * share, "{row}: {share}");
+    assert!(row["share_of_roofline"].as_f64().unwrap() >= share * (1.0 - 1e-9), "{row}");
+}
 
 #[test]
 fn a_ticket_s_plan_and_its_gain_are_shown_and_times_are_taken_once() {
@@ -12,7 +25,8 @@ fn a_ticket_s_plan_and_its_gain_are_shown_and_times_are_taken_once() {
     json(folder, &["prune", "--weights", "w/weights.safetensors", "--sparsity", "0.9", "--out", "t"]);
 
     let result = json(folder, &[&BENCH[..], &["--plan", "-q"]].concat());
-    let expected = ["batch", "bytes", "density", "device", "layers", "model", "plan", "precision", "rows", "threads"];
+    let expected =
+        ["batch", "bytes", "ceilings", "density", "device", "layers", "model", "plan", "precision", "rows", "threads"];
     assert_eq!(keys(&result), expected);
     let layers = result["layers"].as_array().unwrap();
     assert!(layers.len() > 3, "{layers:?}");
@@ -36,7 +50,7 @@ fn a_ticket_s_plan_and_its_gain_are_shown_and_times_are_taken_once() {
         ["training step", "evaluation"]
     );
     for row in rows {
-        assert_eq!(keys(row), ["dense_ms", "images_per_second", "ms", "name"]);
+        assert_eq!(keys(row), [&["dense_ms"], &ROW[..]].concat());
         assert!(row.as_object().unwrap().values().all(|value| value.as_f64().is_none_or(|value| value > 0.0)), "{row}");
     }
     let text = output(folder, &[&BENCH[..], &["--plan", "-q"]].concat());
@@ -86,17 +100,35 @@ fn a_random_ticket_and_a_dense_network_need_no_file() {
     assert!((0.05..0.2).contains(&density), "{density}");
     assert!(random["rows"][0]["dense_ms"].as_f64().unwrap() > 0.0);
     let dense = json(folder.path(), &bench);
-    assert_eq!(keys(&dense["rows"][0]), ["images_per_second", "ms", "name"]);
+    assert_eq!(keys(&dense["rows"][0]), ROW);
     assert_eq!(dense["density"], 1.0);
-    assert!(output(folder.path(), &bench).contains("images/s"));
+    for result in [&random, &dense] {
+        assert_eq!(keys(&result["ceilings"]), ["bytes_per_second", "flop_per_second", "products"]);
+        for row in result["rows"].as_array().unwrap() {
+            shares_are_of_the_ceilings(result, row, row["flop"].as_f64().unwrap());
+        }
+    }
+    // Of the training step's operations, a third and a little more are forward; of the ticket's, far fewer.
+    let flop = |result: &Value, row: usize| result["rows"][row]["flop"].as_f64().unwrap();
+    assert!((1.0 / 3.0..0.4).contains(&(flop(&dense, 1) / flop(&dense, 0))), "{dense}");
+    assert!(flop(&random, 0) < 0.5 * flop(&dense, 0), "{random}");
+    let text = output(folder.path(), &bench);
+    let says = ["images/s", "of ceiling", "of roofline", "measured ceilings", "GFLOP/s", "GB/s copied"];
+    assert!(says.iter().all(|part| text.contains(part)), "{text}");
 }
 
 #[test]
 fn single_operations_are_measured() {
     let folder = tempfile::tempdir().unwrap();
     let list = json(folder.path(), &["bench", "--op", "list"]);
-    let small =
-        ["c=3,h=5,w=5,k=4,n=9", "c=3,h=5,w=5,n=9", "d=8,t=5,n=3", "heads=2,head_dim=8,t=5,n=3", "elements=1000"];
+    let small = [
+        "c=3,h=5,w=5,k=4,n=9",
+        "c=3,h=5,w=5,n=9",
+        "c=3,k=4,t=5,n=9",
+        "d=8,t=5,n=3",
+        "heads=2,head_dim=8,t=5,n=3",
+        "elements=1000",
+    ];
     for op in list["rows"].as_array().unwrap() {
         let name = op["name"].as_str().unwrap();
         let keys_of = |shape: &str| -> Vec<String> {
@@ -109,7 +141,7 @@ fn single_operations_are_measured() {
             _ => small.iter().find(|shape| keys_of(shape).iter().all(|key| known.contains(key))).unwrap(),
         };
         let result = json(folder.path(), &["bench", "--op", name, "--shape", shape, "--runs", "3", "-q"]);
-        assert_eq!(keys(&result), ["device", "flushed_bytes", "precision", "rows", "runs", "threads"]);
+        assert_eq!(keys(&result), ["ceilings", "device", "flushed_bytes", "precision", "rows", "runs", "threads"]);
         let row = &result["rows"][0];
         assert_eq!(row["name"], name);
         let sizes: Vec<&str> = row["shape"].as_str().unwrap().split(',').collect();
@@ -118,9 +150,41 @@ fn single_operations_are_measured() {
         assert!(0.0 < low && low <= ms && ms <= high, "{row}");
         let rates = ["gflop_per_second", "gb_per_second"].map(|key| row.get(key).map(|rate| rate.as_f64().unwrap()));
         assert!(rates.iter().flatten().count() > 0 && rates.iter().flatten().all(|&rate| rate > 0.0), "{row}");
+        // The same numbers, counted alone.
+        let counted = json(folder.path(), &["bench", "--op", name, "--shape", shape, "--bytes", "-q"]);
+        assert_eq!(keys(&counted), ["device", "precision", "rows"]);
+        let counted = &counted["rows"][0];
+        assert_eq!((&counted["name"], &counted["shape"]), (&row["name"], &row["shape"]));
+        let amounts = [&["flop"][..], &["read_bytes", "written_bytes"]]
+            .map(|keys| keys.iter().map(|key| counted[key].as_f64().unwrap()).sum::<f64>());
+        for (rate, amount) in rates.iter().zip(amounts) {
+            assert!((rate.unwrap_or(0.0) - amount / ms / 1e6).abs() <= 1e-9 * amount / ms, "{row} {counted}");
+        }
+        shares_are_of_the_ceilings(&result, row, amounts[0]);
+        assert_eq!(row.get("share_of_ceiling").is_some(), amounts[0] > 0.0, "{row}");
+        // No share is below both of its parts: of operations and of bytes.
+        let bytes = amounts[1] / (ms / 1e3) / result["ceilings"]["bytes_per_second"].as_f64().unwrap();
+        let most = bytes.max(row.get("share_of_ceiling").map_or(0.0, |share| share.as_f64().unwrap()));
+        assert!((row["share_of_roofline"].as_f64().unwrap() / most - 1.0).abs() < 1e-9, "{row}");
     }
     let text = output(folder.path(), &["bench", "--op", "norm_forward", "--shape", small[1], "--runs", "1"]);
-    assert!(["c=3,h=5,w=5,n=9", "GB/s", "caches are cold"].iter().all(|part| text.contains(part)), "{text}");
+    let says = ["c=3,h=5,w=5,n=9", "GB/s", "caches are cold", "of roofline", "measured ceilings"];
+    assert!(says.iter().all(|part| text.contains(part)), "{text}");
+    let text = output(folder.path(), &["bench", "--op", "norm_forward", "--shape", small[1], "--bytes"]);
+    assert!(["c=3,h=5,w=5,n=9", "MB read", "counted from shapes"].iter().all(|part| text.contains(part)), "{text}");
+}
+
+/// What is not multiplied does not count: tokens and samples that fill a row up.
+#[test]
+fn padding_is_no_operation() {
+    let folder = tempfile::tempdir().unwrap();
+    let flop = |op: &str, shape: &str| {
+        let counted = json(folder.path(), &["bench", "--op", op, "--shape", shape, "--bytes", "-q"]);
+        counted["rows"][0]["flop"].as_u64().unwrap()
+    };
+    assert_eq!(flop("linear_forward", "c=3,k=5,t=9,n=2"), 2 * 3 * 5 * 9 * 2);
+    assert_eq!(flop("conv_weight_gradient", "c=3,h=4,w=4,k=5,n=9"), 2 * 3 * 9 * 5 * 16 * 9);
+    assert_eq!(flop("attention_backward", "heads=2,head_dim=8,t=5,n=3"), 5 * 2 * 16 * 25 * 3);
 }
 
 #[test]
@@ -146,7 +210,8 @@ fn an_operation_without_sense_is_refused() {
 fn what_a_step_moves_is_counted() {
     let folder = tempfile::tempdir().unwrap();
     let result = json(folder.path(), &["bench", "--bytes", "--model", "resnet20", "--batch", "128", "-q"]);
-    assert_eq!(keys(&result), ["batch", "device", "model", "rows"]);
+    assert_eq!(keys(&result), ["batch", "device", "model", "parameters", "rows"]);
+    assert_eq!(result["parameters"], 269_722, "as He et al. count: 0.27 M");
     let rows = result["rows"].as_array().unwrap();
     assert_eq!(rows[0]["name"], "training step");
     for key in ["gflop", "forward_mb", "backward_mb", "update_mb", "mb"] {

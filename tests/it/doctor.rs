@@ -52,6 +52,13 @@ fn doctor_reports_the_machine_and_every_kernel() {
     assert!(value("host instruction set").contains("base"));
     assert!(value("host threads").parse::<usize>().unwrap() > 0);
     assert!(!value("driver").is_empty());
+    for precision in ["f32", "bf16"] {
+        let ceilings = value(&format!("measured ceilings, {precision}"));
+        assert!(
+            ceilings.contains("GFLOP/s of multiply-adds in registers, ") && ceilings.contains("GB/s copied"),
+            "{ceilings}"
+        );
+    }
     for (stem, image) in embedded_images() {
         assert!(value(&format!("kernels/{stem}.cu")).contains(&image.len().to_string()));
     }

@@ -5,6 +5,7 @@ mod attention;
 mod augment;
 mod bad_input;
 mod bench;
+mod ceiling;
 mod cifar;
 mod cli;
 mod command;

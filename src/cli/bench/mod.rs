@@ -1,6 +1,7 @@
 //! `dilt bench`: what a ticket gains over its dense network, and where.
 
 mod op;
+mod operations;
 mod traffic;
 
 use std::path::PathBuf;
@@ -16,7 +17,8 @@ use dilt::nn::model::{Layer, Model};
 use dilt::nn::network::{Mode, Network};
 use dilt::nn::paths::measure;
 use dilt::nn::plan::Use;
-use dilt::nn::traffic::training_step;
+use dilt::nn::roofline::Ceilings;
+use dilt::nn::traffic::{LayerWork, evaluation, training_step};
 use dilt::nn::ways::{Lists, MaskedLayer, Way};
 use dilt::nn::weights::Weights;
 use dilt::ops::kept::{Pass, group_rows};
@@ -33,6 +35,11 @@ use crate::cli::{Common, ModelAndData};
 ///
 /// A step is forward pass, backward pass and optimizer on random numbers, captured once and replayed, without loading
 /// data. The ticket and its dense network take turns; times are medians.
+///
+/// Beside them stand two shares of what this device does at best, which is measured first, in a fraction of a second: the
+/// operations of the work, of those that multiply-adds in registers (bf16 on a GPU: mma.sync) would do in its time; and the
+/// least time of its layers, each by its operations or by its bytes at the speed of a copy, whichever is longer, of the time
+/// that it takes. What caches keep moves faster than a copy, so the second may be above 1.
 #[derive(Args)]
 pub struct Bench {
     /// The ticket, or weights trained under one.
@@ -48,13 +55,13 @@ pub struct Bench {
     /// Show the kernels of a training step, each with the number of its launches and their time.
     #[arg(long)]
     kernels: bool,
-    /// Show what a training step has to compute and to move, in all and layer by layer, counted from shapes: nothing is
-    /// measured.
+    /// Show what a training step has to compute and to move, in all and layer by layer, or what an operation has to, counted
+    /// from shapes: nothing is measured.
     #[arg(long, conflicts_with_all = ["plan", "kernels"])]
     bytes: bool,
     /// Measure one operation by itself, on random numbers and with cold caches; list shows them all with their sizes.
     #[arg(long, value_name = "NAME", conflicts_with_all = [
-        "ticket", "random_ticket", "plan", "kernels", "bytes", "batch", "model", "set", "image_size", "data",
+        "ticket", "random_ticket", "plan", "kernels", "batch", "model", "set", "image_size", "data",
     ])]
     op: Option<String>,
     /// Sizes of the operation, each its own default if not given.
@@ -89,6 +96,12 @@ struct Measured {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     kernels: Vec<KernelTime>,
     bytes: Bytes,
+    ceilings: Ceilings,
+}
+
+/// A share, for people.
+fn share(share: f64) -> String {
+    format!("{share:.3}")
 }
 
 /// A kernel of a training step, outside of a captured one, waited for after each launch.
@@ -107,6 +120,13 @@ struct Row {
     ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     dense_ms: Option<f64>,
+    /// Floating point operations that are multiplied, two a multiply-add; where a ticket multiplies all weights, with those
+    /// that are zero.
+    flop: usize,
+    /// Of the arithmetic ceiling.
+    share_of_ceiling: f64,
+    /// The least time of all layers by both ceilings, of the time.
+    share_of_roofline: f64,
 }
 
 /// Memory of training.
@@ -164,7 +184,7 @@ impl Bench {
             return Err(dilt::Error::Usage(message).into());
         }
         if let Some(op) = &self.op {
-            return op::run(op, &self.shape, self.runs.unwrap_or(30), &self.common);
+            return op::run(op, &self.shape, self.runs.unwrap_or(30), self.bytes, &self.common);
         }
         let file = self.ticket.as_deref().map(Weights::load).transpose()?;
         let named = file.as_ref().and_then(|weights| weights.metadata.get("model"));
@@ -182,19 +202,21 @@ impl Bench {
             _ => self.random(&model, dense.clone())?,
         };
         let device = self.common.open()?;
+        let (training, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
+        let layout = |memory_for| Layout::new(&device, &model, &weights.masks, self.batch, memory_for, &planning);
+        let clip = recipe.clip_norm.is_some();
+        let step_work = training_step(&device, &layout(training)?, self.batch, training, clip)?;
         if self.bytes {
-            let (memory_for, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
-            let layout = Layout::new(&device, &model, &weights.masks, self.batch, memory_for, &planning)?;
-            let clip = recipe.clip_norm.is_some();
-            let step = training_step(&device, &layout, self.batch, memory_for, clip)?;
-            return traffic::show(&step, &model.name, self.batch, &device, &self.common);
+            return traffic::show(&step_work, &model, self.batch, &device, &self.common);
         }
+        let evaluation_work = evaluation(&device, &layout(Use::Evaluate)?, self.batch)?;
+        let ceilings = Ceilings::measure(&device, self.common.precision())?;
         // The network itself last; before it, of a ticket, its dense network.
         let tickets: Vec<&Weights> = if weights.masks.is_empty() { vec![&weights] } else { vec![&dense, &weights] };
         let open = |memory_for: Use| -> anyhow::Result<Vec<Network>> {
             tickets.iter().map(|weights| self.network(&device, &model, weights, memory_for)).collect()
         };
-        let mut trained = open(Use::Train(recipe.optimizer))?;
+        let mut trained = open(training)?;
         let network = trained.last().expect("one at least");
         let layers = if self.plan { self.layers(&device, &model, network, &weights)? } else { Vec::new() };
         let plan = network.choices_hash();
@@ -209,12 +231,16 @@ impl Bench {
             network.backward()?;
             network.update(&optimizer, recipe.clip_norm)
         };
-        let step = self.row("training step", &device, &mut trained, train)?;
+        // The loss is not part of the step that is measured.
+        let step_work = step_work.iter().filter(|layer| layer.name != "loss").collect::<Vec<_>>();
+        let step = self.row("training step", &device, &mut trained, train, &step_work, &ceilings)?;
         let network = trained.last_mut().expect("one at least");
         let kernels = if self.kernels { kernel_times(&device, || train(network))? } else { Vec::new() };
         drop(trained);
         let mut evaluated = open(Use::Evaluate)?;
-        let evaluation = self.row("evaluation", &device, &mut evaluated, |network| network.forward(Mode::Evaluate))?;
+        let forward = |network: &mut Network| network.forward(Mode::Evaluate);
+        let evaluation_work = evaluation_work.iter().collect::<Vec<_>>();
+        let evaluation = self.row("evaluation", &device, &mut evaluated, forward, &evaluation_work, &ceilings)?;
         let masks = MaskSet::of_weights(&weights.masks);
         let result = Measured {
             rows: vec![step, evaluation],
@@ -228,6 +254,7 @@ impl Bench {
             layers,
             kernels,
             bytes,
+            ceilings,
         };
         self.common.print(&result, to_table)
     }
@@ -264,13 +291,16 @@ impl Bench {
         Ok(network)
     }
 
-    /// Medians of what the networks take in turn for a piece of work, which is captured.
+    /// Medians of what the networks take in turn for a piece of work, which is captured; `layers` is what the last of them
+    /// has to do in it.
     fn row(
         &self,
         name: &'static str,
         device: &Device,
         networks: &mut [Network],
         mut work: impl FnMut(&mut Network) -> dilt::Result<()>,
+        layers: &[&LayerWork],
+        ceilings: &Ceilings,
     ) -> anyhow::Result<Row> {
         let mut graphs = Vec::new();
         for network in networks {
@@ -295,7 +325,16 @@ impl Bench {
         };
         let mut medians: Vec<f64> = graphs.into_iter().map(|(_, taken)| median(taken)).collect();
         let ms = medians.pop().expect("one network at least");
-        Ok(Row { name, images_per_second: 1e3 * self.batch as f64 / ms, ms, dense_ms: medians.pop() })
+        let flop = layers.iter().map(|layer| layer.total().flop).sum();
+        Ok(Row {
+            name,
+            images_per_second: 1e3 * self.batch as f64 / ms,
+            ms,
+            dense_ms: medians.pop(),
+            flop,
+            share_of_ceiling: ceilings.share(flop, ms / 1e3),
+            share_of_roofline: ceilings.roofline(layers.iter().copied()) / (ms / 1e3),
+        })
     }
 
     fn layers(
@@ -396,23 +435,29 @@ fn to_table(result: &Measured) -> String {
     let Bytes { dense, planned, lists } = result.bytes;
     let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     let rows = result.rows.iter().map(|row| {
-        let numbers = [format!("{:.2}", row.ms), format!("{:.0}", row.images_per_second)];
+        let numbers = [
+            format!("{:.2}", row.ms),
+            format!("{:.0}", row.images_per_second),
+            share(row.share_of_ceiling),
+            share(row.share_of_roofline),
+        ];
         let beside = row.dense_ms.map(|dense| [format!("{dense:.2}"), format!("{:.2}", dense / row.ms)]);
         [row.name.to_owned()].into_iter().chain(numbers).chain(beside.into_iter().flatten()).collect::<Vec<_>>()
     });
-    let mut columns = vec!["", "ms", "images/s"];
+    let mut columns = vec!["", "ms", "images/s", "of ceiling", "of roofline"];
     if dense.is_some() {
         columns.extend(["dense ms", "gain"]);
     }
     text += &table(&columns, rows);
     text += &format!(
-        "\n\n{} at density {:.4}, batch {}, {} ({} threads);{}\nmemory of training: {} and {} of lists",
+        "\n\n{} at density {:.4}, batch {}, {} ({} threads);{}\nmeasured ceilings: {}\nmemory of training: {} and {} of lists",
         result.model,
         result.density,
         result.batch,
         result.device,
         result.threads,
         if result.device.starts_with("host") { " predictions are of one core" } else { "" },
+        result.ceilings,
         mib(planned),
         mib(lists)
     );

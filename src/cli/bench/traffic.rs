@@ -1,6 +1,7 @@
 //! `dilt bench --bytes`: what a training step has to compute and to move.
 
 use dilt::device::Device;
+use dilt::nn::model::Model;
 use dilt::nn::traffic::{LayerWork, Work};
 use dilt::report::table::table;
 use serde::Serialize;
@@ -12,6 +13,8 @@ struct Counted {
     /// The whole step first, then its layers, the loss and the optimizer.
     rows: Vec<Row>,
     model: String,
+    /// Trained weights, pruned ones included.
+    parameters: usize,
     batch: usize,
     device: String,
 }
@@ -30,7 +33,7 @@ struct Row {
 /// Shows the work of a step of a batch.
 pub(super) fn show(
     step: &[LayerWork],
-    model: &str,
+    model: &Model,
     batch: usize,
     device: &Device,
     common: &Common,
@@ -52,7 +55,16 @@ pub(super) fn show(
         mb: mb(layer.total()),
     };
     let rows = std::iter::once(&whole).chain(step).map(row).collect();
-    common.print(&Counted { rows, model: model.into(), batch, device: device.description() }, to_table)
+    common.print(
+        &Counted {
+            rows,
+            model: model.name.clone(),
+            parameters: model.parameter_count(),
+            batch,
+            device: device.description(),
+        },
+        to_table,
+    )
 }
 
 fn to_table(result: &Counted) -> String {
