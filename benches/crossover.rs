@@ -8,6 +8,8 @@
 //! a multiple of the dense way's: what lies below 1 loses). FOLDER is target/crossover if it is not given. `--only`
 //! takes the layers whose names contain TEXT; `--quick` two layers, three sparsities and one run.
 
+mod layers;
+
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,9 +18,9 @@ use anyhow::Context;
 use dilt::device::{Device, Precision};
 use dilt::mask::Mask;
 use dilt::nn::ways::{MaskedLayer, Trial, Way};
-use dilt::ops::Columns;
 use dilt::ops::conv::ConvShape;
 use dilt::ops::kept::{Pass, group_rows};
+use layers::layers;
 use plotters::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -30,36 +32,6 @@ const REGROUPED: usize = 32;
 const RUNS: usize = 7;
 /// A cell that has taken so long has two runs at least, and no more.
 const LONG: Duration = Duration::from_secs(1);
-
-/// The 3x3 convolutions of ResNet-20 and ResNet-18 on 32x32 images at batch 128, linear layers of DeiT-Ti at batch 8 and of
-/// ViT-S at batch 64.
-fn layers() -> dilt::Result<Vec<(String, ConvShape)>> {
-    let mut layers = Vec::new();
-    for (channels, image, filters, stride) in [
-        (16, 32, 16, 1),
-        (32, 16, 32, 1),
-        (64, 8, 64, 1),
-        (64, 32, 64, 1),
-        (128, 16, 128, 1),
-        (256, 8, 256, 1),
-        (512, 4, 512, 1),
-        (64, 32, 128, 2),
-    ] {
-        let shape = ConvShape::new([channels, image, image], filters, [3, 3], stride, 1, 128)?;
-        let by = if stride == 1 { String::new() } else { format!(" by {stride}") };
-        layers.push((format!("conv 3x3 {channels}x{image}x{image} to {filters}{by}"), shape));
-    }
-    for (inputs, outputs, samples) in
-        [(192, 576, 8), (192, 768, 8), (768, 192, 8), (384, 1152, 64), (384, 1536, 64), (1536, 384, 64)]
-    {
-        let columns = Columns::tokens(samples, 197)?.len();
-        layers.push((
-            format!("linear {inputs} to {outputs} ({samples} samples)"),
-            ConvShape::new([inputs, 1, 1], outputs, [1, 1], 1, 0, columns)?,
-        ));
-    }
-    Ok(layers)
-}
 
 fn mask(kind: &str, shape: &ConvShape, sparsity: f64) -> Mask {
     let mut rng = ChaCha8Rng::seed_from_u64(7);

@@ -3,9 +3,8 @@
 
     /usr/bin/python3 benches/peers/torch_cpu.py [--model resnet20|deit_tiny] --threads 2 --steps 10 [--layers]
 
-ResNet-20 is that of akamaster/pytorch_resnet_cifar10: 3x3 stem, shortcuts that subsample and pad channels, SGD with momentum
-0.9 and weight decay 1e-4; --layers also times its 3x3 convolutions and those of ResNet-18 on images of that size. DeiT-Ti is
-torchvision's VisionTransformer of that size with AdamW. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
+The networks are those of networks.py; --layers also times the 3x3 convolutions of ResNet-20 and of ResNet-18 on images of that
+size. What jobs.py counts otherwise than its file is not timed. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
 """
 
 import argparse
@@ -27,41 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-class Block(nn.Module):
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.pad = (outputs - inputs) // 2
-        self.stride = stride
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride != 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(y + x)
-
-
-class ResNet20(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        widths = [16, 16, 32, 64]
-        blocks = [Block(widths[s if b == 0 else s + 1], widths[s + 1], 2 if b == 0 and s > 0 else 1)
-                  for s in range(3) for b in range(3)]
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(64, 10)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
-
-    def forward(self, x):
-        y = self.blocks(F.relu(self.bn1(self.conv1(x))))
-        return self.linear(F.avg_pool2d(y, 8).flatten(1))
+from jobs import checked
+from networks import FORMATS, NETWORKS
 
 
 def milliseconds(work):
@@ -71,29 +37,18 @@ def milliseconds(work):
     return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
-def resnet20():
-    model = ResNet20()
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-
-
-def deit_tiny():
-    from torchvision.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-
-
-# Network and optimizer, batch, size of an image, classes.
-MODELS = {"resnet20": (resnet20, 128, 32, 10), "deit_tiny": (deit_tiny, 16, 224, 1000)}
+# Each as dilt names it, and its job's batch.
+MODELS = {"resnet20": ("resnet20", 128), "deit_tiny": ("deit_tiny_patch16_224", 16)}
 
 
 def training_step(name, batch, memory_format):
-    make, _, size, classes = MODELS[name]
+    network = NETWORKS[MODELS[name][0]]
     torch.manual_seed(0)
-    model, optimizer = make()
+    model = network.make()
+    optimizer = network.optimizer(model)
     model = model.to(memory_format=memory_format)
-    x = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
-    labels = torch.randint(0, classes, (batch,))
+    x = torch.randn(batch, 3, network.image, network.image).contiguous(memory_format=memory_format)
+    labels = torch.randint(0, network.classes, (batch,))
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -113,9 +68,6 @@ def layer(batch, channels, size, memory_format):
         torch.autograd.grad(y, (x, conv.weight), dy, retain_graph=True)
 
     return (lambda: conv(x)), backward
-
-
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def fastest(make, repeats):
@@ -147,6 +99,7 @@ def main():
     parser.add_argument("--layers", action="store_true", help="also time the 3x3 convolutions of ResNet-20 and ResNet-18")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    layers = [job["shape"] for job in checked("conv") if job["shape"]["stride"] == 1]
     batch = options.batch or MODELS[options.model][1]
     step = fastest(lambda memory_format: training_step(options.model, batch, memory_format), options.steps)
     result = {
@@ -162,7 +115,7 @@ def main():
     }
     if options.layers:
         result["layers"] = {}
-        for channels, size in [(16, 32), (32, 16), (64, 8), (64, 32), (128, 16), (256, 8), (512, 4)]:
+        for channels, size in ((shape["c"], shape["h"]) for shape in layers):
             forward = fastest(lambda f, c=channels, s=size: layer(batch, c, s, f)[0], options.steps)
             backward = fastest(lambda f, c=channels, s=size: layer(batch, c, s, f)[1], options.steps)
             flop = 2 * batch * channels * channels * 9 * size * size

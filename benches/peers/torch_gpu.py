@@ -1,172 +1,41 @@
 #!/usr/bin/env python3
-"""PyTorch's side of benches/crossover.rs and `dilt bench` on a GPU: single layers and whole steps in f32, in TF32 and in bf16.
+"""PyTorch's side of the jobs of jobs.py on a GPU, in f32, TF32 and bf16; `dilt_jobs.py` and `dilt bench` are dilt's.
 
-    python3 benches/peers/torch_gpu.py [--layers] [--steps]
+    python3 benches/peers/torch_gpu.py [--steps] [--compiled] [--layers] [--attention] [--optimizer] [--prune] [--device cpu]
 
-Layers: forward pass, input gradient and weight gradient of the layers of benches/crossover.rs, both memory formats, least of
-several runs of the better one, each pass captured in a CUDA graph. Steps: forward pass, loss, backward pass and optimizer of
-ResNet-20 and ResNet-18 on 32x32 images (SGD with momentum 0.9, weight decay 1e-4) and ViT-S/16 at 224x224 (AdamW), masked
-weights being zeros in a dense layer; eager, the whole step captured in one CUDA graph, and compiled (torch.compile,
-max-autotune, which captures graphs itself). In bf16 layers are bf16, steps run under autocast with f32 weights, as dilt's
-do. Prints a line of JSON each.
+All but --compiled if none is named. Prints a line of JSON for each time: job, op, precision, how, ms.
+
+- Steps: forward pass, loss, backward pass and optimizer (fused), and the evaluated batch; both memory formats, whose faster one
+  counts; eager, and captured in one CUDA graph. In bf16 under autocast with f32 weights, as dilt's do. Masked weights would be
+  zeros in a dense layer. Medians of 20 runs.
+- Compiled: the same steps by torch.compile, max-autotune, in bf16 and channels-last alone, for it takes a minute or more each.
+- Layers: cuDNN and cuBLAS, each pass captured; both memory formats, whose faster one counts.
+- Attention: scaled_dot_product_attention, by the flash backend in bf16, by the memory-efficient one in f32; forward pass and both
+  passes are captured, `attention_backward` is the difference of their medians.
+- Optimizer: fused SGD and AdamW over all parameters, captured.
+- Prune: exactly a fifth of all weights by topk or by a stable sort of their magnitudes; by kthvalue, which finds the threshold
+  and removes what equals it too. Eager.
+
+Of single operations `ms` is the median of 30 runs with 256 MiB written before each, as `dilt bench --op` measures, and
+`warm_ms` the least of runs in a row. --device cpu is for trying this without a GPU: nothing is captured, compiled or fused
+there.
 """
 
 import argparse
 import functools
 import json
-import pathlib
 import statistics
-import sys
+import time
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from torch_cpu import Block, ResNet20  # the same network on both devices
-
-# Channels, image, filters, stride of 3x3 convolutions at batch 128; inputs, outputs and samples of linear layers, of 197
-# tokens each.
-CONVOLUTIONS = [
-    (16, 32, 16, 1), (32, 16, 32, 1), (64, 8, 64, 1), (64, 32, 64, 1), (128, 16, 128, 1), (256, 8, 256, 1),
-    (512, 4, 512, 1), (64, 32, 128, 2),
-]
-LINEAR = [(192, 576, 8), (192, 768, 8), (768, 192, 8), (384, 1152, 64), (384, 1536, 64), (1536, 384, 64)]
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-class ProjectedBlock(Block):
-    """torchvision's: where the shape changes, the shortcut is a convolution."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__(inputs, outputs, stride)
-        self.downsample = None
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNet18Cifar(nn.Module):
-    """torchvision's ResNet-18 with a 3x3 stem of stride 1 and no max pool."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        widths = [64, 64, 128, 256, 512]
-        self.blocks = nn.Sequential(*[
-            ProjectedBlock(widths[s if b == 0 else s + 1], widths[s + 1], 2 if b == 0 and s > 0 else 1)
-            for s in range(4) for b in range(2)
-        ])
-        self.fc = nn.Linear(512, 10)
-
-    def forward(self, x):
-        y = self.blocks(F.relu(self.bn1(self.conv1(x))))
-        return self.fc(y.mean((2, 3)))
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
-
-
-def resnet20():
-    model = ResNet20().cuda()
-    return model, sgd(model)
-
-
-def resnet18():
-    model = ResNet18Cifar().cuda()
-    return model, sgd(model)
-
-
-def vit_small():
-    from torchvision.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
-    model = model.cuda()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True, capturable=True)
-
-
-# Network and optimizer, batch, size of an image, classes; as dilt names them.
-MODELS = {
-    "resnet20": (resnet20, 128, 32, 10),
-    "resnet18_cifar": (resnet18, 128, 32, 10),
-    "vit_small_patch16_224": (vit_small, 64, 224, 1000),
-}
-
-
-def captured(work):
-    """The work as a graph, after some runs on a stream of its own that choose algorithms and allocate."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
-def milliseconds(work, runs, repeats=1):
-    """Times of single runs, each the mean of some in a row, after one that is not counted."""
-    work()
-    times = []
-    for _ in range(runs):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / repeats)
-    return times
-
-
-def passes(x, w, y, arguments):
-    """Forward pass, input gradient and weight gradient of a convolution."""
-    def backward(mask):
-        return torch.ops.aten.convolution_backward(y, x, w, None, *arguments, mask)
-
-    return {
-        "forward": lambda: torch.ops.aten.convolution(x, w, None, *arguments),
-        "input_gradient": lambda: backward([True, False, False]),
-        "weight_gradient": lambda: backward([False, True, False]),
-    }
-
-
-def convolution(channels, image, filters, stride, memory_format, dtype):
-    def random(*shape):
-        return torch.randn(*shape, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
-
-    x, w = random(128, channels, image, image), random(filters, channels, 3, 3)
-    arguments = ([stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
-    y = torch.randn_like(torch.ops.aten.convolution(x, w, None, *arguments))
-    return passes(x, w, y, arguments)
-
-
-def linear(inputs, outputs, samples, _, dtype):
-    def random(*shape):
-        return torch.randn(*shape, device="cuda", dtype=dtype)
-
-    x, w, y = random(samples * 197, inputs), random(outputs, inputs), random(samples * 197, outputs)
-    return {"forward": lambda: x @ w.T, "input_gradient": lambda: y @ w, "weight_gradient": lambda: y.T @ x}
-
-
-def layers():
-    for channels, image, filters, stride in CONVOLUTIONS:
-        by = "" if stride == 1 else f" by {stride}"
-        yield (f"conv 3x3 {channels}x{image}x{image} to {filters}{by}",
-               lambda f, t, a=(channels, image, filters, stride): convolution(*a, f, t))
-    for inputs, outputs, samples in LINEAR:
-        yield f"linear {inputs} to {outputs} ({samples} samples)", lambda f, t, a=(inputs, outputs, samples): linear(*a, f, t)
-
+from jobs import checked
+from networks import FORMATS, NETWORKS, adamw, sgd
 
 PRECISIONS = ["f32", "tf32", "bf16"]
+FLUSHED_BYTES = 256 << 20
 
 
 def precise(precision):
@@ -175,69 +44,278 @@ def precise(precision):
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def measure_layers():
-    for name, make in layers():
-        for precision in PRECISIONS:
-            dtype = precise(precision)
-            best = {}
-            for memory_format in FORMATS.values():
-                for which, work in make(memory_format, dtype).items():
-                    least = min(milliseconds(captured(work), 7, 10))
-                    best[which] = min(best.get(which, least), least)
-            row = {"layer": name, "precision": precision}
-            print(json.dumps(row | {f"{which}_ms": round(ms, 5) for which, ms in best.items()}), flush=True)
+class Gpu:
+    name = "cuda"
+    fused = {"fused": True}
+
+    @staticmethod
+    def captured(work):
+        """The work as a graph, after some runs on a stream of its own that choose algorithms and allocate."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    @staticmethod
+    def milliseconds(work, runs, before=lambda: None):
+        """Times of single runs, after one that is not counted; `before` comes before each and is not counted either."""
+        work()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+        for begin, end in events:
+            before()
+            begin.record()
+            work()
+            end.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
 
 
-def measure_steps():
-    for name, (make, batch, size, classes) in MODELS.items():
-        for precision in PRECISIONS:
-            dtype = precise(precision)
-            best = {}
-            for memory_format in FORMATS.values():
-                torch.manual_seed(0)
-                model, optimizer = make()
-                model = model.to(memory_format=memory_format)
-                x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=memory_format)
-                labels = torch.randint(0, classes, (batch,), device="cuda")
+class Cpu:
+    name = "cpu"
+    fused = {}
 
-                def step(model=model, optimizer=optimizer, x=x, labels=labels, dtype=dtype):
-                    optimizer.zero_grad(set_to_none=False)
-                    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                        loss = F.cross_entropy(model(x), labels)
-                    loss.backward()
-                    optimizer.step()
+    @staticmethod
+    def captured(work):
+        return work
 
-                def forward(model=model, x=x, dtype=dtype):
-                    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                        return model(x)
+    @staticmethod
+    def milliseconds(work, runs, before=lambda: None):
+        work()
+        times = []
+        for _ in range(runs):
+            before()
+            begin = time.perf_counter()
+            work()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
 
-                for what, work in (("eager", step), ("graph", None), ("compiled", None), ("evaluation_graph", None)):
-                    if what == "graph":
-                        work = captured(step)
-                    if what == "compiled":
-                        compiled = torch.compile(model, mode="max-autotune")
-                        work = functools.partial(step, model=compiled)
-                    if what == "evaluation_graph":
-                        model.eval()
-                        work = captured(forward)
-                    ms = statistics.median(milliseconds(work, 20, 2))
-                    best[what] = min(best.get(what, ms), ms)
-            row = {"step": name, "batch": batch, "precision": precision}
-            print(json.dumps(row | {f"{what}_ms": round(ms, 4) for what, ms in best.items()}), flush=True)
+
+class Bench:
+    def __init__(self, machine, runs):
+        self.machine, self.runs = machine, runs
+        self.on_gpu = machine.name == "cuda"
+        self.precisions = PRECISIONS if self.on_gpu else ["f32", "bf16"]
+
+    def random(self, *shape, dtype=torch.float32):
+        return torch.randn(*shape, device=self.machine.name).to(dtype)
+
+    @functools.cached_property
+    def flush(self):
+        return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=self.machine.name).zero_
+
+    def tell(self, job, op, precision, how, ms, **more):
+        row = {"job": job["name"], "op": op, "precision": precision, "how": how, "ms": round(ms, 5), **more}
+        print(json.dumps(row), flush=True)
+
+    def operation(self, job, op, precision, works):
+        """The fastest of some forms of an operation: how it is done, what does it."""
+        best = None
+        for how, work in works:
+            ms = statistics.median(self.machine.milliseconds(work, self.runs, self.flush))
+            warm = min(self.machine.milliseconds(work, self.runs))
+            if best is None or ms < best[1]:
+                best = (how, ms, warm)
+        how, ms, warm = best
+        self.tell(job, op, precision, how, ms, warm_ms=round(warm, 5))
+
+    # -------------------------------------------------------------------------------------------------- whole steps
+
+    def step(self, job, dtype, memory_format):
+        """Training step and forward pass of a network, as functions of the model, and the model."""
+        entry = NETWORKS[job["model"]]
+        torch.manual_seed(0)
+        model = entry.make().to(self.machine.name).to(memory_format=memory_format)
+        capturable = {"capturable": True} if self.on_gpu and entry.optimizer is adamw else {}
+        optimizer = entry.optimizer(model, **self.machine.fused, **capturable)
+        x = self.random(*job["shape"]["input"]).contiguous(memory_format=memory_format)
+        labels = torch.randint(0, entry.classes, (job["batch"],), device=self.machine.name)
+        autocast = functools.partial(
+            torch.autocast, self.machine.name, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False)
+
+        def train(model):
+            optimizer.zero_grad(set_to_none=False)
+            with autocast():
+                loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+
+        def forward(model):
+            with torch.no_grad(), autocast():
+                return model(x)
+
+        return model, train, forward
+
+    def steps(self):
+        for job in checked("step"):
+            for precision in self.precisions:
+                dtype, best = precise(precision), {}
+                for name, memory_format in FORMATS.items():
+                    model, train, forward = self.step(job, dtype, memory_format)
+                    for op, work in (("training step", train), ("evaluation", forward)):
+                        model.train(op == "training step")
+                        work = functools.partial(work, model)
+                        hows = {"eager": lambda work=work: work, "graph": lambda work=work: self.machine.captured(work)}
+                        for how, prepare in hows.items():
+                            if how == "graph" and not self.on_gpu:
+                                continue
+                            ms = statistics.median(self.machine.milliseconds(prepare(), min(self.runs, 20)))
+                            if ms < best.get((op, how), (float("inf"),))[0]:
+                                best[op, how] = (ms, name)
+                for (op, how), (ms, name) in best.items():
+                    self.tell(job, op, precision, how, ms, format=name, images_per_second=round(1e3 * job["batch"] / ms, 1))
+
+    def compiled(self):
+        # The longest to train first: a limit of time stops the rest.
+        for job in sorted(checked("step"), key=lambda job: -job["flop"][0]):
+            model, train, _ = self.step(job, precise("bf16"), FORMATS["channels_last"])
+            compiled = torch.compile(model, mode="max-autotune")
+            ms = statistics.median(self.machine.milliseconds(lambda: train(compiled), min(self.runs, 20)))
+            self.tell(job, "training step", "bf16", "compiled", ms, format="channels_last",
+                      images_per_second=round(1e3 * job["batch"] / ms, 1))
+
+    # ------------------------------------------------------------------------------------------------ single layers
+
+    def convolution(self, shape, dtype, memory_format):
+        def random(*sizes):
+            return self.random(*sizes, dtype=dtype).contiguous(memory_format=memory_format)
+
+        x = random(shape["n"], shape["c"], shape["h"], shape["w"])
+        w = random(shape["k"], shape["c"], shape["r"], shape["s"])
+        arguments = ([shape["stride"]] * 2, [shape["pad"]] * 2, [1, 1], False, [0, 0], 1)
+        y = torch.randn_like(torch.ops.aten.convolution(x, w, None, *arguments))
+
+        def backward(mask):
+            return torch.ops.aten.convolution_backward(y, x, w, None, *arguments, mask)
+
+        return [
+            lambda: torch.ops.aten.convolution(x, w, None, *arguments),
+            lambda: backward([True, False, False]),
+            lambda: backward([False, True, False]),
+        ]
+
+    def linear(self, shape, dtype, _):
+        rows = shape["t"] * shape["n"]
+        x, w, y = (self.random(*sizes, dtype=dtype) for sizes in
+                   ((rows, shape["c"]), (shape["k"], shape["c"]), (rows, shape["k"])))
+        return [lambda: x @ w.T, lambda: y @ w, lambda: y.T @ x]
+
+    def layers(self):
+        for job in checked("conv", "linear"):
+            make = self.convolution if job["kind"] == "conv" else self.linear
+            formats = FORMATS if job["kind"] == "conv" else {"contiguous": None}
+            for precision in self.precisions:
+                dtype = precise(precision)
+                forms = {name: make(job["shape"], dtype, memory_format) for name, memory_format in formats.items()}
+                for which, op in enumerate(job["op"]):
+                    works = ((name, self.machine.captured(passes[which])) for name, passes in forms.items())
+                    self.operation(job, op, precision, works)
+
+    # ---------------------------------------------------------------------------------------------------- attention
+
+    def attention(self):
+        for job in checked("attention"):
+            for precision in ("f32", "bf16"):
+                dtype, how, backend = precise(precision), "math", None
+                if self.on_gpu:
+                    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+                    how = "flash" if precision == "bf16" else "efficient"
+                    kind = SDPBackend.FLASH_ATTENTION if precision == "bf16" else SDPBackend.EFFICIENT_ATTENTION
+                    backend = functools.partial(sdpa_kernel, kind)
+                shape = job["shape"]
+                sizes = [shape[key] for key in ("n", "heads", "t", "head_dim")]
+                q, k, v = (self.random(*sizes, dtype=dtype).requires_grad_() for _ in range(3))
+                dy = self.random(*sizes, dtype=dtype)
+
+                def attend(q=q, k=k, v=v):
+                    if hasattr(F, "scaled_dot_product_attention"):
+                        return F.scaled_dot_product_attention(q, k, v)
+                    return torch.softmax(q @ k.transpose(2, 3) / q.shape[3] ** 0.5, 3) @ v
+
+                def forward():
+                    with torch.no_grad():
+                        return attend()
+
+                def both(q=q, k=k, v=v, dy=dy):
+                    return torch.autograd.grad(attend(), (q, k, v), dy)
+
+                def medians(work):
+                    work = self.machine.captured(work)
+                    cold = statistics.median(self.machine.milliseconds(work, self.runs, self.flush))
+                    return cold, statistics.median(self.machine.milliseconds(work, self.runs))
+
+                def measure():
+                    (cold, warm), (cold_both, warm_both) = medians(forward), medians(both)
+                    self.tell(job, "attention_forward", precision, how, cold, warm_ms=round(warm, 5))
+                    self.tell(job, "attention_backward", precision, how, cold_both - cold, warm_ms=round(warm_both - warm, 5))
+
+                if backend is None:
+                    measure()
+                else:
+                    with backend():
+                        measure()
+
+    # ------------------------------------------------------------------------------------------ optimizer, selection
+
+    def optimizer(self):
+        for job in checked("optimizer"):
+            shapes = [parameter.shape for parameter in NETWORKS[job["model"]].make().parameters()]
+            tensors = nn.ParameterList([nn.Parameter(self.random(*shape)) for shape in shapes])
+            for parameter in tensors:
+                parameter.grad = self.random(*parameter.shape)
+            make = sgd if job["op"] == ["sgd_step"] else adamw
+            capturable = {"capturable": True} if self.on_gpu and make is adamw else {}
+            step = make(tensors, **self.machine.fused, **capturable).step
+            self.operation(job, job["op"][0], "f32", [("fused" if self.on_gpu else "eager", self.machine.captured(step))])
+
+    def prune(self):
+        for job in checked("prune"):
+            elements, remove = job["shape"]["elements"], job["shape"]["remove"]
+            weights = self.random(elements)
+
+            def topk(w=weights, remove=remove):
+                index = torch.topk(w.abs(), remove, largest=False, sorted=False).indices
+                return torch.ones_like(w, dtype=torch.bool).index_fill_(0, index, False)
+
+            def sort(w=weights, remove=remove):
+                index = torch.sort(w.abs(), stable=True).indices[:remove]
+                return torch.ones_like(w, dtype=torch.bool).index_fill_(0, index, False)
+
+            def kthvalue(w=weights, remove=remove):
+                magnitudes = w.abs()
+                return magnitudes > torch.kthvalue(magnitudes, remove).values
+
+            for how, work in (("topk", topk), ("sort", sort), ("kthvalue", kthvalue)):
+                removed = elements - int(work().sum())
+                if removed < remove or (removed > remove and how != "kthvalue"):
+                    raise SystemExit(f"{job['name']}: {how} removed {removed} instead of {remove}")
+                self.operation(job, "prune", "f32", [(how, work)])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", action="store_true")
-    parser.add_argument("--steps", action="store_true")
+    parts = ["steps", "compiled", "layers", "attention", "optimizer", "prune"]
+    for part in parts:
+        parser.add_argument(f"--{part}", action="store_true")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--runs", type=int, default=30)
     options = parser.parse_args()
+    chosen = [part for part in parts if getattr(options, part)] or [part for part in parts if part != "compiled"]
+    machine = Gpu if options.device == "cuda" else Cpu
     torch.backends.cudnn.benchmark = True
-    print(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda,
-                      "cudnn": torch.backends.cudnn.version()}), flush=True)
-    if options.layers or not options.steps:
-        measure_layers()
-    if options.steps or not options.layers:
-        measure_steps()
+    versions = {"torch": torch.__version__, "device": options.device}
+    if options.device == "cuda":
+        versions |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    print(json.dumps(versions), flush=True)
+    bench = Bench(machine, options.runs)
+    for part in chosen:
+        getattr(bench, part)()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ mod network;
 mod norm;
 mod optimizer;
 mod partition;
+mod peers;
 mod pointwise;
 mod pool;
 mod precision;
