@@ -7,17 +7,19 @@
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
 #   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg
-#   steps       whole steps of tickets beside their dense networks, through their plans, and in bf16: steps.jsonl
-#   ops         single operations: ops.log
-#   peers       PyTorch's side of crossover and steps on the same GPU: torch.jsonl
+#   steps       whole steps of the jobs that peers do too, dense in f32 and bf16, and of tickets: steps.jsonl
+#   ops         the single operations that peers do too: ops.jsonl; then the benches of all operations: ops.log
+#   peers       PyTorch's side of steps and ops on the same GPU: torch.jsonl
+#   compiled    its steps by torch.compile, bf16, as many as there is time for: compiled.jsonl
 #   roofline    Nsight Compute's roofline of the five kernels that a step of ResNet-18 spends most time in, where ncu is
 #               installed (NCU names it if it is not in PATH) and may read the GPU's counters: roofline.ncu-rep, roofline.txt
 #
-# All sections if none is named; each is stopped after its own limit, at most ten minutes (`limits` below). --no-gpu runs
-# the tests alone, on the host device, to try the pack. Fails if anything fails.
+# All sections if none is named; each is stopped after its own limit, at most ten minutes (`limits` below). At the end
+# summary.py prints what came out, both sides beside each other, and writes it to OUT/summary.md. --no-gpu runs the tests
+# alone, on the host device, to try the pack. Fails if anything fails.
 set -euo pipefail
 
-usage="usage: gpu-check.sh OUT [--no-gpu] [tests|sanitizers|crossover|steps|ops|peers|roofline ...] [-- TEST FILTER...]"
+usage="usage: gpu-check.sh OUT [--no-gpu] [tests|sanitizers|crossover|steps|ops|peers|compiled|roofline ...] [-- TEST FILTER...]"
 out=${1:?$usage}
 shift
 gpu=1
@@ -28,7 +30,7 @@ fi
 sections=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-    tests | sanitizers | crossover | steps | ops | peers | roofline) sections+=("$1") ;;
+    tests | sanitizers | crossover | steps | ops | peers | compiled | roofline) sections+=("$1") ;;
     *)
         echo "$usage" >&2
         exit 2
@@ -37,7 +39,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# = 0 ] || shift
-[ "${#sections[@]}" -gt 0 ] || sections=(tests sanitizers crossover steps ops peers roofline)
+[ "${#sections[@]}" -gt 0 ] || sections=(tests sanitizers crossover steps ops peers compiled roofline)
 [ "$gpu" = 1 ] || sections=(tests)
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -60,7 +62,7 @@ note() {
     [ "$passed" = true ] || tail -20 "$out/$name.log"
 }
 # Seconds that a section may take; of the sanitizers, each tool.
-declare -A limits=([tests]=560 [sanitizers]=560 [crossover]=300 [steps]=560 [ops]=560 [peers]=560 [roofline]=300)
+declare -A limits=([tests]=560 [sanitizers]=560 [crossover]=300 [steps]=560 [ops]=560 [peers]=560 [compiled]=560 [roofline]=300)
 # Runs a command, or a function that is exported, with its output in OUT/NAME.log, for as long as its section may take.
 check() {
     local name=$1 start=$SECONDS status=0
@@ -71,7 +73,7 @@ check() {
 }
 
 # Tests that launch kernels themselves; those of files and commands have nothing to show to a sanitizer.
-kernels=(attention:: augment:: conv:: conv_sparse:: device:: distances:: dropout:: gelu:: gw:: layer_norm:: loss:: norm:: optimizer:: pointwise::
+kernels=(attention:: augment:: ceiling:: conv:: conv_sparse:: device:: distances:: dropout:: gelu:: gw:: layer_norm:: loss:: norm:: optimizer:: pointwise::
     pool:: prune:: row_map:: step:: tokens::)
 sanitizers() {
     local sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)} folder tool start=$SECONDS
@@ -98,25 +100,44 @@ sanitizers() {
     done
 }
 
-# Dense, then random tickets from half to a hundredth, a line of JSON for each.
+# A line of JSON of what one command prints.
+# shellcheck disable=SC2329  # steps calls it
+line() { "$@" | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))'; }
+
+# Dense, then random tickets from half to a hundredth; of images of 224 x 224 two of them, which take long.
 # shellcheck disable=SC2329  # check calls it
 steps() {
-    local model batch sparsity
-    while read -r model batch; do
-        for sparsity in 0.5 0.8 0.9 0.95 0.98 0.99; do
-            "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 --kernels -q --json \
-                --device cuda | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' || return 1
+    local model batch sparsity sparsities precision
+    while read -r model batch sparsities; do
+        for precision in f32 bf16; do
+            line "$DILT_BIN" bench --model "$model" --batch "$batch" --precision "$precision" --runs 20 --kernels -q --json --device cuda ||
+                return 1
         done
-        "$DILT_BIN" bench --model "$model" --batch "$batch" --precision bf16 --runs 20 --kernels -q --json --device cuda |
-            python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))' || return 1
-    done <<<"resnet20 128
-resnet18_cifar 128
-vit_small_patch16_224 64" >"$out/steps.jsonl"
+        for sparsity in $sparsities; do
+            line "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 --kernels -q --json \
+                --device cuda || return 1
+        done
+    done < <(python3 - "$here/peers/jobs.jsonl" <<'PYTHON'
+import json, sys
+for job in map(json.loads, open(sys.argv[1])):
+    if job["kind"] == "step":
+        large = job["shape"]["input"][-1] > 32
+        print(job["model"], job["batch"], *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))
+PYTHON
+    ) >"$out/steps.jsonl"
     "$here/bin/bench-step" --json >>"$out/steps.jsonl" || return 1
 }
 
 # shellcheck disable=SC2329  # check calls it
+ops() {
+    python3 "$here/peers/dilt_jobs.py" "$DILT_BIN" --device cuda >"$out/ops.jsonl" || return 1
+    "$here/bin/bench-ops" --bench --warm-up-time 0.1 --measurement-time 0.3
+}
+
+# shellcheck disable=SC2329  # check calls it
 peers() { python3 "$here/peers/torch_gpu.py" >"$out/torch.jsonl"; }
+# shellcheck disable=SC2329  # check calls it
+compiled() { python3 "$here/peers/torch_gpu.py" --compiled >"$out/compiled.jsonl"; }
 
 # All launches of those kernels in one step: that before it is captured, which is the first with them.
 bench=(bench --model resnet18_cifar --batch 128 --runs 1 -q --device cuda)
@@ -150,7 +171,7 @@ print("|".join(kernel["name"] for kernel in longest), sum(kernel["launches"] for
     fi
     note roofline "$status" $((SECONDS - start))
 }
-export -f steps peers
+export -f line steps ops peers compiled
 
 for section in "${sections[@]}"; do
     case "$section" in
@@ -158,8 +179,9 @@ for section in "${sections[@]}"; do
     sanitizers) sanitizers "$@" ;;
     crossover) check crossover "$here/bin/bench-crossover" --out "$out" ;;
     steps) check steps steps ;;
-    ops) check ops "$here/bin/bench-ops" --bench --warm-up-time 0.1 --measurement-time 0.3 ;;
+    ops) check ops ops ;;
     peers) check peers peers ;;
+    compiled) check compiled compiled ;;
     roofline) roofline ;;
     esac
 done
@@ -183,4 +205,5 @@ query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -
     echo "  ]"
     echo "}"
 } >"$out/results.json"
+python3 "$here/summary.py" "$out" || failed=1
 exit "$failed"

@@ -42,7 +42,8 @@ done
 strip "$pack"/bin/*
 cp -r tests/golden "$pack/golden"
 cp -r benches/peers "$pack/peers"
-cp scripts/gpu-check.sh "$pack/"
+rm -rf "$pack/peers/__pycache__"
+cp scripts/gpu-check.sh scripts/summary.py "$pack/"
 git rev-parse HEAD >"$pack/commit"
 
 # The binaries have most of their bytes in common, far apart.

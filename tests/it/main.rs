@@ -23,6 +23,8 @@ mod faults;
 mod feed;
 mod folder;
 mod gelu;
+#[cfg(unix)]
+mod gpu_check;
 mod gw;
 mod idx;
 mod image;

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""A short account of a run of gpu-check.sh, as Markdown, from what its sections left in OUT.
+
+    scripts/summary.py OUT        prints it and writes OUT/summary.md
+
+Read are results.json (the machine, each section), steps.jsonl and ops.jsonl (dilt: whole steps, single operations), torch.jsonl
+and compiled.jsonl (PyTorch); what is not there is left out and named. A ratio is dilt's speed over the peer's: 2 is twice as
+fast. Nothing is computed that was not measured.
+"""
+
+import json
+import pathlib
+import sys
+
+
+def lines(path):
+    """Lines of JSON; one that a stopped section left half written is no line."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{path.name}: a line is no JSON: {line[:60]}", file=sys.stderr)
+    return found
+
+
+def table(columns, rows):
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+    yield ""
+
+
+def number(value, digits=0):
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def share(row, key):
+    return number(row[key], 3) if row and row.get(key) is not None else "-"
+
+
+def machine(results, versions, steps, ops):
+    yield "# gpu-check"
+    yield ""
+    names = {"gpu": "GPU", "driver": "driver", "cuda": "CUDA of the driver", "clocks": "clocks of SM, memory, highest of SM",
+             "commit": "commit", "date": "date"}
+    yield from (f"- {name}: {results[key]}" for key, name in names.items() if results.get(key))
+    for version in versions:
+        yield "- PyTorch's side: " + ", ".join(f"{key} {value}" for key, value in version.items())
+    seen = set()
+    for row in steps + ops:
+        ceilings = row.get("ceilings")
+        if ceilings and (place := (row["device"], row["precision"])) not in seen:
+            seen.add(place)
+            yield (f"- ceilings, {row['precision']} on {row['device']}, measured: {number(ceilings['flop_per_second'] / 1e9)} GFLOP/s of "
+                   f"{ceilings['products']}, {number(ceilings['bytes_per_second'] / 1e9)} GB/s copied")
+    yield ""
+
+
+def sections(results):
+    yield "## Sections"
+    yield ""
+    rows = [(check["name"], "passed" if check["passed"] else "**failed**", str(check["seconds"]), check["tests"])
+            for check in results["checks"]]
+    yield from table(["section", "", "s", "tests"], rows)
+
+
+def fastest(peers, job, op, precision):
+    """The peer's fastest way to do it."""
+    own = [row for row in peers if (row["job"], row["op"], row["precision"]) == (job, op, precision)]
+    return min(own, key=lambda row: row["ms"], default=None)
+
+
+def whole_steps(steps, peers):
+    """Dense networks beside the peer's; tickets beside the same, which are no longer the same job."""
+    yield "## Whole steps"
+    yield ""
+    rows = []
+    for result in steps:
+        if "rows" not in result:
+            continue
+        job = f"step {result['model']}, batch {result['batch']}"
+        for row in result["rows"]:
+            peer = fastest(peers, job, row["name"], result["precision"])
+            kept = "all" if result["density"] == 1 else number(100 * result["density"], 1) + " %"
+            own = [result["model"], str(result["batch"]), result["precision"], kept, row["name"], number(row["images_per_second"]),
+                   share(row, "share_of_ceiling"), share(row, "share_of_roofline")]
+            other = ["-", "-", "-"]
+            if peer:
+                speed = 1e3 * result["batch"] / peer["ms"]
+                other = [peer["how"], number(speed), number(row["images_per_second"] / speed, 2)]
+            rows.append(own + other)
+    columns = ["model", "batch", "precision", "kept", "", "images/s", "of ceiling", "of roofline", "PyTorch, dense", "images/s", "ratio"]
+    yield from table(columns, rows)
+
+
+def operations(ops, peers):
+    yield "## Single operations"
+    yield ""
+    rows = []
+    for row in ops:
+        peer = fastest(peers, row["job"], row["op"], row["precision"])
+        other = [peer["how"], number(peer["ms"], 3), number(peer["ms"] / row["ms"], 2)] if peer else ["-", "-", "-"]
+        rows.append([row["job"], row["op"], row["precision"], number(row["ms"], 3), share(row, "share_of_ceiling"),
+                     share(row, "share_of_roofline"), *other])
+    yield from table(["job", "operation", "precision", "ms", "of ceiling", "of roofline", "PyTorch", "ms", "ratio"], rows)
+
+
+def summary(out):
+    results = json.loads((out / "results.json").read_text())
+    steps, ops = lines(out / "steps.jsonl"), lines(out / "ops.jsonl")
+    torch = lines(out / "torch.jsonl") + lines(out / "compiled.jsonl")
+    versions, peers = [row for row in torch if "torch" in row], [row for row in torch if "job" in row]
+    yield from machine(results, versions[:1], steps, ops)
+    yield from sections(results)
+    if steps:
+        yield from whole_steps(steps, peers)
+    if ops:
+        yield from operations(ops, peers)
+    missing = [name for name in ("steps.jsonl", "ops.jsonl", "torch.jsonl", "compiled.jsonl") if not (out / name).exists()]
+    if missing:
+        yield f"Not there, so left out: {', '.join(missing)}."
+
+
+def main():
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: summary.py OUT")
+    out = pathlib.Path(sys.argv[1])
+    text = "\n".join(summary(out)).rstrip() + "\n"
+    (out / "summary.md").write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

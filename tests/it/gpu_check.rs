@@ -1,0 +1,159 @@
+//! `scripts/gpu-check.sh` with stand-ins for what needs a GPU or PyTorch: its sections, its results and its summary. dilt is
+//! the real one, on the host device.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::command::program;
+
+/// A step and two operations, small ones.
+const JOBS: &str = r#"
+{"name": "step resnet8, batch 8", "kind": "step", "model": "resnet8", "batch": 8, "shape": {"input": [8, 1, 8, 8]}}
+{"name": "linear 8 to 16 (2 samples)", "kind": "linear", "op": ["linear_forward"], "shape": {"c": 8, "k": 16, "t": 5, "n": 2}}
+{"name": "prune little", "kind": "prune", "op": ["prune"], "shape": {"elements": 1000, "remove": 200}}
+"#;
+
+/// PyTorch's side: a second for each.
+const TORCH: &str = r#"
+import sys
+def say(job, op, precision, how, ms):
+    print('{"job": "%s", "op": "%s", "precision": "%s", "how": "%s", "ms": %s}' % (job, op, precision, how, ms))
+print('{"torch": "2.99", "cuda": "13.0"}')
+if "--compiled" in sys.argv:
+    say("step resnet8, batch 8", "training step", "bf16", "compiled", 500.0)
+    raise SystemExit("no compiler")
+for how, ms in [("eager", 2000.0), ("graph", 1000.0)]:
+    say("step resnet8, batch 8", "training step", "f32", how, ms)
+say("linear 8 to 16 (2 samples)", "linear_forward", "f32", "contiguous", 1000.0)
+"#;
+
+fn program_of(path: &Path, text: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Whether this machine has what the script is written in.
+fn can_run() -> bool {
+    let there = |name: &str| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
+    let can = ["bash", "python3"].into_iter().all(there);
+    if !can {
+        eprintln!("skipped: gpu-check.sh needs bash and python3");
+    }
+    can
+}
+
+/// What `gpu-pack.sh` packs, with stand-ins.
+fn pack(folder: &Path) {
+    program_of(&folder.join("gpu-check.sh"), include_str!("../../scripts/gpu-check.sh"));
+    fs::write(folder.join("summary.py"), include_str!("../../scripts/summary.py")).unwrap();
+    fs::create_dir(folder.join("peers")).unwrap();
+    fs::write(folder.join("peers/dilt_jobs.py"), include_str!("../../benches/peers/dilt_jobs.py")).unwrap();
+    fs::write(folder.join("peers/jobs.jsonl"), JOBS.trim_start()).unwrap();
+    fs::write(folder.join("peers/torch_gpu.py"), TORCH).unwrap();
+    fs::write(folder.join("commit"), "0123456\n").unwrap();
+    let dilt = format!("#!/usr/bin/env bash\nexec '{}' \"${{@/#cuda/host}}\"\n", program().display());
+    program_of(&folder.join("bin/dilt"), &dilt);
+    program_of(&folder.join("bin/tests"), "#!/bin/sh\necho 'test result: ok. 3 passed; 0 failed; 0 ignored'\n");
+    program_of(&folder.join("bin/bench-step"), "#!/bin/sh\necho '{\"what\": \"step\"}'\n");
+    program_of(&folder.join("bin/bench-ops"), "#!/bin/sh\necho measured\n");
+    let smi = "#!/bin/sh\ncase \"$1\" in --query-gpu=name) echo 'Stand-in GPU' ;; --query-gpu=*) echo 1.0 ;; esac\n";
+    program_of(&folder.join("path/nvidia-smi"), smi);
+}
+
+fn gpu_check(folder: &Path, arguments: &[&str]) -> Output {
+    let path = format!("{}:{}", folder.join("path").display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new(folder.join("gpu-check.sh"));
+    command.arg(folder.join("out")).args(arguments).env("PATH", path).env_remove("DILT_REQUIRE_CUDA");
+    command.output().unwrap()
+}
+
+/// The cells of the only row of a table with these first cells.
+fn row<'a>(text: &'a str, cells: &[&str]) -> Vec<&'a str> {
+    let rows = text.lines().map(|line| line.trim_matches('|').split('|').map(str::trim).collect::<Vec<_>>());
+    let mut rows = rows.filter(|row| row.starts_with(cells));
+    let found = rows.next().unwrap_or_else(|| panic!("no row {cells:?} in\n{text}"));
+    assert!(rows.next().is_none(), "more than one row {cells:?} in\n{text}");
+    found
+}
+
+#[test]
+fn both_sides_stand_beside_each_other_in_the_summary() {
+    if !can_run() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    pack(folder);
+    let output = gpu_check(folder, &["tests", "steps", "ops", "peers", "compiled"]);
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "compiled fails\n{stdout}\n{stderr}");
+    let results: Value = serde_json::from_slice(&fs::read(folder.join("out/results.json")).unwrap()).unwrap();
+    let checks = results["checks"].as_array().unwrap();
+    let passed: Vec<_> = checks.iter().map(|c| (c["name"].as_str().unwrap(), c["passed"].as_bool().unwrap())).collect();
+    let expected = [("tests", true), ("steps", true), ("ops", true), ("peers", true), ("compiled", false)];
+    assert_eq!(passed, expected, "{stdout}\n{stderr}");
+
+    let text = fs::read_to_string(folder.join("out/summary.md")).unwrap();
+    assert!(stdout.ends_with(&text), "{stdout}");
+    for part in
+        ["GPU: Stand-in GPU", "commit: 0123456", "torch 2.99", "cuda 13.0", "ceilings, f32 on host", "GB/s copied"]
+    {
+        assert!(text.contains(part), "{part}\n{text}");
+    }
+    assert_eq!(row(&text, &["tests"])[1..2], ["passed"]);
+    assert_eq!(row(&text, &["tests"])[3], "3 passed; 0 failed");
+    assert_eq!(row(&text, &["compiled"])[1], "**failed**");
+
+    // Numbers are those that both sides left: the fastest way of the peer, whose time is a whole number of seconds here.
+    let lines = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(folder.join("out").join(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let number = |cell: &str| cell.replace(',', "").parse::<f64>().unwrap_or_else(|_| panic!("{cell}\n{text}"));
+    let is = |cell: &str, value: f64, unit: f64| {
+        assert!((number(cell) - value).abs() <= 0.51 * unit, "{cell}: {value}\n{text}")
+    };
+    let steps = lines("steps.jsonl");
+    assert_eq!(steps.len(), 9, "two dense ones, six tickets, what bench-step says: {steps:?}");
+    for (precision, how, seconds) in [("f32", "graph", 1.0), ("bf16", "compiled", 0.5)] {
+        let cells = row(&text, &["resnet8", "8", precision, "all", "training step"]);
+        let own = steps.iter().find(|step| step["precision"] == precision && step["density"] == 1.0).unwrap();
+        let own = &own["rows"][0];
+        is(cells[5], own["images_per_second"].as_f64().unwrap(), 1.0);
+        is(cells[6], own["share_of_ceiling"].as_f64().unwrap(), 0.001);
+        is(cells[7], own["share_of_roofline"].as_f64().unwrap(), 0.001);
+        assert_eq!(cells[8], how);
+        is(cells[9], 8.0 / seconds, 1.0);
+        is(cells[10], own["images_per_second"].as_f64().unwrap() * seconds / 8.0, 0.01);
+    }
+    assert_eq!(row(&text, &["resnet8", "8", "f32", "all", "evaluation"])[8..], ["-", "-", "-"]);
+    let ops = lines("ops.jsonl");
+    assert_eq!(ops.len(), 3, "{ops:?}");
+    let cells = row(&text, &["linear 8 to 16 (2 samples)", "linear_forward", "f32"]);
+    is(cells[3], ops[0]["ms"].as_f64().unwrap(), 0.001);
+    is(cells[5], ops[0]["share_of_roofline"].as_f64().unwrap(), 0.001);
+    assert_eq!(cells[6..8], ["contiguous", "1,000.000"]);
+    is(cells[8], 1000.0 / ops[0]["ms"].as_f64().unwrap(), 0.01);
+    assert_eq!(row(&text, &["prune little", "prune", "f32"])[4], "-", "has no products");
+}
+
+#[test]
+fn a_run_of_some_sections_says_what_is_not_there() {
+    if !can_run() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    pack(folder.path());
+    let output = gpu_check(folder.path(), &["tests"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = fs::read_to_string(folder.path().join("out/summary.md")).unwrap();
+    assert!(text.contains("Not there, so left out: steps.jsonl, ops.jsonl, torch.jsonl, compiled.jsonl."), "{text}");
+    assert!(!text.contains("## Whole steps"), "{text}");
+    let usage = gpu_check(folder.path(), &["no-such-section"]);
+    assert_eq!(usage.status.code(), Some(2));
+}
