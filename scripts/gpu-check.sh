@@ -104,7 +104,7 @@ sanitizers() {
 # shellcheck disable=SC2329  # steps calls it
 line() { "$@" | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))'; }
 
-# Dense, then random tickets from half to a hundredth; of images of 224 x 224 two of them, which take long.
+# Dense, then random tickets from half to a hundredth; of ResNet-50 two of them, which take long.
 # shellcheck disable=SC2329  # check calls it
 steps() {
     local model batch sparsity sparsities precision
@@ -121,7 +121,7 @@ steps() {
 import json, sys
 for job in map(json.loads, open(sys.argv[1])):
     if job["kind"] == "step":
-        large = job["shape"]["input"][-1] > 32
+        large = job["flop"][0] > 1e12
         print(job["model"], job["batch"], *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))
 PYTHON
     ) >"$out/steps.jsonl"

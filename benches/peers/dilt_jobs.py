@@ -4,8 +4,8 @@ a difference.
 
     python3 benches/peers/dilt_jobs.py DILT [--device auto] [--runs 30] [--only TEXT]
 
-Prints a line of JSON for each time, with the keys of torch_gpu.py's and with those of `dilt bench --op`. Of pytorch nothing is
-needed: the jobs are those of the committed file.
+Prints a line of JSON for each time, with the keys of torch_gpu.py's and with those of `dilt bench --op`. PyTorch is not
+needed: the jobs are those of the committed file. Similarity has a script of its own, pot_gw.py.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main():
     parser.add_argument("--only", default="", metavar="TEXT", help="jobs whose names contain it")
     options = parser.parse_args()
     for job in map(json.loads, pathlib.Path(__file__).with_name("jobs.jsonl").read_text().splitlines()):
-        if job["kind"] == "step" or options.only not in job["name"]:
+        if job["kind"] in ("step", "similarity") or options.only not in job["name"]:
             continue
         shape = ",".join(f"{key}={size}" for key, size in job["shape"].items())
         # Weights that are trained, and what is done to them, are f32 in both.

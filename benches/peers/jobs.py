@@ -10,7 +10,7 @@ Before a job is timed, `checked` counts it again and refuses it if the committed
 (tests/it/peers.rs) counts all of them with dilt's own shapes. Works with PyTorch 1.13 or newer.
 
 A job's `op` are operations of `dilt bench --op`, one for each of `flop`, its `shape` is theirs; a step's are forward pass and
-backward pass of `dilt bench --model MODEL --batch BATCH`, whose optimizer has no products.
+backward pass of `dilt bench --model MODEL --batch BATCH`, whose optimizer has no products. Similarity is that of pot_gw.py.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TOKENS = 197
 ATTENTION = [(6, 64, TOKENS, 64), (12, 64, TOKENS, 64), (3, 64, TOKENS, 16), (4, 32, 65, 128)]
 OPTIMIZERS = [("sgd", "resnet50"), ("adamw", "resnet50"), ("sgd", "vit_base_patch16_224"), ("adamw", "vit_base_patch16_224")]
 # Of the parameters of these, a fifth is removed.
-PRUNED = ["resnet50", "vit_base_patch16_224"]
+PRUNED = [("resnet50",), ("vit_base_patch16_224",)]
 
 
 def meta(*shape):
@@ -180,27 +180,39 @@ def prune(model):
     }
 
 
-def jobs():
-    makers = [(step, STEPS), (convolution, CONVOLUTIONS), (linear, LINEAR), (attention, ATTENTION), (optimizer, OPTIMIZERS)]
-    yield from (make(*sizes) for make, each in makers for sizes in each)
-    yield from (prune(model) for model in PRUNED)
+def similarity(probes):
+    from representations import job
+
+    return job(probes)
+
+
+MAKERS = {
+    "step": (step, STEPS), "conv": (convolution, CONVOLUTIONS), "linear": (linear, LINEAR), "attention": (attention, ATTENTION),
+    "optimizer": (optimizer, OPTIMIZERS), "prune": (prune, PRUNED), "similarity": (similarity, [(256,)]),
+}
+
+
+def jobs(kinds):
+    for make, each in (MAKERS[kind] for kind in kinds):
+        yield from (make(*sizes) for sizes in each)
 
 
 def checked(*kinds):
     """The jobs of some kinds; an error if the committed file has other ones, or counts them otherwise."""
-    committed = {job["name"]: job for job in map(json.loads, FILE.read_text().splitlines())}
-    own = {job["name"]: job for job in jobs()}
+    lines = map(json.loads, FILE.read_text().splitlines())
+    committed = {job["name"]: job for job in lines if job["kind"] in kinds}
+    own = {job["name"]: job for job in jobs(kinds)}
     for name in own.keys() | committed.keys():
         if own.get(name) != committed.get(name):
             raise SystemExit(f"{FILE.name}: {name}: counted {own.get(name)}, committed {committed.get(name)}; not timed")
-    return [job for job in own.values() if job["kind"] in kinds]
+    return list(own.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=pathlib.Path, default=FILE, metavar="FILE")
     options = parser.parse_args()
-    options.jobs.write_text("".join(json.dumps(job) + "\n" for job in jobs()))
+    options.jobs.write_text("".join(json.dumps(job) + "\n" for job in jobs(MAKERS)))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 
     python3 benches/peers/pot_gw.py DILT [--probes 256] [--threads 2] [--rounds 2] [--out FILE]
 
-Needs POT 0.9.7, numpy and safetensors. Eight layers see the same probes: a random ReLU network of four, noisy classes and
-their projection, points on a sphere and their projection. dilt's time is that of `dilt similarity` from its start to its end,
+Needs POT 0.9.7, numpy and safetensors. Eight layers see the same probes (representations.py). dilt's time is that of `dilt similarity` from its start to its end,
 distances, CKA, modules and exact refinement included; POT's that of ot.batch.solve_gromov_batch alone, f64, distance matrices
 given, from the product: with its defaults, whose tolerance of 1e-5 for a plan of 1/n^2 ends most pairs after the first steps, and
 with --tolerance. POT's plans are rounded to feasible ones (Altschuler et al. 2017) before their value is taken, as a plan with
@@ -22,9 +21,11 @@ import sys
 import tempfile
 import time
 
+DEFAULT_PROBES = 256  # of the job that jobs.jsonl has
+
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("dilt", help="the program")
-arguments.add_argument("--probes", type=int, default=256)
+arguments.add_argument("--probes", type=int, default=DEFAULT_PROBES)
 arguments.add_argument("--threads", type=int, default=2)
 arguments.add_argument("--rounds", type=int, default=1)
 arguments.add_argument("--tolerance", type=float, default=1e-7, help="of POT, beside its default")
@@ -36,26 +37,8 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 import numpy as np  # noqa: E402
 import ot  # noqa: E402
 import ot.batch  # noqa: E402
+from representations import job, layers  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
-
-
-def layers(n):
-    """Representations [n, features] of one set of probes."""
-    rng = np.random.default_rng(7)
-    made = {}
-    x = rng.normal(size=(n, 20))
-    x[: n // 3] += 2.5
-    for number, width in enumerate((48, 64, 40, 80)):
-        drawn = rng.normal(size=(x.shape[1], width)) / np.sqrt(x.shape[1]) * 1.3
-        x = np.maximum(x @ drawn + 0.3 * rng.normal(size=width), 0)
-        made[f"relu{number}"] = x
-    classes = np.eye(10)[rng.integers(0, 10, n)]
-    made["classes"] = 3 * classes + 0.15 * rng.normal(size=(n, 10))
-    made["classes_projected"] = 3 * classes @ rng.normal(size=(10, 64)) + 0.3 * rng.normal(size=(n, 64))
-    x = rng.normal(size=(n, 8))
-    made["sphere"] = x / np.linalg.norm(x, axis=1, keepdims=True)
-    made["sphere_projected"] = np.maximum(made["sphere"] @ rng.normal(size=(8, 30)), 0)
-    return {name: value.astype(np.float32) for name, value in sorted(made.items())}
 
 
 def distances(x):
@@ -94,6 +77,10 @@ def dilt(file, pairs):
     return seconds, [found["gw"][place[names[i]]][place[names[j]]] for i, j in pairs]
 
 
+own = job(arguments.probes)
+committed = [json.loads(line) for line in pathlib.Path(__file__).with_name("jobs.jsonl").read_text().splitlines()]
+if arguments.probes == DEFAULT_PROBES and own not in committed:
+    raise SystemExit(f"jobs.jsonl has nothing like {own}; not timed")
 made = layers(arguments.probes)
 names = list(made)
 matrices = [distances(made[name]) for name in names]

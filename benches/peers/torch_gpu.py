@@ -97,10 +97,13 @@ class Cpu:
 
 
 class Bench:
-    def __init__(self, machine, runs):
-        self.machine, self.runs = machine, runs
+    def __init__(self, machine, runs, only):
+        self.machine, self.runs, self.only = machine, runs, only
         self.on_gpu = machine.name == "cuda"
         self.precisions = PRECISIONS if self.on_gpu else ["f32", "bf16"]
+
+    def jobs(self, *kinds):
+        return [job for job in checked(*kinds) if self.only in job["name"]]
 
     def random(self, *shape, dtype=torch.float32):
         return torch.randn(*shape, device=self.machine.name).to(dtype)
@@ -152,7 +155,7 @@ class Bench:
         return model, train, forward
 
     def steps(self):
-        for job in checked("step"):
+        for job in self.jobs("step"):
             for precision in self.precisions:
                 dtype, best = precise(precision), {}
                 for name, memory_format in FORMATS.items():
@@ -172,7 +175,7 @@ class Bench:
 
     def compiled(self):
         # The longest to train first: a limit of time stops the rest.
-        for job in sorted(checked("step"), key=lambda job: -job["flop"][0]):
+        for job in sorted(self.jobs("step"), key=lambda job: -job["flop"][0]):
             model, train, _ = self.step(job, precise("bf16"), FORMATS["channels_last"])
             compiled = torch.compile(model, mode="max-autotune")
             ms = statistics.median(self.machine.milliseconds(lambda: train(compiled), min(self.runs, 20)))
@@ -206,7 +209,7 @@ class Bench:
         return [lambda: x @ w.T, lambda: y @ w, lambda: y.T @ x]
 
     def layers(self):
-        for job in checked("conv", "linear"):
+        for job in self.jobs("conv", "linear"):
             make = self.convolution if job["kind"] == "conv" else self.linear
             formats = FORMATS if job["kind"] == "conv" else {"contiguous": None}
             for precision in self.precisions:
@@ -219,7 +222,7 @@ class Bench:
     # ---------------------------------------------------------------------------------------------------- attention
 
     def attention(self):
-        for job in checked("attention"):
+        for job in self.jobs("attention"):
             for precision in ("f32", "bf16"):
                 dtype, how, backend = precise(precision), "math", None
                 if self.on_gpu:
@@ -264,7 +267,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------ optimizer, selection
 
     def optimizer(self):
-        for job in checked("optimizer"):
+        for job in self.jobs("optimizer"):
             shapes = [parameter.shape for parameter in NETWORKS[job["model"]].make().parameters()]
             tensors = nn.ParameterList([nn.Parameter(self.random(*shape)) for shape in shapes])
             for parameter in tensors:
@@ -275,7 +278,7 @@ class Bench:
             self.operation(job, job["op"][0], "f32", [("fused" if self.on_gpu else "eager", self.machine.captured(step))])
 
     def prune(self):
-        for job in checked("prune"):
+        for job in self.jobs("prune"):
             elements, remove = job["shape"]["elements"], job["shape"]["remove"]
             weights = self.random(elements)
 
@@ -305,6 +308,7 @@ def main():
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--only", default="", metavar="TEXT", help="jobs whose names contain it")
     options = parser.parse_args()
     chosen = [part for part in parts if getattr(options, part)] or [part for part in parts if part != "compiled"]
     machine = Gpu if options.device == "cuda" else Cpu
@@ -313,7 +317,7 @@ def main():
     if options.device == "cuda":
         versions |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     print(json.dumps(versions), flush=True)
-    bench = Bench(machine, options.runs)
+    bench = Bench(machine, options.runs, options.only)
     for part in chosen:
         getattr(bench, part)()
 

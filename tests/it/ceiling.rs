@@ -18,7 +18,7 @@ fn numbers(seed: u64, len: usize) -> Vec<f32> {
 #[test]
 fn every_element_is_copied() {
     // Not a multiple of the blocks, nor of the threads.
-    let x = numbers(1, 70_000);
+    let x = numbers(1, 20_016);
     on_devices(|device, label| {
         let (from, mut to) = (device.upload(&x).unwrap(), unwritten(device, x.len()));
         ceiling_copy(device, from.view(), to.view_mut()).unwrap();

@@ -12,7 +12,7 @@ use crate::command::program;
 
 /// A step and two operations, small ones.
 const JOBS: &str = r#"
-{"name": "step resnet8, batch 8", "kind": "step", "model": "resnet8", "batch": 8, "shape": {"input": [8, 1, 8, 8]}}
+{"name": "step resnet8, batch 8", "kind": "step", "model": "resnet8", "batch": 8, "flop": [1, 2]}
 {"name": "linear 8 to 16 (2 samples)", "kind": "linear", "op": ["linear_forward"], "shape": {"c": 8, "k": 16, "t": 5, "n": 2}}
 {"name": "prune little", "kind": "prune", "op": ["prune"], "shape": {"elements": 1000, "remove": 200}}
 "#;

@@ -33,6 +33,19 @@ const ATTENTION: [[usize; 4]; 4] = [[6, 64, 197, 64], [12, 64, 197, 64], [3, 64,
 /// Whose parameters are stepped and pruned.
 const LARGE: [&str; 2] = ["resnet50", "vit_base_patch16_224"];
 
+/// Layers whose representations are compared, and their features.
+const REPRESENTATIONS: [(&str, usize); 8] = [
+    ("classes", 10),
+    ("classes_projected", 64),
+    ("relu0", 48),
+    ("relu1", 64),
+    ("relu2", 40),
+    ("relu3", 80),
+    ("sphere", 8),
+    ("sphere_projected", 30),
+];
+const PROBES: usize = 256;
+
 fn jobs() -> BTreeMap<String, Value> {
     let lines = include_str!("../../benches/peers/jobs.jsonl").lines();
     let jobs = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -77,6 +90,10 @@ fn own() -> BTreeMap<String, Value> {
         let shape = json!({ "elements": elements, "remove": elements / 5 });
         job(format!("prune {model}"), "prune", shape, elements);
     }
+    let pairs = REPRESENTATIONS.len() * (REPRESENTATIONS.len() - 1) / 2;
+    let features: BTreeMap<_, _> = REPRESENTATIONS.into();
+    let shape = json!({ "probes": PROBES, "features": features, "pairs": pairs });
+    job(format!("similarity of {} layers, {PROBES} probes", features.len()), "similarity", shape, 0);
     own
 }
 
@@ -113,7 +130,7 @@ fn both_sides_have_the_same_jobs_of_the_same_shapes() {
 fn operations_have_the_same_number_of_operations() {
     let folder = tempfile::tempdir().unwrap();
     for (name, job) in jobs() {
-        if job["kind"] == "step" {
+        if job["kind"] == "step" || job["kind"] == "similarity" {
             continue;
         }
         let sizes = job["shape"].as_object().unwrap().iter().map(|(key, size)| format!("{key}={size}"));
@@ -128,6 +145,18 @@ fn operations_have_the_same_number_of_operations() {
             assert!(row["read_bytes"].as_u64().unwrap() > 0, "{name}: {op}");
         }
     }
+}
+
+/// A proximal step of all pairs of the layers is what `--op couplings` measures by itself.
+#[test]
+fn similarities_have_as_many_couplings_as_the_operation_by_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let list = output(folder.path(), &["bench", "--op", "list"]);
+    let op = list["rows"].as_array().unwrap().iter().find(|op| op["name"] == "couplings").unwrap();
+    let jobs = jobs();
+    let shape = &jobs.values().find(|job| job["kind"] == "similarity").unwrap()["shape"];
+    let expected = format!("probes={},count={},", shape["probes"], shape["pairs"]);
+    assert!(op["shape"].as_str().unwrap().starts_with(&expected), "{expected} {op}");
 }
 
 /// The products of a model, as `jobs.py` names them, and how often each occurs.
