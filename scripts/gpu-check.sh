@@ -6,8 +6,8 @@
 #   tests       all tests, each of which compares the GPU with goldens or with the host device
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
-#   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg
-#   steps       whole steps of the jobs that peers do too, dense in f32 and bf16, and of tickets: steps.jsonl
+#   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg, and crossover-bf16 of both
+#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16: steps.jsonl
 #   ops         the single operations that peers do too: ops.jsonl; then the benches of all operations: ops.log
 #   peers       PyTorch's side of steps and ops on the same GPU: torch.jsonl
 #   compiled    its steps by torch.compile, bf16, as many as there is time for: compiled.jsonl
@@ -100,6 +100,12 @@ sanitizers() {
     done
 }
 
+# shellcheck disable=SC2329  # check calls it
+crossover() {
+    "$here/bin/bench-crossover" --out "$out" || return 1
+    "$here/bin/bench-crossover" --precision bf16 --out "$out"
+}
+
 # A line of JSON of what one command prints.
 # shellcheck disable=SC2329  # steps calls it
 line() { "$@" | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))'; }
@@ -107,24 +113,23 @@ line() { "$@" | python3 -c 'import json, sys; print(json.dumps(json.load(sys.std
 # Dense, then random tickets from half to a hundredth; of ResNet-50 two of them, which take long.
 # shellcheck disable=SC2329  # check calls it
 steps() {
-    local model batch sparsity sparsities precision
-    while read -r model batch sparsities; do
-        for precision in f32 bf16; do
-            line "$DILT_BIN" bench --model "$model" --batch "$batch" --precision "$precision" --runs 20 --kernels -q --json --device cuda ||
-                return 1
-        done
-        for sparsity in $sparsities; do
-            line "$DILT_BIN" bench --model "$model" --batch "$batch" --random-ticket "$sparsity" --runs 20 --kernels -q --json \
-                --device cuda || return 1
-        done
-    done < <(python3 - "$here/peers/jobs.jsonl" <<'PYTHON'
+    local model batch sparsity sparsities precision bench jobs
+    jobs=$(python3 -c '
 import json, sys
 for job in map(json.loads, open(sys.argv[1])):
     if job["kind"] == "step":
         large = job["flop"][0] > 1e12
-        print(job["model"], job["batch"], *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))
-PYTHON
-    ) >"$out/steps.jsonl"
+        print(job["model"], job["batch"], *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))' \
+        "$here/peers/jobs.jsonl") || return 1
+    while read -r model batch sparsities; do
+        for precision in f32 bf16; do
+            bench=(bench --model "$model" --batch "$batch" --precision "$precision" --runs 20 --kernels -q --json --device cuda)
+            line "$DILT_BIN" "${bench[@]}" || return 1
+            for sparsity in $sparsities; do
+                line "$DILT_BIN" "${bench[@]}" --random-ticket "$sparsity" || return 1
+            done
+        done
+    done <<<"$jobs" >"$out/steps.jsonl"
     "$here/bin/bench-step" --json >>"$out/steps.jsonl" || return 1
 }
 
@@ -171,13 +176,13 @@ print("|".join(kernel["name"] for kernel in longest), sum(kernel["launches"] for
     fi
     note roofline "$status" $((SECONDS - start))
 }
-export -f line steps ops peers compiled
+export -f crossover line steps ops peers compiled
 
 for section in "${sections[@]}"; do
     case "$section" in
     tests) check tests "$here/bin/tests" "$@" ;;
     sanitizers) sanitizers "$@" ;;
-    crossover) check crossover "$here/bin/bench-crossover" --out "$out" ;;
+    crossover) check crossover crossover ;;
     steps) check steps steps ;;
     ops) check ops ops ;;
     peers) check peers peers ;;

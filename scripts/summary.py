@@ -54,8 +54,9 @@ def machine(results, versions, steps, ops):
         ceilings = row.get("ceilings")
         if ceilings and (place := (row["device"], row["precision"])) not in seen:
             seen.add(place)
-            yield (f"- ceilings, {row['precision']} on {row['device']}, measured: {number(ceilings['flop_per_second'] / 1e9)} GFLOP/s of "
-                   f"{ceilings['products']}, {number(ceilings['bytes_per_second'] / 1e9)} GB/s copied")
+            gflop, gb = (number(ceilings[key] / 1e9) for key in ("flop_per_second", "bytes_per_second"))
+            yield (f"- ceilings, {row['precision']} on {row['device']}, measured: {gflop} GFLOP/s of {ceilings['products']}, "
+                   f"{gb} GB/s copied")
     yield ""
 
 
@@ -67,10 +68,13 @@ def sections(results):
     yield from table(["section", "", "s", "tests"], rows)
 
 
-def fastest(peers, job, op, precision):
-    """The peer's fastest way to do it."""
-    own = [row for row in peers if (row["job"], row["op"], row["precision"]) == (job, op, precision)]
-    return min(own, key=lambda row: row["ms"], default=None)
+def beside(peers, job, op, precision):
+    """Precision and the peer's fastest way to do it; of f32 also in TF32, which PyTorch has on tensor cores and dilt has not."""
+    for theirs in ["f32", "tf32"] if precision == "f32" else [precision]:
+        own = [row for row in peers if (row["job"], row["op"], row["precision"]) == (job, op, theirs)]
+        peer = min(own, key=lambda row: row["ms"], default=None)
+        if peer or theirs == precision:
+            yield peer
 
 
 def whole_steps(steps, peers):
@@ -82,18 +86,18 @@ def whole_steps(steps, peers):
         if "rows" not in result:
             continue
         job = f"step {result['model']}, batch {result['batch']}"
+        kept = "all" if result["density"] == 1 else number(100 * result["density"], 1) + " %"
         for row in result["rows"]:
-            peer = fastest(peers, job, row["name"], result["precision"])
-            kept = "all" if result["density"] == 1 else number(100 * result["density"], 1) + " %"
-            own = [result["model"], str(result["batch"]), result["precision"], kept, row["name"], number(row["images_per_second"]),
-                   share(row, "share_of_ceiling"), share(row, "share_of_roofline")]
-            other = ["-", "-", "-"]
-            if peer:
-                speed = 1e3 * result["batch"] / peer["ms"]
-                other = [peer["how"], number(speed), number(row["images_per_second"] / speed, 2)]
-            rows.append(own + other)
-    columns = ["model", "batch", "precision", "kept", "", "images/s", "of ceiling", "of roofline", "PyTorch, dense", "images/s", "ratio"]
-    yield from table(columns, rows)
+            for peer in beside(peers, job, row["name"], result["precision"]):
+                own = [result["model"], str(result["batch"]), result["precision"], kept, row["name"],
+                       number(row["images_per_second"]), share(row, "share_of_ceiling"), share(row, "share_of_roofline")]
+                other = ["-", "-", "-"]
+                if peer:
+                    speed = 1e3 * result["batch"] / peer["ms"]
+                    other = [f"{peer['precision']} {peer['how']}", number(speed), number(row["images_per_second"] / speed, 2)]
+                rows.append(own + other)
+    columns = ["model", "batch", "precision", "kept", "", "images/s", "of ceiling", "of roofline"]
+    yield from table([*columns, "PyTorch, dense", "images/s", "ratio"], rows)
 
 
 def operations(ops, peers):
@@ -101,10 +105,12 @@ def operations(ops, peers):
     yield ""
     rows = []
     for row in ops:
-        peer = fastest(peers, row["job"], row["op"], row["precision"])
-        other = [peer["how"], number(peer["ms"], 3), number(peer["ms"] / row["ms"], 2)] if peer else ["-", "-", "-"]
-        rows.append([row["job"], row["op"], row["precision"], number(row["ms"], 3), share(row, "share_of_ceiling"),
-                     share(row, "share_of_roofline"), *other])
+        for peer in beside(peers, row["job"], row["op"], row["precision"]):
+            other = ["-", "-", "-"]
+            if peer:
+                other = [f"{peer['precision']} {peer['how']}", number(peer["ms"], 3), number(peer["ms"] / row["ms"], 2)]
+            rows.append([row["job"], row["op"], row["precision"], number(row["ms"], 3), share(row, "share_of_ceiling"),
+                         share(row, "share_of_roofline"), *other])
     yield from table(["job", "operation", "precision", "ms", "of ceiling", "of roofline", "PyTorch", "ms", "ratio"], rows)
 
 

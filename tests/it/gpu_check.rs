@@ -29,6 +29,8 @@ if "--compiled" in sys.argv:
 for how, ms in [("eager", 2000.0), ("graph", 1000.0)]:
     say("step resnet8, batch 8", "training step", "f32", how, ms)
 say("linear 8 to 16 (2 samples)", "linear_forward", "f32", "contiguous", 1000.0)
+say("linear 8 to 16 (2 samples)", "linear_forward", "bf16", "contiguous", 250.0)
+say("linear 8 to 16 (2 samples)", "linear_forward", "tf32", "contiguous", 500.0)
 "#;
 
 fn program_of(path: &Path, text: &str) {
@@ -119,7 +121,7 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
         assert!((number(cell) - value).abs() <= 0.51 * unit, "{cell}: {value}\n{text}")
     };
     let steps = lines("steps.jsonl");
-    assert_eq!(steps.len(), 9, "two dense ones, six tickets, what bench-step says: {steps:?}");
+    assert_eq!(steps.len(), 15, "two dense ones, six tickets of each, what bench-step says: {steps:?}");
     for (precision, how, seconds) in [("f32", "graph", 1.0), ("bf16", "compiled", 0.5)] {
         let cells = row(&text, &["resnet8", "8", precision, "all", "training step"]);
         let own = steps.iter().find(|step| step["precision"] == precision && step["density"] == 1.0).unwrap();
@@ -127,17 +129,26 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
         is(cells[5], own["images_per_second"].as_f64().unwrap(), 1.0);
         is(cells[6], own["share_of_ceiling"].as_f64().unwrap(), 0.001);
         is(cells[7], own["share_of_roofline"].as_f64().unwrap(), 0.001);
-        assert_eq!(cells[8], how);
+        assert_eq!(cells[8], format!("{precision} {how}"));
         is(cells[9], 8.0 / seconds, 1.0);
         is(cells[10], own["images_per_second"].as_f64().unwrap() * seconds / 8.0, 0.01);
     }
     assert_eq!(row(&text, &["resnet8", "8", "f32", "all", "evaluation"])[8..], ["-", "-", "-"]);
     let ops = lines("ops.jsonl");
     assert_eq!(ops.len(), 3, "{ops:?}");
-    let cells = row(&text, &["linear 8 to 16 (2 samples)", "linear_forward", "f32"]);
+    let own = format!("{:.3}", ops[0]["ms"].as_f64().unwrap());
+    let linear = |ms: &str, precision: &str| {
+        let rows = text.lines().filter(|line| line.starts_with("| linear 8 to 16 (2 samples) | linear_forward |"));
+        let mut rows = rows.filter(|line| line.contains(&format!("| {precision} contiguous | {ms} |")));
+        let row = rows.next().unwrap_or_else(|| panic!("{precision}\n{text}"));
+        row.trim_matches('|').split('|').map(str::trim).collect::<Vec<_>>()
+    };
+    assert_eq!(linear("500.000", "tf32")[2..4], ["f32", &own], "PyTorch's TF32 stands beside f32");
+    assert_eq!(linear("250.000", "bf16")[2], "bf16");
+    let cells = linear("1,000.000", "f32");
     is(cells[3], ops[0]["ms"].as_f64().unwrap(), 0.001);
     is(cells[5], ops[0]["share_of_roofline"].as_f64().unwrap(), 0.001);
-    assert_eq!(cells[6..8], ["contiguous", "1,000.000"]);
+    assert_eq!(cells[6..8], ["f32 contiguous", "1,000.000"]);
     is(cells[8], 1000.0 / ops[0]["ms"].as_f64().unwrap(), 0.01);
     assert_eq!(row(&text, &["prune little", "prune", "f32"])[4], "-", "has no products");
 }
