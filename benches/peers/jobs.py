@@ -26,7 +26,9 @@ from networks import NETWORKS
 
 FILE = pathlib.Path(__file__).with_name("jobs.jsonl")
 
-STEPS = [("resnet20", 128), ("resnet18_cifar", 128), ("resnet50", 128), ("vit_small_patch16_224", 64), ("deit_tiny_patch16_224", 16)]
+STEPS = [
+    ("resnet20", 128), ("resnet18_cifar", 128), ("resnet50", 128), ("vit_small_patch16_224", 64), ("deit_tiny_patch16_224", 16),
+]
 # Channels, image, filters, stride of 3x3 convolutions at batch 128; inputs, outputs and samples of linear layers, of 197
 # tokens each; heads, their features, tokens and samples of attention.
 CONVOLUTIONS = [

@@ -3,8 +3,8 @@
 
     python3 benches/peers/pot_gw.py DILT [--probes 256] [--threads 2] [--rounds 2] [--out FILE]
 
-Needs POT 0.9.7, numpy and safetensors. Eight layers see the same probes (representations.py). dilt's time is that of `dilt similarity` from its start to its end,
-distances, CKA, modules and exact refinement included; POT's that of ot.batch.solve_gromov_batch alone, f64, distance matrices
+Needs POT 0.9.7, numpy and safetensors. Eight layers see the same probes (representations.py). dilt's time is that of `dilt
+similarity` from its start to its end, distances, CKA, modules and exact refinement included; POT's that of ot.batch.solve_gromov_batch alone, f64, distance matrices
 given, from the product: with its defaults, whose tolerance of 1e-5 for a plan of 1/n^2 ends most pairs after the first steps, and
 with --tolerance. POT's plans are rounded to feasible ones (Altschuler et al. 2017) before their value is taken, as a plan with
 wrong sums may have a value below any coupling's. Runs alternate; times are medians. Prints JSON.

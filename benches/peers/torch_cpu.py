@@ -4,7 +4,8 @@
     /usr/bin/python3 benches/peers/torch_cpu.py [--model resnet20|deit_tiny] --threads 2 --steps 10 [--layers]
 
 The networks are those of networks.py; --layers also times the 3x3 convolutions of ResNet-20 and of ResNet-18 on images of that
-size. What jobs.py counts otherwise than its file is not timed. Both memory formats are measured, alternating; the faster one counts. Prints JSON.
+size. What jobs.py counts otherwise than its file is not timed. Both memory formats are measured, alternating; the faster one
+counts. Prints JSON.
 """
 
 import argparse
