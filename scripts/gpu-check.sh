@@ -7,7 +7,8 @@
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
 #   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg, and crossover-bf16 of both
-#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16: steps.jsonl
+#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16: steps.jsonl; the times that
+#               plans in bf16 go by: tuning.json
 #   ops         the single operations that peers do too: ops.jsonl; then the benches of all operations: ops.log
 #   peers       PyTorch's side of steps and ops on the same GPU: torch.jsonl
 #   compiled    its steps by torch.compile, bf16, as many as there is time for: compiled.jsonl
@@ -46,7 +47,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ -x "$here/bin/tests" ] || here=$(cd "$here/../target/gpu" && pwd)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export here out DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt
+export here out DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt DILT_CACHE=$out
 unset DILT_REQUIRE_CUDA
 [ "$gpu" = 0 ] || export DILT_REQUIRE_CUDA=1 DILT_BENCH_DEVICE=cuda
 
@@ -124,6 +125,8 @@ for job in map(json.loads, open(sys.argv[1])):
     while read -r model batch sparsities; do
         for precision in f32 bf16; do
             bench=(bench --model "$model" --batch "$batch" --precision "$precision" --runs 20 --kernels -q --json --device cuda)
+            # Without a table of rates a plan multiplies densely.
+            [ "$precision" = f32 ] || bench+=(--tune)
             line "$DILT_BIN" "${bench[@]}" || return 1
             for sparsity in $sparsities; do
                 line "$DILT_BIN" "${bench[@]}" --random-ticket "$sparsity" || return 1
