@@ -8,6 +8,9 @@
 // [16 entries][two halves of the rows][lane][8], a left tile of mma.cuh each. Sums of the weight gradient come out in the same
 // order.
 //
+// Each group fetches its own columns: of a group that keeps a share d of them, four groups fetch 4 d, where a block of 128 rows
+// that fetched all columns for its groups to pick from would fetch 1. So that would pay above d = 1/4, where dense products do.
+//
 // Sums are f32 in an order that depends on the shape and the mask alone. Limit: bytes from the second-level cache, 16
 // multiply-adds for each; not measured yet.
 #include "kernels/conv_mma.cuh"
