@@ -13,8 +13,8 @@
 // writes its chunk. The variance is that of deviations from the chunk's own mean, joined by Chan's formula: nothing is
 // lost where the mean is large. Statistics are those of x as stored. Sums are f32, in an order that depends on the shape
 // and the threads of a block.
-// Limit: bytes. Training reads x twice (and once more from cache) and writes y; backward reads x and dy
-// twice, and y too where a residual was added.
+// Limit: bytes. Training reads x twice (and once more from cache) and writes y; backward reads x and dy twice, and y too where a
+// residual was added; of a residual that has a gradient, the first kernel writes dz there, and the second reads it instead.
 #include "kernels/lib/device.cuh"
 
 struct NormShape {
@@ -70,7 +70,7 @@ struct NormBackwardArgs {
     float* partial;    // [C, splits, 2]: sums of dz and of dz xhat over a chunk
     float* dgamma;
     float* dbeta;
-    Real* dresidual;   // or null
+    Real* dresidual;   // dz of the rows of x once they are summed; or null
     Real* dx;
     const uint32_t* count;
     const uint32_t* source;
@@ -229,10 +229,11 @@ DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 bloc
     const float scale = a.gamma[block.y] * invstd, beta = a.beta[block.y];
     const int64_t to_y = a.target ? behind(d, int(a.target[block.y]), block.y) : 0;
     Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
-    each_vector<L>(d, block, thread, threads, d.n, [&](int64_t i, int, int chain) {
+    each_vector<L>(d, block, thread, threads, samples(d, a.count), [&](int64_t i, int live, int chain) {
         const Samples<L> off = load<L>(a.x + i) - mean, dz = above<L>(a, i + to_y, off, scale, beta);
         sum.chain[chain] += dz;
         dot.chain[chain] += dz * (off * invstd);
+        if (a.dresidual) store<L>(a.dresidual + i + to_y, first_lanes<L>(dz, live));
     });
     const float sums = sum.over_block(shared, thread, threads);
     const float dots = dot.over_block(shared, thread, threads);
@@ -270,10 +271,10 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     const float slope = a.training ? dot / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
     const int64_t to_x = behind(d, feature, block.y);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-        const Samples<L> off = load<L>(a.x + i + to_x) - mean, dz = above<L>(a, i, off, scale, beta);
+        const Samples<L> off = load<L>(a.x + i + to_x) - mean;
+        const Samples<L> dz = a.dresidual ? load<L>(a.dresidual + i) : above<L>(a, i, off, scale, beta);
         const Samples<L> dx = (dz - mean_dz - off * slope) * scale;
         store<L>(a.dx + i + to_x, first_lanes<L>(dx, live));
-        if (a.dresidual) store<L>(a.dresidual + i, first_lanes<L>(dz, live));
     });
     if (block.x == 0 && thread == 0) {
         a.dgamma[feature] = dot;

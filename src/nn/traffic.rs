@@ -172,10 +172,11 @@ pub fn norm_forward(precision: Precision, x: usize, y: usize, residual: bool) ->
 }
 
 /// Its backward pass, which reads y where ReLU follows a sum (`relu_of_sum`), and writes a gradient of what was added where that
-/// has one.
+/// has one, for its second kernel to read.
 pub fn norm_backward(precision: Precision, x: usize, y: usize, relu_of_sum: bool, residual: bool) -> Work {
-    let read = x + y + if relu_of_sum { y } else { 0 };
-    Work::reals(precision, 2 * read, x + if residual { y } else { 0 })
+    let of_y = if relu_of_sum { 2 * y } else { y };
+    let (again, written) = if residual { (y, y) } else { (of_y, 0) };
+    Work::reals(precision, 2 * x + of_y + again, x + written)
 }
 
 /// Layer norm, which keeps mean and deviation of each column.
