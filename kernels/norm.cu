@@ -300,12 +300,12 @@ KERNEL(REAL(norm_forward), NormForwardArgs, WarpSums, THREADS) {
     WITH_LANES(forward, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-KERNEL(REAL(norm_backward_sums), NormBackwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_backward_sums), NormBackwardArgs, WarpSums, THREADS, 3) {
     SHARED(WarpSums, shared);
     WITH_LANES(backward_sums, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-KERNEL(REAL(norm_backward), NormBackwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_backward), NormBackwardArgs, WarpSums, THREADS, 6) {
     SHARED(WarpSums, shared);
     WITH_LANES(backward, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
