@@ -13,36 +13,8 @@
 //
 // Sums are f32 in an order that depends on the shape and the mask alone. Limit: bytes from the second-level cache, 16
 // multiply-adds for each; not measured yet.
+#include "kernels/conv_kept.cuh"
 #include "kernels/conv_mma.cuh"
-
-// Forward: x to y. Input gradient: dy to dx; bias is null.
-struct ConvGroupsArgs {
-    const bf16* from;
-    const uint32_t* rows;    // [groups, 32], or NONE
-    const uint32_t* starts;  // [groups, classes of pixels] and one more: where their entries begin, multiples of 16
-    const int32_t* offsets;  // [entries]: where it reads, in elements from the pixel's origin
-    const uint32_t* shifts;  // [entries]: the same in rows and columns; above every image where an entry fills up 16
-    const bf16* values;      // [entries / 16, 2, 32, 8]
-    const float* bias;       // [K], or null
-    bf16* to;
-    const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
-    ConvShape shape;
-    Columns columns;         // what the shape's N is made of; read only where there is a bias
-    int32_t classes;
-    int32_t accumulate;      // add to what `to` holds
-};
-
-struct ConvGroupsGradientArgs {
-    const bf16* x;
-    const bf16* dy;
-    const uint32_t* rows;     // of the forward pass, as the next two
-    const int32_t* offsets;
-    const uint32_t* shifts;
-    const uint32_t* chunks;   // [chunks, 4]: group, 0, first entry, and the one after the last, multiples of 16
-    float* partial;           // [splits, entries / 16, 2, 32, 8]
-    ConvShape shape;
-    int32_t entries, splits;
-};
 
 constexpr int GROUP_ROWS = 32;
 constexpr int HALVES = GROUP_ROWS / 16;
@@ -83,26 +55,21 @@ struct GroupProduct {
         PixelClass pixels;  // kept here for the end, not in registers
     };
 
-    DEVICE static void run(const ConvGroupsArgs& a, Shared& shared, int thread, int column_tile, int group, int number) {
+    DEVICE static void run(const ConvSparseArgs& a, Shared& shared, int thread, int column_tile, int group, int number) {
         using Pass = Taps<GRADIENT>;
         const ConvShape& d = a.shape;
         const PixelClass pixels = Pass::pixels(d, number);
-        const int columns = pixels.height * pixels.width * d.n;
-        if (column_tile * COLUMNS >= columns) return;
+        if (column_tile * COLUMNS >= pixels.height * pixels.width * d.n) return;
         const uint32_t* starts = a.starts + (int64_t(group) * a.classes + number);
         const uint32_t begin = starts[0], end = starts[1];
         const int steps = int(ceil_div(end - begin, DEPTH));
         const int from_height = Pass::from_height(d), from_width = Pass::from_width(d);
         if (thread == 0) shared.pixels = pixels;
 
-        // What this thread copies of x: always the same samples of a pixel.
+        // What this thread copies of x.
         const int x_chunk = thread % X_CHUNKS * CHUNK, x_line = thread / X_CHUNKS;
-        const int copied = column_tile * COLUMNS + x_chunk, pixel = copied / d.n;
-        const int o = pixel / pixels.width, u = pixel % pixels.width;
-        // Columns beyond the last lie above every image.
-        const int h0 = copied >= columns ? -(1 << 30) : pixels.origin_h + (GRADIENT ? o : o * d.stride);
-        const int w0 = pixels.origin_w + (GRADIENT ? u : u * d.stride);
-        const bf16* const from = a.from + copied % d.n;
+        const auto [h0, w0, n0] = copied_column<GRADIENT>(d, pixels, column_tile * COLUMNS + x_chunk);
+        const bf16* const from = a.from + n0;
         const int64_t origin = (int64_t(h0) * from_width + w0) * d.n;
         // The entries of the stage that comes next, read a stage ahead.
         Entry next[X_LOADS];
@@ -124,8 +91,8 @@ struct GroupProduct {
             }
             if (thread < DEPTH / ENTRIES * PACKED_CHUNKS) {
                 const uint32_t entry = begin + step * DEPTH + thread / PACKED_CHUNKS * ENTRIES;
-                const bf16* own = a.values + (int64_t(entry) * GROUP_ROWS + thread % PACKED_CHUNKS * CHUNK);
-                copies.copy(&stage.w[thread / PACKED_CHUNKS][thread % PACKED_CHUNKS * CHUNK], entry < end ? own : a.values, entry < end);
+                const bf16* own = a.left_tiles + (int64_t(entry) * GROUP_ROWS + thread % PACKED_CHUNKS * CHUNK);
+                copies.copy(&stage.w[thread / PACKED_CHUNKS][thread % PACKED_CHUNKS * CHUNK], entry < end ? own : a.left_tiles, entry < end);
             }
             read_entries(step + 1);
         };
@@ -169,7 +136,7 @@ struct GroupGradient {
         Stage stage[STAGES];
     };
 
-    DEVICE static void run(const ConvGroupsGradientArgs& a, Shared& shared, int thread, int number, int split) {
+    DEVICE static void run(const ConvSparseGradientArgs& a, Shared& shared, int thread, int number, int split) {
         const ConvShape& d = a.shape;
         const uint32_t* own = a.chunks + int64_t(number) * 4;
         const uint32_t group = own[0], begin = own[2], end = own[3];
@@ -241,13 +208,13 @@ using Backward256 = GroupProduct<true, 256>;
     SHARED(tile::Shared, shared); \
     tile::run(a, shared, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z)
 
-KERNEL(conv_groups_forward_32x128_bf16, ConvGroupsArgs, Forward128::Shared, THREADS, 3) { RUN(Forward128); }
-KERNEL(conv_groups_forward_32x256_bf16, ConvGroupsArgs, Forward256::Shared, THREADS, 2) { RUN(Forward256); }
-KERNEL(conv_groups_input_gradient_32x128_bf16, ConvGroupsArgs, Backward128::Shared, THREADS, 3) { RUN(Backward128); }
-KERNEL(conv_groups_input_gradient_32x256_bf16, ConvGroupsArgs, Backward256::Shared, THREADS, 2) { RUN(Backward256); }
+KERNEL(conv_groups_forward_32x128_bf16, ConvSparseArgs, Forward128::Shared, THREADS, 3) { RUN(Forward128); }
+KERNEL(conv_groups_forward_32x256_bf16, ConvSparseArgs, Forward256::Shared, THREADS, 2) { RUN(Forward256); }
+KERNEL(conv_groups_input_gradient_32x128_bf16, ConvSparseArgs, Backward128::Shared, THREADS, 3) { RUN(Backward128); }
+KERNEL(conv_groups_input_gradient_32x256_bf16, ConvSparseArgs, Backward256::Shared, THREADS, 2) { RUN(Backward256); }
 
 // Grid: chunks, splits.
-KERNEL(conv_groups_weight_gradient_32x128_bf16, ConvGroupsGradientArgs, GroupGradient::Shared, THREADS, 3) {
+KERNEL(conv_groups_weight_gradient_32x128_bf16, ConvSparseGradientArgs, GroupGradient::Shared, THREADS, 3) {
     SHARED(GroupGradient::Shared, shared);
     GroupGradient::run(a, shared, threadIdx.x, blockIdx.x, blockIdx.y);
 }

@@ -48,8 +48,7 @@ struct Product {
         using Pass = Taps<GRADIENT>;
         const ConvShape& d = a.shape;
         const PixelClass pixels = Pass::pixels(d, number);
-        const int columns = pixels.height * pixels.width * d.n;
-        if (column_tile * COLUMNS >= columns) return;
+        if (column_tile * COLUMNS >= pixels.height * pixels.width * d.n) return;
         const int pitch = channel_pitch(d), period = GRADIENT ? d.k : pitch, width = int(max64(pixels.s, 1));
         const int depth = period * pixels.r * pixels.s, steps = int(ceil_div(depth, DEPTH));
         const int from_height = Pass::from_height(d), from_width = Pass::from_width(d);
@@ -58,14 +57,10 @@ struct Product {
         const int row0 = row_tile * ROWS;
         if (thread == 0) shared.pixels = pixels;
 
-        // What this thread copies of x: always the same samples of a pixel.
+        // What this thread copies of x.
         const int x_chunk = thread % X_CHUNKS * CHUNK, x_line = thread / X_CHUNKS;
-        const int copied = column_tile * COLUMNS + x_chunk, pixel = copied / d.n;
-        const int o = pixel / pixels.width, u = pixel % pixels.width;
-        // Columns beyond the last lie above every image.
-        const int h0 = copied >= columns ? -(1 << 30) : pixels.origin_h + (GRADIENT ? o : o * d.stride);
-        const int w0 = pixels.origin_w + (GRADIENT ? u : u * d.stride);
-        const bf16* const from = a.from + copied % d.n;
+        const auto [h0, w0, n0] = copied_column<GRADIENT>(d, pixels, column_tile * COLUMNS + x_chunk);
+        const bf16* const from = a.from + n0;
         const Step by = step_at(DEPTH, period, width);
         Step x_step[X_LOADS];
         UNROLL for (int i = 0; i < X_LOADS; ++i) x_step[i] = step_at(x_line + i * X_APART, period, width);

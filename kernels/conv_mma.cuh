@@ -62,6 +62,20 @@ DEVICE void pipeline(int steps, Copies& copies, Fetch fetch, Multiply multiply) 
     }
 }
 
+// What a thread copies of what a product reads: the same samples of a pixel at every step, and where that pixel reads tap 0.
+struct Copied {
+    int h, w, n;
+};
+
+template <bool GRADIENT>
+DEVICE Copied copied_column(const ConvShape& d, const PixelClass& pixels, int column) {
+    const int pixel = column / d.n, o = pixel / pixels.width, u = pixel % pixels.width;
+    // Columns beyond the last lie above every image.
+    const bool there = column < pixels.height * pixels.width * d.n;
+    return {there ? pixels.origin_h + (GRADIENT ? o : o * d.stride) : -(1 << 30),
+            pixels.origin_w + (GRADIENT ? u : u * d.stride), column % d.n};
+}
+
 // What a warp writes at a time, to turn it into rows of the result.
 template <class Warp>
 using Slab = float[16][Warp::WIDTH + 4];

@@ -11,36 +11,7 @@
 // similar columns, whose list has every column that one of them keeps, with zeros for the others: what is read serves
 // them all. Sums are f32 in an order that depends on the shape and the mask alone.
 #pragma once
-#include "kernels/conv.cuh"
-
-// Forward: x to y. Input gradient: dy to dx; bias is null.
-struct ConvSparseArgs {
-    const Real* from;
-    const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
-    const uint32_t* starts;  // [groups, taps] and one more: where the entries of a group's tap begin
-    const int32_t* offsets;  // [entries]
-    const float* values;     // [entries, R], rounded as products read weights
-    const float* bias;       // [K], or null
-    Real* to;
-    const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
-    ConvShape shape;
-    Columns columns;         // what the shape's N is made of; read only where there is a bias
-    int32_t groups;
-    int32_t accumulate;      // add to what `to` holds
-};
-
-struct ConvSparseGradientArgs {
-    const Real* x;
-    const Real* dy;
-    const uint32_t* rows;     // of the forward pass, as the next four
-    const uint32_t* starts;
-    const int32_t* offsets;
-    const uint32_t* shifts;   // [entries]; read where rows are by themselves, staged, and in bf16 groups
-    const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 8: of all entries), first entry, and the one after the last
-    float* partial;           // [splits, entries, R]
-    ConvShape shape;
-    int32_t entries, chunk_count, units, splits;
-};
+#include "kernels/conv_kept.cuh"
 
 constexpr int GROUP_ROWS = 8;  // R of a group
 constexpr int BLOCK_SAMPLES = 128;

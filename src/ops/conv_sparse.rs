@@ -14,25 +14,17 @@ use crate::device::{
 use crate::error::Result;
 
 kernel_args! {
-    struct ConvSparseArgs {
-        from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, values: Ptr<f32>, bias: Ptr<f32>,
-        to: Ptr<Real>, count: Ptr<u32>, shape: ConvShape, columns: Columns, groups: i32, accumulate: i32,
+    pub(super) struct ConvSparseArgs {
+        from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, values: Ptr<f32>,
+        left_tiles: Ptr<bf16>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
+        groups: i32, classes: i32, accumulate: i32,
     }
-    struct ConvSparseGradientArgs {
+    pub(super) struct ConvSparseGradientArgs {
         x: Ptr<Real>, dy: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>,
         chunks: Ptr<u32>, partial: Ptr<f32>, shape: ConvShape, entries: i32, chunk_count: i32, units: i32, splits: i32,
     }
-    pub(super) struct ConvGroupsArgs {
-        from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, values: Ptr<bf16>,
-        bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, shape: ConvShape, columns: Columns, classes: i32,
-        accumulate: i32,
-    }
-    pub(super) struct ConvGroupsGradientArgs {
-        x: Ptr<Real>, dy: Ptr<Real>, rows: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, chunks: Ptr<u32>,
-        partial: Ptr<f32>, shape: ConvShape, entries: i32, splits: i32,
-    }
 }
-layouts_of!(ConvSparseArgs, ConvSparseGradientArgs, ConvGroupsArgs, ConvGroupsGradientArgs);
+layouts_of!(ConvSparseArgs, ConvSparseGradientArgs);
 
 /// The kernels of a pass that threads multiply: of rows by themselves, and of groups of 8, which are f32 where they are staged.
 struct Kernels<A: 'static> {
@@ -80,91 +72,69 @@ impl<A> Kernels<A> {
     }
 }
 
-/// What a product reads and writes.
+/// What a product reads and writes: images of this size, whose pixels tensor cores multiply apart for each of `classes` in both
+/// directions.
 struct Operands<'a> {
     from: Reals<'a>,
     bias: Option<Bias<'a>>,
     to: RealsMut<'a>,
+    to_image: [i32; 2],
+    classes: i32,
     accumulate: bool,
 }
 
-/// The product of a list, to an image of this size; the lengths of the operands are checked.
+/// The product of a list; the lengths of the operands are checked.
 fn product(
     device: &Device,
     weights: &KeptWeights,
     list: &List,
     operands: Operands,
     kernels: &'static Kernels<ConvSparseArgs>,
-    [height, width]: [i32; 2],
+    tiles: &'static [Tile<ConvSparseArgs>; 2],
 ) -> Result<()> {
-    let Operands { from, bias, to, accumulate } = operands;
+    let Operands { from, bias, to, to_image, classes, accumulate } = operands;
     let shape = weights.shape;
     let args = ConvSparseArgs {
         from: from.ptr(),
         rows: list.rows.view().ptr(),
         starts: list.starts.view().ptr(),
         offsets: list.offsets.view().ptr(),
+        shifts: list.shifts.view().ptr(),
         values: list.values.view().ptr(),
+        left_tiles: list.left_tiles.view().ptr(),
         bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
         to: to.ptr(),
         count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
         shape,
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         groups: list.groups as i32,
-        accumulate: i32::from(accumulate),
-    };
-    let (pixels, n) = ((height * width) as usize, shape.n as usize);
-    let (grid, block) = match device.policy() {
-        Policy::Direct => ([pixels, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / list.form.rows())], 1),
-        Policy::Staged => {
-            let (most, groups) = if list.form == Form::Rows { (ROW_THREADS, WARP_ROWS) } else { (THREADS, 1) };
-            // Fewer warps where there are fewer rows.
-            let warps = list.groups.div_ceil(groups);
-            let threads = most.min(warps as u32 * WARP);
-            let columns = (pixels * n).div_ceil(STAGED_COLUMNS);
-            ([columns, warps.div_ceil((threads / WARP) as usize), 1], threads)
-        }
-    };
-    let launch = Launch::new(grid.map(|x| x as u32), block);
-    // SAFETY: the callers have checked the lengths of the operands against the shape; rows, offsets and starts are those
-    // of the shape.
-    unsafe { device.launch(kernels.of(device, weights, list.form), launch, &args) }
-}
-
-/// The same on tensor cores; the pixels of each of `classes` in both directions are multiplied apart.
-fn tiles_product(
-    device: &Device,
-    weights: &KeptWeights,
-    list: &List,
-    operands: Operands,
-    tiles: &'static [Tile<ConvGroupsArgs>; 2],
-    [height, width]: [i32; 2],
-    classes: i32,
-) -> Result<()> {
-    let Operands { from, bias, to, accumulate } = operands;
-    let shape = weights.shape;
-    let args = ConvGroupsArgs {
-        from: from.ptr(),
-        rows: list.rows.view().ptr(),
-        starts: list.starts.view().ptr(),
-        offsets: list.offsets.view().ptr(),
-        shifts: list.shifts.view().ptr(),
-        values: list.left_tiles.view().ptr(),
-        bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
-        to: to.ptr(),
-        count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
-        shape,
-        columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         classes: classes * classes,
         accumulate: i32::from(accumulate),
     };
-    let [height, width, classes, n] = [height, width, classes, shape.n].map(|x| x as usize);
-    // Of the largest class.
-    let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
-    let tile = tiles::group_product(tiles, list.groups * classes * classes, columns);
-    let grid = [columns.div_ceil(tile.columns), list.groups, classes * classes];
-    // SAFETY: as above.
-    unsafe { device.launch(&tile.kernel, Launch::new(grid.map(|x| x as u32), THREADS), &args) }
+    let [height, width, classes, n] = [to_image[0], to_image[1], classes, shape.n].map(|x| x as usize);
+    let (kernel, grid, block) = match (list.form, device.policy()) {
+        (Form::Tiles, _) => {
+            // Of the largest class.
+            let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
+            let tile = tiles::group_product(tiles, list.groups * classes * classes, columns);
+            (&tile.kernel, [columns.div_ceil(tile.columns), list.groups, classes * classes], THREADS)
+        }
+        (form, Policy::Direct) => {
+            let grid = [height * width, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / form.rows())];
+            (kernels.of(device, weights, form), grid, 1)
+        }
+        (form, Policy::Staged) => {
+            let (most, groups) = if form == Form::Rows { (ROW_THREADS, WARP_ROWS) } else { (THREADS, 1) };
+            // Fewer warps where there are fewer rows.
+            let warps = list.groups.div_ceil(groups);
+            let threads = most.min(warps as u32 * WARP);
+            let columns = (height * width * n).div_ceil(STAGED_COLUMNS);
+            (kernels.of(device, weights, form), [columns, warps.div_ceil((threads / WARP) as usize), 1], threads)
+        }
+    };
+    // SAFETY: the callers have checked the lengths of the operands against the shape; rows, offsets and starts are those
+    // of the shape.
+    unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), &args) }
 }
 
 /// Forward, as [`conv_forward`](super::conv::conv_forward), with the values that [`KeptWeights::gather`] took.
@@ -186,11 +156,8 @@ pub fn conv_sparse_forward(
         b.check(op, &shape)?;
     }
     let list = weights.list(op, Pass::Forward)?;
-    let (operands, image) = (Operands { from: x, bias, to: y, accumulate: false }, [shape.p, shape.q]);
-    match list.form {
-        Form::Tiles => tiles_product(device, weights, list, operands, &GROUPS_FORWARD, image, 1),
-        _ => product(device, weights, list, operands, &FORWARD, image),
-    }
+    let operands = Operands { from: x, bias, to: y, to_image: [shape.p, shape.q], classes: 1, accumulate: false };
+    product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)
 }
 
 /// Input gradient, as [`conv_input_gradient`](super::conv::conv_input_gradient), with the values that
@@ -211,11 +178,9 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
-    let (operands, image) = (Operands { from: dy, bias: None, to: dx, accumulate }, [shape.h, shape.w]);
-    match list.form {
-        Form::Tiles => tiles_product(device, weights, list, operands, &GROUPS_INPUT_GRADIENT, image, shape.stride),
-        _ => product(device, weights, list, operands, &INPUT_GRADIENT, image),
-    }
+    let (to_image, classes) = ([shape.h, shape.w], shape.stride);
+    let operands = Operands { from: dy, bias: None, to: dx, to_image, classes, accumulate };
+    product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)
 }
 
 /// Weight gradient, as [`conv_weight_gradient`](super::conv::conv_weight_gradient), of kept weights: the others' places
@@ -237,44 +202,39 @@ pub fn conv_sparse_weight_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dw", dw.len(), weights.weight_len())?;
     let form = weights.list(op, Pass::WeightGradient)?.form;
-    let kernel = WEIGHT_GRADIENT.of(device, weights, form);
+    let kernel = match form {
+        Form::Tiles => &tiles::GROUP_GRADIENT.kernel,
+        _ => WEIGHT_GRADIENT.of(device, weights, form),
+    };
     let (Some(list), Some(own)) = (&weights.outputs, &mut weights.weight_gradient) else { return Ok(()) };
     let chunks = own.chunks.len() / 4;
     if chunks == 0 {
         return Ok(());
     }
     let partial = own.partial.view_mut().ptr();
-    let (rows, offsets, shifts) = (list.rows.view().ptr(), list.offsets.view().ptr(), list.shifts.view().ptr());
-    let (entries, splits, chunk_list) = (list.offsets.len() as i32, own.splits as i32, own.chunks.view().ptr());
-    let (x, dy, grid) = (x.ptr(), dy.ptr(), |blocks: usize| [blocks as u32, own.splits as u32, 1]);
-    if form == Form::Tiles {
-        let (chunks, launch) = (chunk_list, Launch::new(grid(chunks), THREADS));
-        let args = ConvGroupsGradientArgs { x, dy, rows, offsets, shifts, chunks, partial, shape, entries, splits };
-        // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
-        // list.
-        unsafe { device.launch(&tiles::GROUP_GRADIENT.kernel, launch, &args)? };
-    } else {
-        let args = ConvSparseGradientArgs {
-            x,
-            dy,
-            rows,
-            starts: list.starts.view().ptr(),
-            offsets,
-            shifts,
-            chunks: chunk_list,
-            partial,
-            shape,
-            entries,
-            chunk_count: chunks as i32,
-            units: own.units as i32,
-            splits,
-        };
-        let (blocks, block) = match device.policy() {
-            Policy::Direct => (chunks, 1),
-            Policy::Staged => (chunks.div_ceil(BLOCK_CHUNKS), THREADS),
-        };
-        // SAFETY: as above.
-        unsafe { device.launch(kernel, Launch::new(grid(blocks), block), &args)? };
-    }
+    let args = ConvSparseGradientArgs {
+        x: x.ptr(),
+        dy: dy.ptr(),
+        rows: list.rows.view().ptr(),
+        starts: list.starts.view().ptr(),
+        offsets: list.offsets.view().ptr(),
+        shifts: list.shifts.view().ptr(),
+        chunks: own.chunks.view().ptr(),
+        partial,
+        shape,
+        entries: list.offsets.len() as i32,
+        chunk_count: chunks as i32,
+        units: own.units as i32,
+        splits: own.splits as i32,
+    };
+    let (blocks, block) = match (form, device.policy()) {
+        (Form::Tiles, _) => (chunks, THREADS),
+        (_, Policy::Direct) => (chunks, 1),
+        (_, Policy::Staged) => (chunks.div_ceil(BLOCK_CHUNKS), THREADS),
+    };
+    let launch = Launch::new([blocks as u32, own.splits as u32, 1], block);
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
+    // list.
+    unsafe { device.launch(kernel, launch, &args)? };
     sum_splits(device, partial, Some(list.places.view()), list.places.len(), own.splits, dw)
 }

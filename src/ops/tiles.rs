@@ -3,7 +3,7 @@
 //! The tiles of f32 were chosen on an H200 (benches/results); bf16 has taken over the choice, which is not measured yet.
 
 use super::conv::{ConvArgs, ConvWeightGradientArgs};
-use super::conv_sparse::{ConvGroupsArgs, ConvGroupsGradientArgs};
+use super::conv_sparse::{ConvSparseArgs, ConvSparseGradientArgs};
 use crate::device::{Kernel, Precision, RealKernel, real_kernel};
 
 /// A kernel and what one of its blocks owns: features x columns of a product, filters x weights of a gradient.
@@ -80,11 +80,11 @@ static WEIGHT_GRADIENT_BF16: [Tile<ConvWeightGradientArgs>; 4] = [
 ];
 
 /// The tilings of groups of rows in bf16, by the columns that one owns; of the weight gradient a group's entries.
-pub(super) static GROUPS_FORWARD: [Tile<ConvGroupsArgs>; 2] =
+pub(super) static GROUPS_FORWARD: [Tile<ConvSparseArgs>; 2] =
     [tile("conv_groups_forward_32x128_bf16", 32, 128), tile("conv_groups_forward_32x256_bf16", 32, 256)];
-pub(super) static GROUPS_INPUT_GRADIENT: [Tile<ConvGroupsArgs>; 2] =
+pub(super) static GROUPS_INPUT_GRADIENT: [Tile<ConvSparseArgs>; 2] =
     [tile("conv_groups_input_gradient_32x128_bf16", 32, 128), tile("conv_groups_input_gradient_32x256_bf16", 32, 256)];
-pub(super) static GROUP_GRADIENT: Tile<ConvGroupsGradientArgs> =
+pub(super) static GROUP_GRADIENT: Tile<ConvSparseGradientArgs> =
     tile("conv_groups_weight_gradient_32x128_bf16", 32, 128);
 
 /// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
@@ -137,10 +137,10 @@ pub(super) fn weight_gradient(
 
 /// The tile for a product of so many groups, classes of pixels apart, with `columns` each.
 pub(super) fn group_product(
-    tiles: &'static [Tile<ConvGroupsArgs>; 2],
+    tiles: &'static [Tile<ConvSparseArgs>; 2],
     groups: usize,
     columns: usize,
-) -> &'static Tile<ConvGroupsArgs> {
+) -> &'static Tile<ConvSparseArgs> {
     let [narrow, wide] = tiles;
     if groups * columns.div_ceil(wide.columns) >= PRODUCT_BLOCKS { wide } else { narrow }
 }

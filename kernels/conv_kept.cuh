@@ -1,0 +1,37 @@
+// conv_kept.cuh - what the kernels with kept weights alone take: rows by themselves and groups of 8 (conv_sparse.cuh says what
+// their lists are), groups of 32 on tensor cores (conv_groups_mma.cu). R: rows of a group.
+#pragma once
+#include "kernels/conv.cuh"
+
+// Forward: x to y. Input gradient: dy to dx; bias is null.
+struct ConvSparseArgs {
+    const Real* from;
+    const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
+    const uint32_t* starts;  // [groups, taps] and one more: where the entries of a group's tap begin; R = 32: [groups, classes]
+    const int32_t* offsets;  // [entries]: where each reads, in elements from a pixel's origin
+    const uint32_t* shifts;  // [entries], R = 32: the same in rows and columns; above every image where an entry fills up 16
+    const float* values;     // [entries, R], rounded as products read weights; R = 32: null
+    const bf16* left_tiles;  // R = 32: [entries / 16, 2, 32, 8]
+    const float* bias;       // [K], or null
+    Real* to;
+    const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
+    ConvShape shape;
+    Columns columns;         // what the shape's N is made of; read only where there is a bias
+    int32_t groups;
+    int32_t classes;         // of pixels, R = 32
+    int32_t accumulate;      // add to what `to` holds
+};
+
+struct ConvSparseGradientArgs {
+    const Real* x;
+    const Real* dy;
+    const uint32_t* rows;     // of the forward pass, as the next four
+    const uint32_t* starts;   // R = 32: not read
+    const int32_t* offsets;
+    const uint32_t* shifts;   // [entries]; read where rows are by themselves, staged, and where R = 32
+    const uint32_t* chunks;   // [chunks, 4]: group, tap (R = 1: of all entries; R = 32: 0), first entry, the one after the last
+    float* partial;           // [splits, entries, R]; R = 32: [splits, entries / 16, 2, 32, 8]
+    ConvShape shape;
+    int32_t entries, chunk_count;
+    int32_t units, splits;    // R = 32: units are not read
+};
