@@ -43,7 +43,7 @@ using Real = float;
 #define UNROLL _Pragma("unroll")
 #define RESTRICT __restrict__
 
-extern __shared__ __align__(128) unsigned char dilt_shared[];
+extern __shared__ __align__(1024) unsigned char dilt_shared[];
 #define SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(dilt_shared)
 #define LOCAL(Type, name) __shared__ Type name
 

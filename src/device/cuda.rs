@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use cudarc::driver::{result, sys};
 
 use super::host::Recorded;
-use super::kernel::{CUDA_IMAGES, KERNEL_FILES, host_kernel};
+use super::kernel::{CUDA_ARCHS, CUDA_IMAGES, KERNEL_FILES, host_kernel};
 use crate::error::{Error, Result};
 use crate::profile::range;
 
@@ -184,6 +184,40 @@ impl Cuda {
 
     pub(super) fn description(&self) -> String {
         format!("cuda sm_{}{} {}", self.capability.0, self.capability.1, self.name)
+    }
+
+    /// Whether this GPU runs the code for sm_90a, which no other does.
+    pub(super) fn has_wgmma(&self) -> bool {
+        self.capability == (9, 0) && CUDA_ARCHS.contains(&"90a")
+    }
+
+    /// A tensor of bf16 and a box of it, sizes innermost first, as the driver encodes them.
+    pub(super) fn tensor_map(&self, address: u64, size: [u64; 4], boxed: [u64; 4]) -> Result<[u64; 16]> {
+        self.enter()?;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // Bytes between elements of all axes but the innermost.
+        let pitches: [u64; 3] = std::array::from_fn(|axis| 2 * size[..=axis].iter().product::<u64>());
+        let boxed = boxed.map(|length| length as u32);
+        // SAFETY: all arrays have as many elements as axes, and the map is one of the driver's.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                size.len() as u32,
+                address as *mut _,
+                size.as_ptr(),
+                pitches.as_ptr(),
+                boxed.as_ptr(),
+                [1; 4].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed(&format!("tensor map of {size:?} in boxes of {boxed:?}")))?;
+        Ok(map.opaque)
     }
 
     pub(super) fn free_memory(&self) -> Option<usize> {

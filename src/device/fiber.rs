@@ -3,7 +3,8 @@
 //! A barrier or warp operation gives its place in the source to the scheduler and suspends. The scheduler runs each
 //! warp until all its threads wait at a block barrier or have returned, then the next warp; when all threads of the
 //! block wait at the same place it lets them go on. Threads that wait at different places, or wait for one that has
-//! returned, are an error that names both places.
+//! returned, are an error that names both places. A thread that waits for a phase of a barrier in shared memory goes on
+//! when it is its turn and the phase is complete; where all wait for phases in vain, that is an error too.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
@@ -153,8 +154,15 @@ fn schedule(
             warps.iter_mut().for_each(|warp| warp.shuffle(draw));
             warps.concat().into_iter().zip(&mut *order).for_each(|(thread, place)| *place = thread);
         }
+        let mut ran = false;
         for warp in order.chunks(WARP) {
-            run_warp(state, fibers, warp)?;
+            ran |= run_warp(state, fibers, warp)?;
+        }
+        if let Some(wait) = fibers.iter().filter_map(|fiber| fiber.waits).find(|wait| wait.phase.is_some()) {
+            if ran {
+                continue;
+            }
+            return Err(format!("threads wait for a phase that nothing completes: {}", place(wait.site)));
         }
         let mut waiting = fibers.iter().filter_map(|fiber| fiber.waits.as_ref());
         let Some(first) = waiting.next() else { return Ok(()) };
@@ -170,11 +178,16 @@ fn schedule(
     }
 }
 
-/// Runs a warp until each of its threads has returned or waits at a block barrier.
-fn run_warp(state: &Block, fibers: &mut [Fiber], warp: &[usize]) -> Result<(), String> {
+/// Runs a warp until each of its threads has returned or waits at a block barrier or for a phase; whether any of them ran.
+fn run_warp(state: &Block, fibers: &mut [Fiber], warp: &[usize]) -> Result<bool, String> {
+    let mut ran = false;
     loop {
         for &thread in warp {
+            if fibers[thread].waits.and_then(|wait| wait.phase).is_some_and(|phase| phase.complete()) {
+                fibers[thread].waits = None;
+            }
             if fibers[thread].waits.is_none() && !fibers[thread].coroutine.done() {
+                ran = true;
                 state.current.set(thread);
                 state.tsan[thread].enter();
                 if let CoroutineResult::Yield(wait) = fibers[thread].coroutine.resume(()) {
@@ -186,8 +199,12 @@ fn run_warp(state: &Block, fibers: &mut [Fiber], warp: &[usize]) -> Result<(), S
             }
         }
         let lanes = |fibers: &[Fiber]| warp.iter().filter_map(|&t| fibers[t].waits).find(|wait| wait.lanes != 0);
-        let Some(wait) = lanes(fibers) else { return Ok(()) };
-        for &thread in warp.iter().filter(|&&thread| wait.lanes >> (thread % WARP) & 1 == 1) {
+        let Some(wait) = lanes(fibers) else { return Ok(ran) };
+        let named = |&&thread: &&usize| wait.lanes >> (thread % WARP) & 1 == 1;
+        if warp.iter().filter(named).any(|&thread| fibers[thread].waits.is_some_and(|other| other.phase.is_some())) {
+            return Ok(ran);
+        }
+        for &thread in warp.iter().filter(named) {
             match &fibers[thread].waits {
                 Some(other) if other.site == wait.site && other.lanes == wait.lanes => {}
                 Some(other) => {
@@ -197,17 +214,32 @@ fn run_warp(state: &Block, fibers: &mut [Fiber], warp: &[usize]) -> Result<(), S
                 None => return Err(format!("a lane that {} waits for has returned", place(wait.site))),
             }
         }
-        for &thread in warp.iter().filter(|&&thread| wait.lanes >> (thread % WARP) & 1 == 1) {
+        for &thread in warp.iter().filter(named) {
             fibers[thread].waits = None;
         }
     }
 }
 
-/// Why a thread waits: the place in the source, and the lanes of its warp it waits for (0: the whole block).
+/// Why a thread waits: the place in the source, and a phase, or the lanes of its warp (0: the whole block).
 #[derive(Clone, Copy)]
 struct Wait {
     site: *const c_char,
     lanes: u32,
+    phase: Option<Phase>,
+}
+
+/// A phase of a barrier in shared memory: complete when the barrier's parity is the other one.
+#[derive(Clone, Copy)]
+struct Phase {
+    current: *const u8,
+    parity: u8,
+}
+
+impl Phase {
+    fn complete(self) -> bool {
+        // SAFETY: the block's shared memory outlives its threads, which run one at a time.
+        unsafe { self.current.read_volatile() != self.parity }
+    }
 }
 
 /// What a lane gives to its warp: registers of a fragment, or a smaller value in the first element.
@@ -278,7 +310,7 @@ extern "C" fn dilt_host_barrier(site: *const c_char) {
     let thread = block.current.get();
     let turn = block.barrier.get();
     block.tsan[thread].arrive(tsan::Barrier::Block, turn);
-    block.wait(thread, Wait { site, lanes: 0 });
+    block.wait(thread, Wait { site, lanes: 0, phase: None });
     block.tsan[thread].pass(tsan::Barrier::Block, turn);
 }
 
@@ -289,8 +321,21 @@ extern "C" fn dilt_host_warp_barrier(site: *const c_char) {
     let turn = block.warp_barrier[thread].get();
     block.warp_barrier[thread].set(turn + 1);
     block.tsan[thread].arrive(tsan::Barrier::Warp, turn);
-    block.wait(thread, Wait { site, lanes: u32::MAX });
+    block.wait(thread, Wait { site, lanes: u32::MAX, phase: None });
     block.tsan[thread].pass(tsan::Barrier::Warp, turn);
+}
+
+/// Waits until the barrier `object`, whose parity lies at `current`, has completed the phase of this parity.
+#[unsafe(no_mangle)]
+extern "C" fn dilt_host_phase(site: *const c_char, current: *const u8, parity: u32, object: *const c_void) {
+    let Some(block) = running_block() else { return WAITED_AT.set(site) };
+    let thread = block.current.get();
+    let phase = Phase { current, parity: parity as u8 };
+    if !phase.complete() {
+        block.tsan[thread].leave();
+        block.wait(thread, Wait { site, lanes: 0, phase: Some(phase) });
+    }
+    tsan::acquire(object);
 }
 
 #[unsafe(no_mangle)]
@@ -343,7 +388,7 @@ fn give(block: &Block, thread: usize, site: *const c_char, lanes: u32, value: Gi
     block.given[turn][thread].set(value);
     // A warp operation exchanges values, but orders no memory.
     block.tsan[thread].leave();
-    block.wait(thread, Wait { site, lanes });
+    block.wait(thread, Wait { site, lanes, phase: None });
     &block.given[turn]
 }
 

@@ -22,16 +22,18 @@ pub struct HostOptions {
     pub schedule: Option<u64>,
     /// The instruction set (`DILT_HOST_ISA`: base, v3, v4); the best that this machine has if not given.
     pub isa: Option<&'static str>,
+    /// Multiplies in bf16 as a Hopper GPU does where that pays there (`DILT_WGMMA`).
+    pub wgmma: bool,
 }
 
 impl Default for HostOptions {
     fn default() -> Self {
-        HostOptions { policy: Policy::Direct, schedule: None, isa: None }
+        HostOptions { policy: Policy::Direct, schedule: None, isa: None, wgmma: false }
     }
 }
 
 impl HostOptions {
-    /// What `DILT_HOST_SCHEDULE`, `DILT_HOST_ISA` and `DILT_HOST_POLICY` (`direct`, `staged`) say.
+    /// What `DILT_HOST_SCHEDULE`, `DILT_HOST_ISA`, `DILT_HOST_POLICY` (`direct`, `staged`) and `DILT_WGMMA` (`0`, `1`) say.
     ///
     /// # Errors
     /// [`Error::Usage`] for a value that is not understood.
@@ -40,7 +42,7 @@ impl HostOptions {
         let wrong = |name: &str, expected: &str, got: &str| {
             Error::Usage(format!("environment variable {name}: expected {expected}, got '{got}'"))
         };
-        let mut options = HostOptions::default();
+        let mut options = HostOptions { wgmma: super::wgmma_from_environment()?, ..HostOptions::default() };
         if let Some(text) = read("DILT_HOST_SCHEDULE") {
             let seed = text.parse().map_err(|_| wrong("DILT_HOST_SCHEDULE", "a whole number", &text))?;
             options.schedule = Some(seed);
@@ -148,7 +150,7 @@ impl Host {
         if launch.block == 0 || launch.block > kernel.max_threads {
             return Err(format!("expected 1 to {} threads a block", kernel.max_threads));
         }
-        if args.len() != (kernel.args_bytes as usize).next_multiple_of(8) {
+        if args.len() as u64 != kernel.args_bytes {
             return Err(format!("its argument has {} bytes in C++, {} in Rust", kernel.args_bytes, args.len()));
         }
         let [x, y, z] = launch.grid.map(u64::from);

@@ -153,23 +153,31 @@ macro_rules! kernel_args {
 }
 pub(crate) use kernel_args;
 
-/// The bytes of an argument struct, kept for a captured step.
-pub(super) struct ArgBytes(Box<[u64]>);
+/// The bytes of an argument struct, kept for a captured step, as aligned as any struct is.
+pub(super) struct ArgBytes {
+    lines: Box<[Line]>,
+    bytes: usize,
+}
+
+#[repr(align(128))]
+#[derive(Clone, Copy)]
+struct Line(#[expect(dead_code, reason = "read through a pointer")] [u64; 16]);
 
 impl ArgBytes {
     pub(super) fn new<A: KernelArgs>(args: &A) -> Self {
-        let mut words = vec![0u64; size_of::<A>().div_ceil(8)].into_boxed_slice();
-        // SAFETY: the words are large enough and aligned for `A`, which is `Copy`, and live as long as the box.
-        unsafe { words.as_mut_ptr().cast::<A>().write(*args) };
-        ArgBytes(words)
+        const { assert!(align_of::<A>() <= align_of::<Line>()) };
+        let mut lines = vec![Line([0; 16]); size_of::<A>().div_ceil(size_of::<Line>())].into_boxed_slice();
+        // SAFETY: the lines are large enough and aligned for `A`, which is `Copy`, and live as long as the box.
+        unsafe { lines.as_mut_ptr().cast::<A>().write(*args) };
+        ArgBytes { lines, bytes: size_of::<A>() }
     }
 
     pub(super) fn as_ptr(&self) -> *const c_void {
-        self.0.as_ptr().cast()
+        self.lines.as_ptr().cast()
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len() * 8
+        self.bytes
     }
 }
 

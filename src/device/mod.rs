@@ -17,6 +17,7 @@ mod kernel;
 mod reals;
 mod shared;
 mod staging;
+mod tensor_map;
 mod tsan;
 
 use std::sync::Arc;
@@ -34,6 +35,7 @@ pub use kernel::{
 pub(crate) use reals::real_kernel;
 pub use reals::{Precision, Real, RealBuffer, RealKernel, Reals, RealsMut};
 pub use staging::Staging;
+pub(crate) use tensor_map::TensorMap;
 
 use crate::error::{Error, Result};
 
@@ -53,6 +55,7 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     backend: Backend,
     policy: Policy,
+    wgmma: bool,
     /// `DILT_SYNC=1`: synchronize after each launch, so that an error names its kernel.
     sync_each_launch: bool,
     recording: Mutex<Option<Vec<host::Recorded>>>,
@@ -65,6 +68,15 @@ struct Inner {
 enum Backend {
     Host(host::Host),
     Cuda(cuda::Cuda),
+}
+
+/// What `DILT_WGMMA` says.
+fn wgmma_from_environment() -> Result<bool> {
+    match std::env::var("DILT_WGMMA").as_deref() {
+        Err(_) | Ok("" | "0") => Ok(false),
+        Ok("1") => Ok(true),
+        Ok(text) => Err(Error::Usage(format!("environment variable DILT_WGMMA: expected 0 or 1, got '{text}'"))),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -94,19 +106,25 @@ impl Device {
     /// # Errors
     /// [`Error::Usage`] if this machine lacks the instruction set asked for.
     pub fn host(options: HostOptions) -> Result<Self> {
-        let policy = options.policy;
-        Ok(Self::new(Backend::Host(host::Host::new(options)?), policy))
+        let HostOptions { policy, wgmma, .. } = options;
+        if wgmma && policy == Policy::Direct {
+            let problem = "host device: products by wgmma are staged: they need DILT_HOST_POLICY=staged";
+            return Err(Error::Usage(problem.into()));
+        }
+        Ok(Self::new(Backend::Host(host::Host::new(options)?), policy, wgmma))
     }
 
     fn cuda(index: usize) -> Result<Self> {
-        Ok(Self::new(Backend::Cuda(cuda::Cuda::open(index)?), Policy::Staged))
+        let device = Self::new(Backend::Cuda(cuda::Cuda::open(index)?), Policy::Staged, false);
+        if wgmma_from_environment()? { device.with_wgmma() } else { Ok(device) }
     }
 
-    fn new(backend: Backend, policy: Policy) -> Self {
+    fn new(backend: Backend, policy: Policy, wgmma: bool) -> Self {
         let sync_each_launch = std::env::var("DILT_SYNC").is_ok_and(|value| !value.is_empty() && value != "0");
         Device(Arc::new(Inner {
             backend,
             policy,
+            wgmma,
             sync_each_launch,
             recording: Mutex::new(None),
             trace: Mutex::new(None),
@@ -120,11 +138,27 @@ impl Device {
     /// # Errors
     /// As [`Device::open`].
     pub fn with_policy(&self, policy: Policy) -> Result<Self> {
-        let backend = match &self.0.backend {
+        Ok(Self::new(self.backend_again()?, policy, self.0.wgmma && policy == Policy::Staged))
+    }
+
+    /// Another handle to the same device, with a stream of its own, whose products in bf16 go by TMA and wgmma where these
+    /// pay ([`Device::wgmma`]).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where [`Device::has_wgmma`] says no; else as [`Device::open`].
+    pub fn with_wgmma(&self) -> Result<Self> {
+        if !self.has_wgmma() {
+            let name = self.description();
+            return Err(Error::Usage(format!("products by wgmma need a Hopper GPU and code for sm_90a, not '{name}'")));
+        }
+        Ok(Self::new(self.backend_again()?, Policy::Staged, true))
+    }
+
+    fn backend_again(&self) -> Result<Backend> {
+        Ok(match &self.0.backend {
             Backend::Host(host) => Backend::Host(host.clone()),
             Backend::Cuda(cuda) => Backend::Cuda(cuda.reopen()?),
-        };
-        Ok(Self::new(backend, policy))
+        })
     }
 
     /// Number of GPUs that can be used; 0 without a driver.
@@ -147,10 +181,11 @@ impl Device {
 
     /// What kernels compute with, for people and for the record of a run: `host v4`, `cuda sm_90 NVIDIA H200`.
     pub fn description(&self) -> String {
-        match &self.0.backend {
+        let name = match &self.0.backend {
             Backend::Host(host) => host.description(),
             Backend::Cuda(cuda) => cuda.description(),
-        }
+        };
+        if self.0.wgmma { name + ", wgmma" } else { name }
     }
 
     /// Bytes of memory that can be allocated now, as far as the system says.
@@ -164,6 +199,19 @@ impl Device {
     /// How kernels are cut into blocks here.
     pub fn policy(&self) -> Policy {
         self.0.policy
+    }
+
+    /// Whether products in bf16 go by TMA and wgmma where these pay: `DILT_WGMMA=1`, or [`Device::with_wgmma`].
+    pub fn wgmma(&self) -> bool {
+        self.0.wgmma
+    }
+
+    /// Whether they could: on a Hopper GPU with its own code, and on the host, which can do everything.
+    pub fn has_wgmma(&self) -> bool {
+        match &self.0.backend {
+            Backend::Host(_) => true,
+            Backend::Cuda(cuda) => cuda.has_wgmma(),
+        }
     }
 
     /// Threads for a block that shares rows or elements among `staged` threads: `staged`, or 1 with direct policy.

@@ -25,7 +25,7 @@ impl SharedMemory {
     }
 
     fn layout(bytes: usize) -> std::alloc::Layout {
-        std::alloc::Layout::from_size_align(bytes, 128).expect("shared memory is small")
+        std::alloc::Layout::from_size_align(bytes, 1024).expect("shared memory is small")
     }
 
     pub(super) fn pointer(&mut self) -> *mut c_void {

@@ -86,6 +86,12 @@ struct Running {
     barriers: Vec<Box<[[u64; 2]]>>,
 }
 
+/// Called on a thread that what was released on `object` is before from now on.
+pub(super) fn acquire(object: *const c_void) {
+    // SAFETY: only the address is used.
+    unsafe { __tsan_acquire(object) };
+}
+
 /// Whose barrier a thread comes to.
 #[derive(Clone, Copy)]
 pub(super) enum Barrier {

@@ -6,7 +6,7 @@
 
 use super::linear::{self, LinearShape};
 use super::tiles::{self, FORWARD, INPUT_GRADIENT, Product, Tile};
-use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
+use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, conv_wgmma, layouts_of};
 use crate::device::{
     Device, Kernel, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
     real_kernel,
@@ -21,11 +21,11 @@ kernel_args! {
         pub(super) n: i32,
     }
     pub(super) struct ConvArgs {
-        from: Ptr<Real>, w: Ptr<Real>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
-        accumulate: i32,
+        pub(super) from: Ptr<Real>, pub(super) w: Ptr<Real>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>,
+        pub(super) shape: ConvShape, columns: Columns, accumulate: i32,
     }
     pub(super) struct ConvWeightGradientArgs {
-        x: Ptr<Real>, dy: Ptr<Real>, partial: Ptr<f32>, shape: ConvShape, splits: i32,
+        pub(super) x: Ptr<Real>, pub(super) dy: Ptr<Real>, partial: Ptr<f32>, pub(super) shape: ConvShape, splits: i32,
     }
     struct ConvSumArgs { partial: Ptr<f32>, places: Ptr<u32>, sum: Ptr<f32>, count: i64, splits: i32 }
 }
@@ -141,10 +141,13 @@ impl ConvShape {
         (policy == Policy::Direct && precision == Precision::F32 && pointwise).then_some(LinearShape { c, k, n })
     }
 
-    /// Splits of the weight gradient: a function of shape, policy and precision alone.
-    fn gradient_splits(&self, policy: Policy, precision: Precision) -> usize {
-        let plan = || self.gradient_plan(policy, precision).1[2];
-        self.linear(policy, precision).map_or_else(plan, |linear| linear.splits())
+    /// Splits of the weight gradient: a function of shape, kind of device and precision alone.
+    fn gradient_splits(&self, device: &Device, precision: Precision) -> usize {
+        if self.by_wgmma(device, precision) {
+            return self.wgmma_gradient_plan().1[2];
+        }
+        let plan = || self.gradient_plan(device.policy(), precision).1[2];
+        self.linear(device.policy(), precision).map_or_else(plan, |linear| linear.splits())
     }
 
     /// Kernel, tap tiles, row tiles and splits of the weight gradient.
@@ -175,7 +178,7 @@ impl ConvShape {
 
     /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.
     pub fn gradient_scratch_len(&self, device: &Device, precision: Precision) -> usize {
-        match self.gradient_splits(device.policy(), precision) {
+        match self.gradient_splits(device, precision) {
             1 => 0,
             splits => splits * self.weight_len(),
         }
@@ -202,6 +205,11 @@ fn product(
         Policy::Staged => {
             // Of the largest class.
             let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
+            if args.shape.by_wgmma(device, precision) {
+                let tile = kernels.by_wgmma(rows, columns * classes * classes);
+                let grid = [columns.div_ceil(tile.columns), rows.div_ceil(tile.rows), classes * classes];
+                return conv_wgmma::product(device, kernels.gradient, tile, grid, args);
+            }
             let one_tap = args.shape.r * args.shape.s == 1;
             let Tile { kernel, rows: tile_rows, columns: tile_columns } =
                 kernels.of(precision, rows, columns * classes * classes, one_tap);
@@ -319,16 +327,20 @@ pub fn conv_weight_gradient(
     if scratch.len() < needed {
         check_len(op, "scratch", scratch.len(), needed)?;
     }
-    let splits = shape.gradient_splits(device.policy(), precision);
+    let splits = shape.gradient_splits(device, precision);
     let partial = if splits == 1 { dw.ptr() } else { scratch.ptr() };
     if let Some(linear) = shape.linear(device.policy(), precision) {
         linear::weight_gradient(device, linear, x.f32(op)?, dy.f32(op)?, partial)?;
     } else {
-        let (kernel, grid) = shape.gradient_plan(device.policy(), precision);
         let args = ConvWeightGradientArgs { x: x.ptr(), dy: dy.ptr(), partial, shape: *shape, splits: splits as i32 };
-        let launch = Launch::new(grid.map(|x| x as u32), device.threads(THREADS));
-        // SAFETY: the lengths of everything that `args` points to were checked against its shape.
-        unsafe { device.launch(kernel, launch, &args)? };
+        if shape.by_wgmma(device, precision) {
+            conv_wgmma::weight_gradient(device, &args)?;
+        } else {
+            let (kernel, grid) = shape.gradient_plan(device.policy(), precision);
+            let launch = Launch::new(grid.map(|x| x as u32), device.threads(THREADS));
+            // SAFETY: the lengths of everything that `args` points to were checked against its shape.
+            unsafe { device.launch(kernel, launch, &args)? };
+        }
     }
     if splits > 1 { sum_splits(device, partial, None, dw.len(), splits, dw) } else { Ok(()) }
 }

@@ -8,6 +8,7 @@ pub mod bias;
 pub mod ceiling;
 pub mod conv;
 pub mod conv_sparse;
+mod conv_wgmma;
 pub mod distances;
 pub mod dropout;
 #[cfg(dilt_sanitize)]
@@ -85,6 +86,7 @@ pub fn layouts() -> Vec<Layout> {
         ceiling::layouts(),
         conv::layouts(),
         conv_sparse::layouts(),
+        conv_wgmma::layouts(),
         distances::layouts(),
         dropout::layouts(),
         #[cfg(dilt_sanitize)]

@@ -4,6 +4,7 @@
 
 use super::conv::{ConvArgs, ConvWeightGradientArgs};
 use super::conv_sparse::{ConvSparseArgs, ConvSparseGradientArgs};
+use super::conv_wgmma::{ConvBoxesArgs, ConvGradientBoxesArgs};
 use crate::device::{Kernel, Precision, RealKernel, real_kernel};
 
 /// A kernel and what one of its blocks owns: features x columns of a product, filters x weights of a gradient.
@@ -24,6 +25,10 @@ pub(super) struct Product {
     bf16: [Tile<ConvArgs>; 5],
     /// The last three in f32 for filters of one tap, where they are others.
     pointwise: Option<[Tile<ConvArgs>; 3]>,
+    /// By wgmma; the last from as many blocks on as fill a GPU.
+    wgmma: [Tile<ConvBoxesArgs>; 3],
+    /// Whether it is the input gradient.
+    pub gradient: bool,
     /// The host's.
     pub direct: RealKernel<ConvArgs>,
 }
@@ -50,11 +55,23 @@ macro_rules! all_products {
         )
     };
 }
+/// The tiles of a product by wgmma.
+macro_rules! wgmma_products {
+    ($name:literal) => {
+        [
+            tile(concat!($name, "_64x128_bf16"), 64, 128),
+            tile(concat!($name, "_128x128_bf16"), 128, 128),
+            tile(concat!($name, "_128x256_bf16"), 128, 256),
+        ]
+    };
+}
 
 pub(super) static FORWARD: Product = Product {
     f32: all_products!("conv_forward", "f32"),
     bf16: all_products!("conv_forward", "bf16"),
     pointwise: None,
+    wgmma: wgmma_products!("conv_forward_wgmma"),
+    gradient: false,
     direct: real_kernel!("conv_forward_direct"),
 };
 
@@ -62,6 +79,8 @@ pub(super) static INPUT_GRADIENT: Product = Product {
     f32: all_products!("conv_input_gradient", "f32"),
     bf16: all_products!("conv_input_gradient", "bf16"),
     pointwise: Some(products!("conv_input_gradient_pointwise", "f32")),
+    wgmma: wgmma_products!("conv_input_gradient_wgmma"),
+    gradient: true,
     direct: real_kernel!("conv_input_gradient_direct"),
 };
 
@@ -79,6 +98,12 @@ static WEIGHT_GRADIENT_BF16: [Tile<ConvWeightGradientArgs>; 4] = [
     tile("conv_weight_gradient_128x128_bf16", 128, 128),
 ];
 
+/// By wgmma, weights counted in boxes of 64 channels at a tap.
+static WGMMA_WEIGHT_GRADIENT: [Tile<ConvGradientBoxesArgs>; 2] = [
+    tile("conv_weight_gradient_wgmma_64x128_bf16", 64, 128),
+    tile("conv_weight_gradient_wgmma_128x128_bf16", 128, 128),
+];
+
 /// The tilings of groups of rows in bf16, by the columns that one owns; of the weight gradient a group's entries.
 pub(super) static GROUPS_FORWARD: [Tile<ConvSparseArgs>; 2] =
     [tile("conv_groups_forward_32x128_bf16", 32, 128), tile("conv_groups_forward_32x256_bf16", 32, 256)];
@@ -89,6 +114,8 @@ pub(super) static GROUP_GRADIENT: Tile<ConvSparseGradientArgs> =
 
 /// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
 const PRODUCT_BLOCKS: usize = 200;
+/// The same of the largest tile by wgmma, of which a multiprocessor holds one.
+const WGMMA_BLOCKS: usize = 132;
 /// Blocks that a weight gradient aims for: two for each of 132 multiprocessors.
 const GRADIENT_BLOCKS: usize = 264;
 /// The same of groups, whose blocks are smaller: three for each.
@@ -117,6 +144,16 @@ impl Product {
             _ => &tiles[tile],
         }
     }
+
+    /// The tile by wgmma for a result of so many rows and columns.
+    pub(super) fn by_wgmma(&self, rows: usize, columns: usize) -> &Tile<ConvBoxesArgs> {
+        let [small, middle, large] = &self.wgmma;
+        match rows {
+            0..=64 => small,
+            _ if rows.div_ceil(large.rows) * columns.div_ceil(large.columns) >= WGMMA_BLOCKS => large,
+            _ => middle,
+        }
+    }
 }
 
 /// The tile for the gradient of so many filters of so many weights, and the splits of its `columns`.
@@ -133,6 +170,18 @@ pub(super) fn weight_gradient(
     let tile = tiles.iter().find(|tile| filters <= tile.rows).unwrap_or(&tiles[3]);
     let blocks = filters.div_ceil(tile.rows) * weights.div_ceil(tile.columns);
     (tile, (GRADIENT_BLOCKS / blocks).min(columns / 256).max(1))
+}
+
+/// The same by wgmma, for whole boxes of weights.
+pub(super) fn wgmma_weight_gradient(
+    filters: usize,
+    weights: usize,
+    columns: usize,
+) -> (&'static Tile<ConvGradientBoxesArgs>, usize) {
+    let [small, large] = &WGMMA_WEIGHT_GRADIENT;
+    let tile = if filters <= small.rows { small } else { large };
+    let blocks = filters.div_ceil(tile.rows) * weights.div_ceil(tile.columns);
+    (tile, (GRADIENT_BLOCKS / blocks).min(columns / 512).max(1))
 }
 
 /// The tile for a product of so many groups, classes of pixels apart, with `columns` each.

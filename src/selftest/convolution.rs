@@ -40,6 +40,20 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| kept_weights(t, &large_image(50, 3)?),
 ];
 
+/// The checks of products by wgmma, whose boxes take whole 64 samples: all tiles of each pass.
+pub(super) const BY_WGMMA: &[Check] = &[
+    |t| convolution(t, &boxes(72, 64, 2)?, Columns::samples(BOX)?),
+    |t| convolution(t, &boxes(70, 130, 1)?, Columns::samples(BOX)?),
+    |t| convolution(t, &linear()?, linear_columns()?),
+    |t| convolution(t, &long(64, 72)?, long_columns()?),
+    |t| convolution_input_gradient(t, &boxes(64, 72, 2)?),
+    |t| convolution_input_gradient(t, &boxes(130, 70, 1)?),
+    |t| convolution_input_gradient(t, &long(72, 64)?),
+    |t| convolution_weight_gradient(t, &boxes(72, 64, 2)?),
+    |t| convolution_weight_gradient(t, &boxes(70, 130, 1)?),
+    |t| convolution_weight_gradient(t, &linear()?),
+];
+
 /// The other checks.
 pub(super) const OTHERS: &[Check] = &[rounded_weights];
 
@@ -65,6 +79,22 @@ fn linear() -> Result<ConvShape> {
 
 fn linear_columns() -> Result<Columns> {
     Columns::tokens(SAMPLES, 65)
+}
+
+/// Samples of a box.
+const BOX: usize = 64;
+
+fn boxes(channels: usize, filters: usize, stride: usize) -> Result<ConvShape> {
+    ConvShape::new([channels, 4, 3], filters, [3, 3], stride, 1, BOX)
+}
+
+/// Enough columns for the largest tile.
+fn long(channels: usize, filters: usize) -> Result<ConvShape> {
+    ConvShape::new([channels, 1, 1], filters, [1, 1], 1, 0, long_columns()?.len())
+}
+
+fn long_columns() -> Result<Columns> {
+    Columns::tokens(SAMPLES, 2112)
 }
 
 /// Weights as products of the trial's precision read them.

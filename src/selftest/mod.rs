@@ -46,28 +46,39 @@ pub struct Outcome {
     pub problem: Option<String>,
 }
 
-/// Tests every kernel of [`kernel_files`], in that order, with inputs drawn from `seed`.
+/// Tests every kernel of [`kernel_files`], in that order, with inputs drawn from `seed`; those of wgmma where the device has
+/// it.
 ///
 /// # Errors
 /// As [`Device::with_policy`]. What fails in a kernel is told in its [`Outcome`].
 pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
     let mut findings = Vec::new();
-    for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
-        let device = device.with_policy(policy)?;
-        let reference = Device::host(HostOptions { policy: other, schedule: None, isa: Some("base") })?;
-        let of_activations = checks::OF_ACTIVATIONS.iter().chain(convolution::OF_ACTIVATIONS);
-        let of_activations = of_activations.chain(coupling::OF_ACTIVATIONS);
-        let others = checks::OTHERS.iter().chain(convolution::OTHERS).chain(coupling::OTHERS);
-        let each = of_activations.flat_map(|check| Precision::ALL.map(|precision| (check, precision)));
-        for (check, precision) in each.chain(others.map(|check| (check, Precision::F32))) {
-            let (mut got, mut want) = (Trial::new(&device, seed, precision), Trial::new(&reference, seed, precision));
+    let mut test = |device: &Device, other: Policy, checks: &mut dyn Iterator<Item = (&Check, Precision)>| {
+        let reference = Device::host(HostOptions { policy: other, isa: Some("base"), ..HostOptions::default() })?;
+        for (check, precision) in checks {
+            let (mut got, mut want) = (Trial::new(device, seed, precision), Trial::new(&reference, seed, precision));
             let (launches, done) = device.trace(|| check(&mut got));
             let compared = done.and_then(|()| check(&mut want)).map(|()| compare(&got.results, &want.results));
             let (error, problem) = compared.unwrap_or_else(|error| (f64::INFINITY, Some(error.to_string())));
             findings.push(Finding { precision, launches, error, problem });
         }
+        Ok(())
+    };
+    for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
+        let of_activations = checks::OF_ACTIVATIONS.iter().chain(convolution::OF_ACTIVATIONS);
+        let of_activations = of_activations.chain(coupling::OF_ACTIVATIONS);
+        let others = checks::OTHERS.iter().chain(convolution::OTHERS).chain(coupling::OTHERS);
+        let each = of_activations.flat_map(|check| Precision::ALL.map(|precision| (check, precision)));
+        let mut checks = each.chain(others.map(|check| (check, Precision::F32)));
+        test(&device.with_policy(policy)?, other, &mut checks)?;
+    }
+    let by_wgmma = device.has_wgmma();
+    if by_wgmma {
+        let mut checks = convolution::BY_WGMMA.iter().map(|check| (check, Precision::Bf16));
+        test(&device.with_wgmma()?, Policy::Direct, &mut checks)?;
     }
     let kernels = kernel_files().flat_map(|(_, kernels)| kernels);
+    let kernels = kernels.filter(|kernel| by_wgmma || !kernel.contains("_wgmma_"));
     Ok(kernels.map(|kernel| outcome(kernel, &findings)).collect())
 }
 

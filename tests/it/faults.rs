@@ -27,7 +27,7 @@ fn kernel(fault: &str) -> &'static str {
 }
 
 fn device(schedule: Option<u64>) -> Device {
-    Device::host(HostOptions { policy: Policy::Staged, schedule, isa: None }).unwrap()
+    Device::host(HostOptions { policy: Policy::Staged, schedule, ..HostOptions::default() }).unwrap()
 }
 
 #[test]

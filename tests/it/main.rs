@@ -12,6 +12,7 @@ mod command;
 mod compact;
 mod conv;
 mod conv_sparse;
+mod conv_wgmma;
 mod data;
 mod device;
 mod distances;

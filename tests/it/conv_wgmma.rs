@@ -1,0 +1,96 @@
+//! Convolution in bf16 by TMA and wgmma, on the host's meaning of them, and on a Hopper GPU.
+
+use dilt::device::{Device, HostOptions, Policy};
+use dilt::ops::Columns;
+use dilt::ops::conv::ConvShape;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::conv::Layer;
+use crate::support::{Storage, on_devices};
+
+/// Whether a device shall multiply so, which has a handle for it then.
+fn by_wgmma(device: &Device) -> Option<Device> {
+    let can = device.policy() == Policy::Staged && device.has_wgmma();
+    can.then(|| device.with_wgmma().unwrap())
+}
+
+/// Of so many true samples: beside float32 on the host, by the rule of bf16, and by no other kernels.
+fn agrees(shape: &ConvShape, n: usize, count: usize) {
+    let mut rng = ChaCha8Rng::seed_from_u64(shape.weight_len() as u64);
+    let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+    let [mut x, mut dy] = [shape.input_len(), shape.output_len()].map(&mut values);
+    let [w, bias] = [shape.weight_len(), shape.filters()].map(values);
+    // Padding is zero, as every kernel writes it.
+    for pixel in [&mut x, &mut dy].into_iter().flat_map(|values| values.chunks_mut(n)) {
+        pixel[count..].fill(0.0);
+    }
+    let columns = Columns::samples(n).unwrap();
+    let layer = Layer { shape: *shape, columns, count, x: &x, w: &w, bias: Some(&bias), dy: &dy };
+    let want = layer.passes(&Device::host(HostOptions::default()).unwrap(), Storage::F32);
+    on_devices(|device, label| {
+        let Some(device) = by_wgmma(device) else { return Vec::new() };
+        let label = format!("{label}: {shape}");
+        let (launches, done) = device.trace(|| {
+            layer.passes(&device, Storage::Bf16);
+            Ok(())
+        });
+        done.unwrap();
+        let kernels = launches.iter().map(|launch| launch.kernel);
+        let products = kernels.filter(|name| name.contains("conv_") && !name.contains("sum_splits"));
+        let (by_wgmma, others): (Vec<_>, Vec<_>) = products.partition(|name| name.contains("_wgmma_"));
+        assert_eq!((by_wgmma.len(), others), (4, vec![]), "{label}");
+        layer.judge_bf16(&device, &label, &want.y, &want.dx, &want.dw)
+    });
+}
+
+#[test]
+fn images_agree_with_float32() {
+    for (input, k, filter, stride, pad, n, count) in [
+        ([72, 3, 4], 130, [3, 3], 1, 1, 64, 50),
+        ([64, 5, 4], 70, [3, 3], 2, 1, 64, 64),
+        ([130, 3, 2], 64, [1, 1], 2, 0, 128, 65),
+        ([65, 4, 4], 66, [2, 3], 3, 2, 64, 1),
+    ] {
+        agrees(&ConvShape::new(input, k, filter, stride, pad, n).unwrap(), n, count);
+    }
+}
+
+#[test]
+fn linear_layers_agree_with_float32() {
+    agrees(&ConvShape::new([200, 1, 1], 136, [1, 1], 1, 0, 192).unwrap(), 192, 180);
+    // The largest tile; ThreadSanitizer would take minutes.
+    if !cfg!(dilt_sanitize) {
+        let n = 132 * 256;
+        agrees(&ConvShape::new([64, 1, 1], 72, [1, 1], 1, 0, n).unwrap(), n, n - 3);
+        agrees(&ConvShape::new([72, 1, 1], 64, [1, 1], 1, 0, n).unwrap(), n, n - 3);
+    }
+}
+
+#[test]
+fn other_layers_take_the_portable_kernels() {
+    let device = Device::host(HostOptions { policy: Policy::Staged, wgmma: true, ..HostOptions::default() }).unwrap();
+    assert!(device.wgmma() && device.description().ends_with(", wgmma"));
+    // Few channels, few filters, samples that fill no box.
+    for (c, k, n) in [(63, 64, 64), (64, 63, 64), (64, 64, 72)] {
+        let shape = ConvShape::new([c, 2, 2], k, [1, 1], 1, 0, n).unwrap();
+        let [x, w, dy] = [shape.input_len(), shape.weight_len(), shape.output_len()].map(|len| vec![1.0; len]);
+        let columns = Columns::samples(n).unwrap();
+        let layer = Layer { shape, columns, count: n, x: &x, w: &w, bias: None, dy: &dy };
+        let (launches, done) = device.trace(|| {
+            let y = layer.passes(&device, Storage::Bf16).y;
+            assert!(y.iter().all(|&y| y == c as f32), "{shape}");
+            Ok(())
+        });
+        done.unwrap();
+        assert!(launches.iter().all(|launch| !launch.kernel.contains("wgmma")), "{launches:?}");
+    }
+}
+
+#[test]
+fn a_device_that_does_not_stage_is_refused() {
+    let direct = HostOptions { wgmma: true, ..HostOptions::default() };
+    let error = Device::host(direct).err().unwrap();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("DILT_HOST_POLICY=staged"), "{error}");
+}
