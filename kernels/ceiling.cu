@@ -8,7 +8,7 @@
 // COLUMNS] f32. A chain is a vector in registers, and so are the tiles of a warp: enough of them that none waits for the one
 // before it, and nothing else is done meanwhile. The copies are ordinary loads and stores, as all kernels' are: a host
 // that reads a line before it writes to it moves half as much again as is counted.
-// mma.sync is what tensor cores of sm_80 do at best; those of sm_90 do more with wgmma, which dilt has no kernels for.
+// mma.sync is what tensor cores of sm_80 do at best; those of sm_90 do more with wgmma (ceiling_wgmma.cu).
 // Limit: copy bytes, the others arithmetic. Not measured on a GPU yet.
 #include "kernels/lib/mma.cuh"
 

@@ -5,7 +5,8 @@
 #
 # Host objects: no weak symbols, of which the linker would keep one copy for all instruction sets. CUDA code, where the
 # build had nvcc: no serialised wgmma (C75xx), no spills; in the machine code of sm_80 and sm_90a no local memory (LDL,
-# STL), and in the products of kernels/*_mma.cu tensor cores (HMMA) and asynchronous copies (LDGSTS).
+# STL), in the products of kernels/*_mma.cu tensor cores (HMMA) and asynchronous copies (LDGSTS), and in those of
+# kernels/*_wgmma.cu for sm_90a wgmma (HGMMA) and TMA (UTMALDG).
 # Tools: nm; cuobjdump and nvdisasm beside NVCC or in PATH; DILT_REQUIRE_NVCC=1 demands the CUDA half.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -55,26 +56,35 @@ if [ -z "$cuobjdump" ] || ! PATH=$tools command -v nvdisasm >/dev/null; then
     exit 1
 fi
 # Of tensor-core products: which instructions must be there, beside no local memory anywhere.
-mapfile -t mma < <(sed -n 's/^KERNEL(\([a-z0-9_]*\).*/\1/p' kernels/*_mma.cu)
+kernels_of() { sed -n 's/^KERNEL(\([a-z0-9_]*\).*/\1/p' "$@"; }
+mma=$(kernels_of kernels/*_mma.cu)
+wgmma=$(kernels_of kernels/*_wgmma.cu)
 for arch in sm_80 sm_90a; do
     code=$(for fatbin in "${fatbins[@]}"; do
         PATH=$tools cuobjdump --dump-sass --gpu-architecture "$arch" "$fatbin"
     done)
     kernels=$(grep -c 'Function : ' <<<"$code" || true)
     [ "$kernels" -gt 0 ] || fail "no machine code for $arch in $out"
-    wrong=$(awk -v allowed="$allowed" -v mma="${mma[*]}" '
+    [ "$arch" = sm_90a ] || wgmma=
+    wrong=$(awk -v allowed="$allowed" -v mma="${mma//$'\n'/ }" -v wgmma="${wgmma//$'\n'/ }" '
+        function demand(kernels, instruction, counts,    names, i) {
+            for (i = split(kernels, names, " "); i > 0; --i)
+                if (!counts[names[i]]) print names[i] ": no " instruction
+        }
         /Function : / { kernel = $3 }
         / (LDL|STL)[. ]/ && kernel !~ allowed { local_memory[kernel]++ }
         / HMMA/ { products[kernel]++ }
         / LDGSTS/ { copies[kernel]++ }
+        / HGMMA/ { group_products[kernel]++ }
+        / UTMALDG/ { boxes[kernel]++ }
         END {
             for (kernel in local_memory) print kernel ": " local_memory[kernel] " instructions of local memory"
-            for (i = split(mma, names, " "); i > 0; --i) {
-                if (!products[names[i]]) print names[i] ": no HMMA"
-                if (!copies[names[i]]) print names[i] ": no LDGSTS"
-            }
+            demand(mma, "HMMA", products)
+            demand(mma, "LDGSTS", copies)
+            demand(wgmma, "HGMMA", group_products)
+            demand(wgmma, "UTMALDG", boxes)
         }' <<<"$code")
     [ -z "$wrong" ] || fail "machine code of $arch:"$'\n'"$wrong"
-    echo "machine code: $kernels kernels of $arch looked at for local memory, ${#mma[@]} for tensor cores and asynchronous copies"
+    echo "machine code: $kernels kernels of $arch looked at for local memory, $(wc -w <<<"$mma $wgmma") for tensor cores and asynchronous copies"
 done
 exit "$failed"

@@ -1,6 +1,6 @@
 //! Tensors as TMA copies boxes of them to shared memory (`kernels/lib/hopper.cuh`).
 
-use super::{Backend, Device, Ptr, Real};
+use super::{Backend, Device, Ptr};
 use crate::error::Result;
 
 /// A tensor of bf16 and the box of it that a copy brings, as a field of an argument struct.
@@ -20,7 +20,7 @@ impl Device {
     ///
     /// # Errors
     /// [`crate::Error::Device`] if the driver refuses it.
-    pub(crate) fn tensor_map(&self, first: Ptr<Real>, size: [usize; 4], boxed: [usize; 4]) -> Result<TensorMap> {
+    pub(crate) fn tensor_map<T>(&self, first: Ptr<T>, size: [usize; 4], boxed: [usize; 4]) -> Result<TensorMap> {
         let [size, boxed] = [size, boxed].map(|sizes| sizes.map(|size| size as u64));
         match &self.0.backend {
             Backend::Host(_) => {

@@ -1,10 +1,9 @@
 //! What a device does at best, measured on it, and how fast work can be by that: the roofline (Williams et al. 2009).
 //!
 //! Two ceilings: operations a second of multiply-adds in registers (f32, and bf16 on the host, which multiplies in f32) or
-//! of products by mma.sync (bf16 on a GPU); and bytes a second, read and written, of copies between buffers that are larger
+//! of products by mma.sync or, on a device that is told to use it, wgmma (bf16 on a GPU); and bytes a second, read and written, of copies between buffers that are larger
 //! than caches. A piece of work takes at least the longer of its operations at the first and its bytes at the second.
-//! Neither is a limit of physics: bytes that a cache keeps move faster, wgmma of sm_90 multiplies faster than mma.sync, and a
-//! GPU that is held back by its power does less in a long run than in these short ones. So a share may be above 1, where
+//! Neither is a limit of physics: bytes that a cache keeps move faster, and a GPU that is held back by its power does less in a long run than in these short ones. So a share may be above 1, where
 //! tensors fit in caches.
 
 use std::fmt;
@@ -15,9 +14,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::traffic::{LayerWork, Work};
-use crate::device::{Device, Policy, Precision};
+use crate::device::{Device, Policy, Precision, Slice, SliceMut};
 use crate::error::Result;
-use crate::ops::ceiling::{CHAINS, DEPTH, STEPS, TILE, WARPS, ceiling_copy, multiply_add, multiply_tiles};
+use crate::ops::ceiling::{
+    BOXES, CHAINS, STEPS, TILE, WARPS, ceiling_copy, multiply_add, multiply_boxes, multiply_tiles,
+};
 
 /// Elements that are copied at once, 128 MiB: with what they are copied to more than the caches of today's GPUs, 126 MB.
 const COPIED: usize = 32 << 20;
@@ -36,7 +37,7 @@ pub struct Ceilings {
     pub flop_per_second: f64,
     /// Bytes read and written a second.
     pub bytes_per_second: f64,
-    /// What the operations are: `multiply-adds in registers`, or `mma.sync`.
+    /// What the operations are: `multiply-adds in registers`, `mma.sync` or `wgmma`.
     pub products: &'static str,
 }
 
@@ -47,9 +48,13 @@ impl Ceilings {
     /// [`crate::Error::Device`] when memory runs out or the device fails.
     pub fn measure(device: &Device, precision: Precision) -> Result<Self> {
         // As products choose their kernels.
-        let tiles = precision == Precision::Bf16 && device.policy() == Policy::Staged;
-        let flop_per_second = if tiles { measure_tiles(device)? } else { measure_multiply_adds(device)? };
-        let products = if tiles { "mma.sync" } else { "multiply-adds in registers" };
+        let (products, flop_per_second) = match (precision, device.policy()) {
+            (Precision::Bf16, Policy::Staged) if device.wgmma() => {
+                ("wgmma", measure_products(device, BOXES, 1, multiply_boxes)?)
+            }
+            (Precision::Bf16, Policy::Staged) => ("mma.sync", measure_products(device, TILE, WARPS, multiply_tiles)?),
+            _ => ("multiply-adds in registers", measure_multiply_adds(device)?),
+        };
         Ok(Ceilings { flop_per_second, bytes_per_second: measure_copies(device)?, products })
     }
 
@@ -124,23 +129,28 @@ fn measure_multiply_adds(device: &Device) -> Result<f64> {
     })
 }
 
-fn measure_tiles(device: &Device) -> Result<f64> {
-    let [rows, columns] = TILE;
+/// Of products of so many rows, columns and steps, `each` a block.
+fn measure_products(
+    device: &Device,
+    [rows, columns, depth]: [usize; 3],
+    each: usize,
+    multiply: fn(&Device, i32, Slice<bf16>, Slice<bf16>, SliceMut<f32>) -> Result<()>,
+) -> Result<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut tile =
         |len: usize| -> Vec<bf16> { (0..len).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect() };
-    let (left, right) = (device.upload(&tile(rows * DEPTH))?, device.upload(&tile(columns * DEPTH))?);
-    let own = WARPS * rows * columns;
+    let (left, right) = (device.upload(&tile(rows * depth))?, device.upload(&tile(columns * depth))?);
+    let own = each * rows * columns;
     let mut sum = device.alloc::<f32>(BLOCKS * own)?;
     // Blocks first, then rounds: the host's meaning of tensor cores takes long for one.
     let split = |much: usize| (much.min(BLOCKS), much.div_ceil(BLOCKS));
     let flop = |much: usize| {
         let (blocks, rounds) = split(much);
-        (2 * blocks * own * DEPTH) as f64 * rounds as f64
+        (2 * blocks * own * depth) as f64 * rounds as f64
     };
     fastest_of_long(device, BLOCKS << 20, flop, |much| {
         let (blocks, rounds) = split(much);
-        multiply_tiles(device, rounds as i32, left.view(), right.view(), sum.slice_mut(0..blocks * own))
+        multiply(device, rounds as i32, left.view(), right.view(), sum.slice_mut(0..blocks * own))
     })
 }
 

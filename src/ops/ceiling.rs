@@ -1,22 +1,24 @@
-//! What a device does at best (`kernels/ceiling.cu`): copies, multiply-adds in registers, products on tensor cores. Other
-//! kernels' speed is stated as a share of theirs.
+//! What a device does at best (`kernels/ceiling.cu`, `ceiling_wgmma.cu`): copies, multiply-adds in registers, products on
+//! tensor cores. Other kernels' speed is stated as a share of theirs.
 
 use half::bf16;
 
 use super::{check_len, layouts_of};
-use crate::device::{Device, Kernel, Launch, Ptr, Slice, SliceMut, kernel_args};
+use crate::device::{Device, Kernel, Launch, Ptr, Slice, SliceMut, TensorMap, kernel_args};
 use crate::error::{Error, Result};
 
 kernel_args! {
     struct CeilingCopyArgs { from: Ptr<f32>, to: Ptr<f32>, count: i64 }
     struct MultiplyAddArgs { x: Ptr<f32>, y: Ptr<f32>, count: i64, rounds: i32, factor: f32, addend: f32 }
     struct MultiplyTilesArgs { left: Ptr<bf16>, right: Ptr<bf16>, sum: Ptr<f32>, rounds: i32 }
+    struct MultiplyBoxesArgs { left: TensorMap, right: TensorMap, sum: Ptr<f32>, rounds: i32 }
 }
-layouts_of!(CeilingCopyArgs, MultiplyAddArgs, MultiplyTilesArgs);
+layouts_of!(CeilingCopyArgs, MultiplyAddArgs, MultiplyTilesArgs, MultiplyBoxesArgs);
 
 static COPY: Kernel<CeilingCopyArgs> = Kernel::new("ceiling_copy_f32");
 static MULTIPLY_ADD: Kernel<MultiplyAddArgs> = Kernel::new("ceiling_multiply_add_f32");
 static MULTIPLY_TILES: Kernel<MultiplyTilesArgs> = Kernel::new("ceiling_multiply_tiles_bf16");
+static MULTIPLY_BOXES: Kernel<MultiplyBoxesArgs> = Kernel::new("ceiling_wgmma_multiply_bf16");
 
 const THREADS: u32 = 256;
 /// Most blocks of a copy and of multiply-adds: several pieces for each core of a host, and whole waves of the 132 multiprocessors
@@ -30,10 +32,10 @@ pub const CHAINS: usize = 8;
 pub const STEPS: usize = 16;
 /// Sums of a block of [`multiply_tiles`], one a warp.
 pub const WARPS: usize = THREADS as usize / 32;
-/// Rows and columns of such a sum.
-pub const TILE: [usize; 2] = [32, 64];
-/// Steps of the reduction of a round.
-pub const DEPTH: usize = 16;
+/// Rows and columns of such a sum, and steps of the reduction of a round.
+pub const TILE: [usize; 3] = [32, 64, 16];
+/// The same of a block of [`multiply_boxes`].
+pub const BOXES: [usize; 3] = [128, 256, 64];
 
 fn check_vectors(op: &'static str, first: (&str, usize), second: (&str, usize)) -> Result<()> {
     check_len(op, second.0, second.1, first.1)?;
@@ -91,12 +93,39 @@ pub fn multiply_tiles(
     right: Slice<bf16>,
     sum: SliceMut<f32>,
 ) -> Result<()> {
-    let [rows, columns] = TILE;
-    check_len("multiply_tiles", "left", left.len(), rows * DEPTH)?;
-    check_len("multiply_tiles", "right", right.len(), columns * DEPTH)?;
-    let blocks = (sum.len() / (WARPS * rows * columns)).max(1);
-    check_len("multiply_tiles", "sum", sum.len(), blocks * WARPS * rows * columns)?;
+    let blocks = check_products("multiply_tiles", TILE, WARPS, [left.len(), right.len(), sum.len()])?;
     let args = MultiplyTilesArgs { left: left.ptr(), right: right.ptr(), sum: sum.ptr(), rounds };
     // SAFETY: lengths are those of the tiles and of the blocks' sums.
-    unsafe { device.launch(&MULTIPLY_TILES, Launch::new([blocks as u32, 1, 1], THREADS), &args) }
+    unsafe { device.launch(&MULTIPLY_TILES, Launch::new([blocks, 1, 1], THREADS), &args) }
+}
+
+/// The same of each block for itself, by wgmma: left `[128, 64]`, right `[256, 64]`, sum `[blocks, 128, 256]`. For a device of
+/// [`Device::has_wgmma`].
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn multiply_boxes(
+    device: &Device,
+    rounds: i32,
+    left: Slice<bf16>,
+    right: Slice<bf16>,
+    sum: SliceMut<f32>,
+) -> Result<()> {
+    let blocks = check_products("multiply_boxes", BOXES, 1, [left.len(), right.len(), sum.len()])?;
+    let [rows, columns, depth] = BOXES;
+    let one_box = |first: Slice<bf16>, rows| device.tensor_map(first.ptr(), [depth, 1, 1, rows], [depth, 1, 1, rows]);
+    let (left, right) = (one_box(left, rows)?, one_box(right, columns)?);
+    let args = MultiplyBoxesArgs { left, right, sum: sum.ptr(), rounds };
+    // SAFETY: as in `multiply_tiles`.
+    unsafe { device.launch(&MULTIPLY_BOXES, Launch::new([blocks, 1, 1], THREADS), &args) }
+}
+
+/// The blocks whose sums these are, `each` a block.
+fn check_products(op: &'static str, [rows, columns, depth]: [usize; 3], each: usize, lens: [usize; 3]) -> Result<u32> {
+    let [left, right, sum] = lens;
+    check_len(op, "left", left, rows * depth)?;
+    check_len(op, "right", right, columns * depth)?;
+    let blocks = (sum / (each * rows * columns)).max(1);
+    check_len(op, "sum", sum, blocks * each * rows * columns)?;
+    Ok(blocks as u32)
 }

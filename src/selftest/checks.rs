@@ -10,7 +10,7 @@ use crate::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, atte
 use crate::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
-use crate::ops::ceiling::{DEPTH, TILE, WARPS, ceiling_copy, multiply_add, multiply_tiles};
+use crate::ops::ceiling::{BOXES, TILE, WARPS, ceiling_copy, multiply_add, multiply_boxes, multiply_tiles};
 use crate::ops::dropout::{
     Draw, ResidualShape, dropout_backward, dropout_forward, residual_backward, residual_forward,
 };
@@ -506,11 +506,21 @@ fn ceilings(t: &mut Trial) -> Result<()> {
     t.exact("to", &to)?;
     multiply_add(t.device, 3, [-0.999, 0.5], x.view(), y.view_mut())?;
     t.close("y", &y)?;
-    let [rows, columns] = TILE;
+    let [rows, columns, depth] = TILE;
     let mut tile = |len| t.draw(len, |random| bf16::from_f32(random.random_range(-1.0..1.0)));
-    let (left, right) = (tile(rows * DEPTH)?, tile(columns * DEPTH)?);
+    let (left, right) = (tile(rows * depth)?, tile(columns * depth)?);
     let mut sum = t.unwritten(WARPS * rows * columns)?;
     multiply_tiles(t.device, 2, left.view(), right.view(), sum.view_mut())?;
+    t.close("sum", &sum)
+}
+
+/// Of two blocks.
+pub(super) fn ceiling_of_wgmma(t: &mut Trial) -> Result<()> {
+    let [rows, columns, depth] = BOXES;
+    let mut tile = |len| t.draw(len, |random| bf16::from_f32(random.random_range(-1.0..1.0)));
+    let (left, right) = (tile(rows * depth)?, tile(columns * depth)?);
+    let mut sum = t.unwritten(2 * rows * columns)?;
+    multiply_boxes(t.device, 2, left.view(), right.view(), sum.view_mut())?;
     t.close("sum", &sum)
 }
 

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{Check, SAMPLES, Trial};
+use super::{Check, SAMPLES, Trial, checks};
 use crate::device::{Buffer, Precision, RealBuffer};
 use crate::error::Result;
 use crate::ops::Columns;
@@ -42,6 +42,7 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
 
 /// The checks of products by wgmma, whose boxes take whole 64 samples: all tiles of each pass.
 pub(super) const BY_WGMMA: &[Check] = &[
+    checks::ceiling_of_wgmma,
     |t| convolution(t, &boxes(72, 64, 2)?, Columns::samples(BOX)?),
     |t| convolution(t, &boxes(70, 130, 1)?, Columns::samples(BOX)?),
     |t| convolution(t, &linear()?, linear_columns()?),

@@ -1,6 +1,6 @@
 // faults.cu - kernels with one mistake each, which prove that the sanitizer builds and the host device's scheduler see
 // such mistakes. Compiled into sanitizer builds alone. tests/it/faults.rs finds the lines by their "FAULT" comments.
-#include "kernels/lib/device.cuh"
+#include "kernels/lib/hopper.cuh"
 
 // Every kernel here is launched with 64 threads a block.
 constexpr uint32_t FAULT_THREADS = 64;
@@ -12,6 +12,11 @@ struct FaultArgs {
 
 struct FaultShared {
     uint32_t value[FAULT_THREADS];
+};
+
+struct FaultPhaseShared {
+    uint32_t value;
+    PhaseBarrier barrier;
 };
 
 // Correct: what the faulty kernels below are variations of.
@@ -85,7 +90,31 @@ BARRIER_FREE_KERNEL(fault_race_between_blocks, FaultArgs, FAULT_THREADS) {
     if (threadIdx.x == 0) a.data[0] += 1;  // FAULT race_between_blocks
 }
 
+// What was there when a thread arrived may be read after the phase; what is written later may not.
+KERNEL(fault_written_after_arrival, FaultArgs, FaultPhaseShared, FAULT_THREADS) {
+    SHARED(FaultPhaseShared, shared);
+    if (threadIdx.x == 0) start(shared.barrier, 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        shared.value = 1;
+        arrive(shared.barrier);
+        shared.value = 2;  // FAULT written_after_arrival
+    } else if (threadIdx.x == 32) {
+        wait_phase(shared.barrier, 0);
+        atomicAdd(&a.data[0], shared.value);
+    }
+}
+
 // ---------------------------------------------------------------------------- the scheduler's own errors
+
+KERNEL(fault_phase_in_vain, FaultArgs, FaultPhaseShared, FAULT_THREADS) {
+    SHARED(FaultPhaseShared, shared);
+    if (threadIdx.x == 0) start(shared.barrier, 2);
+    __syncthreads();
+    if (threadIdx.x == 0) arrive(shared.barrier);
+    wait_phase(shared.barrier, 0);  // FAULT phase_in_vain
+    if (threadIdx.x == 0) a.data[0] = 1;
+}
 
 KERNEL(fault_different_barriers, FaultArgs, NoShared, FAULT_THREADS) {
     if (threadIdx.x < 32) {

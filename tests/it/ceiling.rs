@@ -1,14 +1,16 @@
 //! What ceilings are measured with: that the work is done which is counted, and what is made of the times.
 
-use dilt::device::{Device, Precision};
+use dilt::device::{Device, Precision, Slice, SliceMut};
 use dilt::nn::roofline::Ceilings;
 use dilt::nn::traffic::{LayerWork, Work};
-use dilt::ops::ceiling::{CHAINS, DEPTH, STEPS, TILE, WARPS, ceiling_copy, multiply_add, multiply_tiles};
+use dilt::ops::ceiling::{
+    BOXES, CHAINS, STEPS, TILE, WARPS, ceiling_copy, multiply_add, multiply_boxes, multiply_tiles,
+};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{on_devices, read, unwritten};
+use crate::support::{by_wgmma, on_devices, read, unwritten};
 
 fn numbers(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -53,24 +55,40 @@ fn every_chain_takes_every_step() {
     });
 }
 
+/// `multiply`, of two blocks with sums of `each` products.
+fn products_are_right(
+    device: &Device,
+    label: &str,
+    [rows, columns, depth]: [usize; 3],
+    each: usize,
+    multiply: impl Fn(&Device, i32, Slice<bf16>, Slice<bf16>, SliceMut<f32>) -> dilt::Result<()>,
+) -> Vec<Vec<f32>> {
+    let tile = |seed, len| -> Vec<bf16> { numbers(seed, len).into_iter().map(bf16::from_f32).collect() };
+    let (left, right) = (tile(3, rows * depth), tile(4, columns * depth));
+    let rounds = 3;
+    let (l, r) = (device.upload(&left).unwrap(), device.upload(&right).unwrap());
+    let mut sum = unwritten(device, 2 * each * rows * columns);
+    multiply(device, rounds, l.view(), r.view(), sum.view_mut()).unwrap();
+    let sum = read(device, sum.view());
+    for (place, got) in sum.iter().enumerate() {
+        let (row, column) = (place / columns % rows, place % columns);
+        let product = |step: usize| left[row * depth + step].to_f64() * right[column * depth + step].to_f64();
+        let want = f64::from(rounds) * (0..depth).map(product).sum::<f64>();
+        assert!((f64::from(*got) - want).abs() < 1e-4, "{label}: sum[{place}]: {want}, got {got}");
+    }
+    vec![sum]
+}
+
 #[test]
 fn every_warp_multiplies_its_tiles_in_every_round() {
-    let [rows, columns] = TILE;
-    let tile = |seed, len| -> Vec<bf16> { numbers(seed, len).into_iter().map(bf16::from_f32).collect() };
-    let (left, right) = (tile(3, rows * DEPTH), tile(4, columns * DEPTH));
+    on_devices(|device, label| products_are_right(device, label, TILE, WARPS, multiply_tiles));
+}
+
+#[test]
+fn every_block_multiplies_its_boxes_in_every_round() {
     on_devices(|device, label| {
-        let rounds = 3;
-        let (l, r) = (device.upload(&left).unwrap(), device.upload(&right).unwrap());
-        let mut sum = unwritten(device, 2 * WARPS * rows * columns);
-        multiply_tiles(device, rounds, l.view(), r.view(), sum.view_mut()).unwrap();
-        let sum = read(device, sum.view());
-        for (place, got) in sum.iter().enumerate() {
-            let (row, column) = (place / columns % rows, place % columns);
-            let product = |step: usize| left[row * DEPTH + step].to_f64() * right[column * DEPTH + step].to_f64();
-            let want = f64::from(rounds) * (0..DEPTH).map(product).sum::<f64>();
-            assert!((f64::from(*got) - want).abs() < 1e-4, "{label}: sum[{place}]: {want}, got {got}");
-        }
-        vec![sum]
+        let Some(device) = by_wgmma(device) else { return Vec::new() };
+        products_are_right(&device, label, BOXES, 1, multiply_boxes)
     });
 }
 
@@ -85,11 +103,12 @@ fn sizes_that_no_kernel_takes_are_refused() {
     says(ceiling_copy(&device, x.view(), short.view_mut()), "elements of to");
     says(multiply_add(&device, 1, [1.0, 0.0], x.slice(0..40), y.slice_mut(0..40)), "a multiple of 16");
     let tiles = |len| device.alloc::<bf16>(len).unwrap();
-    let [rows, columns] = TILE;
-    let (left, right) = (tiles(rows * DEPTH), tiles(columns * DEPTH));
+    let [rows, columns, depth] = TILE;
+    let (left, right) = (tiles(rows * depth), tiles(columns * depth));
     says(multiply_tiles(&device, 1, right.view(), right.view(), y.view_mut()), "elements of left");
     says(multiply_tiles(&device, 1, left.view(), left.view(), y.view_mut()), "elements of right");
     says(multiply_tiles(&device, 1, left.view(), right.view(), y.view_mut()), "elements of sum");
+    says(multiply_boxes(&device, 1, left.view(), right.view(), y.view_mut()), "elements of left");
 }
 
 #[test]

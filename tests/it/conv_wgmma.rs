@@ -7,13 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::conv::Layer;
-use crate::support::{Storage, on_devices};
-
-/// Whether a device shall multiply so, which has a handle for it then.
-fn by_wgmma(device: &Device) -> Option<Device> {
-    let can = device.policy() == Policy::Staged && device.has_wgmma();
-    can.then(|| device.with_wgmma().unwrap())
-}
+use crate::support::{Storage, by_wgmma, on_devices};
 
 /// Of so many true samples: beside float32 on the host, by the rule of bf16, and by no other kernels.
 fn agrees(shape: &ConvShape, n: usize, count: usize) {

@@ -91,7 +91,7 @@ fn undefined_arithmetic_is_reported() {
 #[cfg(dilt_sanitize = "thread")]
 #[test]
 fn races_within_a_block_are_reported() {
-    for name in ["race_in_shared", "missing_barrier", "shuffle_as_barrier"] {
+    for name in ["race_in_shared", "missing_barrier", "shuffle_as_barrier", "written_after_arrival"] {
         assert_reported(name, name, "WARNING: ThreadSanitizer: data race");
     }
 }
@@ -109,6 +109,7 @@ fn threads_that_wait_wrongly_are_an_error_that_names_the_places() {
         ("different_barriers_in_a_warp", "lanes of a warp wait at different places"),
         ("early_return", "others have returned"),
         ("lane_has_returned", "waits for has returned"),
+        ("phase_in_vain", "threads wait for a phase that nothing completes"),
         ("barrier_in_barrier_free", "declared free of barriers, but waits at"),
     ] {
         for schedule in [None, Some(1), Some(2)] {

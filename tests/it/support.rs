@@ -78,6 +78,12 @@ pub fn on_devices(test: impl Fn(&Device, &str) -> Vec<Vec<f32>>) {
     }
 }
 
+/// Another handle to a staged device, which multiplies by wgmma, where it can.
+pub fn by_wgmma(device: &Device) -> Option<Device> {
+    let can = device.policy() == Policy::Staged && device.has_wgmma();
+    can.then(|| device.with_wgmma().unwrap())
+}
+
 /// A tensor of a golden file, in PyTorch's layout.
 #[derive(Clone)]
 pub struct Tensor {
