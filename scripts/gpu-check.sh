@@ -7,9 +7,10 @@
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
 #   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg, and crossover-bf16 of both
-#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16: steps.jsonl; the times that
-#               plans in bf16 go by: tuning.json
-#   ops         the single operations that peers do too: ops.jsonl; then the benches of all operations: ops.log
+#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16, of a Hopper GPU the dense ones in
+#               bf16 by wgmma too (DILT_WGMMA=1): steps.jsonl; the times that plans in bf16 go by: tuning.json
+#   ops         the single operations that peers do too, products by wgmma too: ops.jsonl; then the benches of all operations:
+#               ops.log
 #   peers       PyTorch's side of steps and ops on the same GPU: torch.jsonl
 #   compiled    its steps by torch.compile, bf16, as many as there is time for: compiled.jsonl
 #   roofline    Nsight Compute's roofline of the five kernels that a step of ResNet-18 spends most time in, where ncu is
@@ -47,7 +48,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ -x "$here/bin/tests" ] || here=$(cd "$here/../target/gpu" && pwd)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export here out DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt DILT_CACHE=$out
+query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -1 || true; }
+hopper=0
+[ "$(query compute_cap)" != 9.0 ] || hopper=1
+export hopper here out DILT_GOLDEN=$here/golden DILT_BIN=$here/bin/dilt DILT_CACHE=$out
 unset DILT_REQUIRE_CUDA
 [ "$gpu" = 0 ] || export DILT_REQUIRE_CUDA=1 DILT_BENCH_DEVICE=cuda
 
@@ -128,6 +132,7 @@ for job in map(json.loads, open(sys.argv[1])):
             # Without a table of rates a plan multiplies densely.
             [ "$precision" = f32 ] || bench+=(--tune)
             line "$DILT_BIN" "${bench[@]}" || return 1
+            [ "$precision$hopper" != bf161 ] || DILT_WGMMA=1 line "$DILT_BIN" "${bench[@]}" || return 1
             for sparsity in $sparsities; do
                 line "$DILT_BIN" "${bench[@]}" --random-ticket "$sparsity" || return 1
             done
@@ -138,7 +143,9 @@ for job in map(json.loads, open(sys.argv[1])):
 
 # shellcheck disable=SC2329  # check calls it
 ops() {
-    python3 "$here/peers/dilt_jobs.py" "$DILT_BIN" --device cuda >"$out/ops.jsonl" || return 1
+    local jobs=(python3 "$here/peers/dilt_jobs.py" "$DILT_BIN" --device cuda)
+    "${jobs[@]}" >"$out/ops.jsonl" || return 1
+    [ "$hopper" = 0 ] || DILT_WGMMA=1 "${jobs[@]}" --kind conv linear --precision bf16 >>"$out/ops.jsonl" || return 1
     "$here/bin/bench-ops" --bench --warm-up-time 0.1 --measurement-time 0.3
 }
 
@@ -195,7 +202,6 @@ for section in "${sections[@]}"; do
 done
 
 text() { printf '"%s"' "$(tr -cd 'A-Za-z0-9 .,:;()_+/-' <<<"$1")"; }
-query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -1 || true; }
 {
     echo "{"
     echo "  \"commit\": $(text "$(cat "$here/commit")"),"

@@ -68,6 +68,10 @@ def sections(results):
     yield from table(["section", "", "s", "tests"], rows)
 
 
+def precision_of(row):
+    return row["precision"] + (", wgmma" if row["device"].endswith(", wgmma") else "")
+
+
 def beside(peers, job, op, precision):
     """Precision and the peer's fastest way to do it; of f32 also in TF32, which PyTorch has on tensor cores and dilt has not."""
     for theirs in ["f32", "tf32"] if precision == "f32" else [precision]:
@@ -89,7 +93,7 @@ def whole_steps(steps, peers):
         kept = "all" if result["density"] == 1 else number(100 * result["density"], 1) + " %"
         for row in result["rows"]:
             for peer in beside(peers, job, row["name"], result["precision"]):
-                own = [result["model"], str(result["batch"]), result["precision"], kept, row["name"],
+                own = [result["model"], str(result["batch"]), precision_of(result), kept, row["name"],
                        number(row["images_per_second"]), share(row, "share_of_ceiling"), share(row, "share_of_roofline")]
                 other = ["-", "-", "-"]
                 if peer:
@@ -109,7 +113,7 @@ def operations(ops, peers):
             other = ["-", "-", "-"]
             if peer:
                 other = [f"{peer['precision']} {peer['how']}", number(peer["ms"], 3), number(peer["ms"] / row["ms"], 2)]
-            rows.append([row["job"], row["op"], row["precision"], number(row["ms"], 3), share(row, "share_of_ceiling"),
+            rows.append([row["job"], row["op"], precision_of(row), number(row["ms"], 3), share(row, "share_of_ceiling"),
                          share(row, "share_of_roofline"), *other])
     yield from table(["job", "operation", "precision", "ms", "of ceiling", "of roofline", "PyTorch", "ms", "ratio"], rows)
 

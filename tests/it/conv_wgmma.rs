@@ -5,7 +5,9 @@ use dilt::ops::Columns;
 use dilt::ops::conv::ConvShape;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
 
+use crate::command::{dilt, failed};
 use crate::conv::Layer;
 use crate::support::{Storage, by_wgmma, on_devices};
 
@@ -87,4 +89,33 @@ fn a_device_that_does_not_stage_is_refused() {
     let error = Device::host(direct).err().unwrap();
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("DILT_HOST_POLICY=staged"), "{error}");
+}
+
+#[test]
+#[cfg_attr(dilt_sanitize, ignore = "minutes, and the kernels are those of the tests above")]
+fn a_vision_transformer_trains_by_wgmma_as_it_does_without() {
+    if !Device::open("auto").unwrap().has_wgmma() {
+        return eprintln!("skipped: the GPU has no wgmma");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let train = |wgmma: &str| {
+        let out = format!("wgmma-{wgmma}");
+        let model = ["--model", "vit_digits", "--set", "dim=64", "--set", "heads=2", "--set", "depth=1"];
+        let few = ["--limit", "128", "--steps", "3", "--batch", "64", "--lr", "2e-3", "--precision", "bf16"];
+        let mut command = dilt(folder.path(), &[&["train", "--out", &out, "-q", "--json"], &model[..], &few].concat());
+        let output = command.env("DILT_WGMMA", wgmma).env("DILT_HOST_POLICY", "staged").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+        result["loss"].as_f64().unwrap()
+    };
+    let (with, without) = (train("1"), train("0"));
+    assert!(with != without && (with - without).abs() < 5e-3 * without, "{with}, without {without}");
+}
+
+#[test]
+fn what_the_variable_may_say_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = dilt(folder.path(), &["bench", "--model", "resnet8", "--device", "host"]);
+    command.env("DILT_WGMMA", "yes");
+    failed(command, "DILT_WGMMA=yes", 2, &["environment variable DILT_WGMMA: expected 0 or 1, got 'yes'"]);
 }
