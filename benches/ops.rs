@@ -91,7 +91,7 @@ impl Bench<'_> {
             let name = format!("{name}, {}% pruned", sparsity * 100.0);
             self.time(&format!("sparse {name}: forward"), flop.clone(), |device| {
                 kept.gather(device, w.view())?;
-                conv_sparse_forward(device, &kept, x.view().into(), None, y.view_mut().into())
+                conv_sparse_forward(device, &kept, x.view().into(), None, None, y.view_mut().into())
             });
             self.time(&format!("sparse {name}: input gradient"), flop.clone(), |device| {
                 conv_sparse_input_gradient(device, &kept, dy.view().into(), false, dx.view_mut().into())
@@ -115,7 +115,7 @@ impl Bench<'_> {
             let (mut dw, mut scratch) = (self.tensor(shape.weight_len()), self.tensor(scratch_len));
             let name = if precision.is_f32() { name.to_owned() } else { format!("bf16 {name}") };
             self.time(&format!("{name}: forward"), flop.clone(), |device| {
-                conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut())
+                conv_forward(device, &shape, x.view(), w.view(), None, None, y.view_mut())
             });
             self.time(&format!("{name}: input gradient"), flop.clone(), |device| {
                 conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())

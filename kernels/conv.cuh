@@ -1,7 +1,7 @@
 // conv.cuh - what the kernels of convolutions share: the shape, where weights lie, which input a filter tap reads, and the
 // arguments of conv.cu, conv_mma.cu and conv_direct.cu.
 #pragma once
-#include "kernels/lib/device.cuh"
+#include "kernels/moments.cuh"
 
 // The row of a group that has no more rows, and the place of a weight that is not kept.
 constexpr uint32_t NONE = 0xffffffffu;
@@ -103,9 +103,10 @@ struct ConvArgs {
     const Real* w;
     const float* bias;     // [K], or null
     Real* to;
-    const uint32_t* count; // number of true samples; read only where there is a bias, since padded columns stay zero
+    const uint32_t* count; // number of true samples; read for a bias, since padded columns stay zero, and for statistics
+    Moments* statistics;   // [K, tiles of a row] of what is stored, for a batch norm of samples; null elsewhere
     ConvShape shape;
-    Columns columns;       // what the shape's N is made of; read only where there is a bias
+    Columns columns;       // what the shape's N is made of; read as the count is
     int32_t accumulate;    // add to what `to` holds
 };
 

@@ -50,7 +50,7 @@ struct GroupProduct {
     struct Shared {
         union {
             Stage stage[STAGES];
-            Slab<Warp> slab[WARPS];
+            Epilogue<Warp, GROUP_ROWS, COLUMNS> epilogue;
         };
         PixelClass pixels;  // kept here for the end, not in registers
     };
@@ -115,8 +115,9 @@ struct GroupProduct {
         });
         __syncthreads();
         const uint32_t* rows = a.rows + int64_t(group) * GROUP_ROWS;
-        write_sums<GRADIENT, Warp>(a, shared.pixels, shared.slab[warp], lane, warp, column_tile * COLUMNS, sum,
-                                   [&](int row) { return rows[row]; });
+        const auto row_of = [&](int row) { return rows[row]; };
+        write_sums<GRADIENT>(a, shared.pixels, shared.epilogue, lane, warp, column_tile * COLUMNS, sum, row_of);
+        if constexpr (!GRADIENT) write_moments(a, shared.epilogue, thread, column_tile, row_of);
     }
 };
 

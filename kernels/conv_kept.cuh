@@ -14,9 +14,10 @@ struct ConvSparseArgs {
     const bf16* left_tiles;  // R = 32: [entries / 16, 2, 32, 8]
     const float* bias;       // [K], or null
     Real* to;
-    const uint32_t* count;   // number of true samples; read only where there is a bias, since padded columns stay zero
+    const uint32_t* count;   // number of true samples; read for a bias, since padded columns stay zero, and for statistics
+    Moments* statistics;     // R = 32: [K, tiles of a row] of what is stored, for a batch norm of samples; null elsewhere
     ConvShape shape;
-    Columns columns;         // what the shape's N is made of; read only where there is a bias
+    Columns columns;         // what the shape's N is made of; read as the count is
     int32_t groups;
     int32_t classes;         // of pixels, R = 32
     int32_t accumulate;      // add to what `to` holds

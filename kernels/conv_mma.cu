@@ -39,7 +39,7 @@ struct Product {
     struct Shared {
         union {
             Stage stage[STAGES];
-            Slab<Warp> slab[WARPS];
+            Epilogue<Warp, ROWS, COLUMNS> epilogue;
         };
         PixelClass pixels;  // kept here for the end, not in registers
     };
@@ -117,9 +117,9 @@ struct Product {
                 lane, w, &stage.x[0][Warp::column(warp)], sum);
         });
         __syncthreads();
-        write_sums<GRADIENT, Warp>(a, shared.pixels, shared.slab[warp], lane, warp, column_tile * COLUMNS, sum, [&](int row) {
-            return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE;
-        });
+        const auto row_of = [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; };
+        write_sums<GRADIENT>(a, shared.pixels, shared.epilogue, lane, warp, column_tile * COLUMNS, sum, row_of);
+        if constexpr (!GRADIENT) write_moments(a, shared.epilogue, thread, column_tile, row_of);
     }
 };
 

@@ -5,6 +5,9 @@
 // 16 bytes that are under way while earlier stages are multiplied: STAGES - 1 at a time, one barrier a stage. What lies
 // outside the image comes as zeros. Rows in shared memory lie 16 bytes further apart than they are long, so that eight of them
 // meet no bank twice.
+//
+// A forward product sums what it stores where a batch norm asks for it (norm_join.cu): mean and squared deviations of the true
+// samples of each row of a block's tile, 8 bytes instead of the 128 to 512 that reading the row again would take.
 #pragma once
 #include "kernels/conv.cuh"
 #include "kernels/lib/mma.cuh"
@@ -76,40 +79,94 @@ DEVICE Copied copied_column(const ConvShape& d, const PixelClass& pixels, int co
             pixels.origin_w + (GRADIENT ? u : u * d.stride), column % d.n};
 }
 
-// What a warp writes at a time, to turn it into rows of the result.
-template <class Warp>
-using Slab = float[16][Warp::WIDTH + 4];
+// What a block's warps write at the end, where its stages were.
+template <class Warp, int ROWS, int COLUMNS>
+struct Epilogue {
+    float slab[WARPS][16][Warp::WIDTH + 4];  // of a warp's sums at a time, to turn them into rows of the result
+    Moments moments[ROWS][COLUMNS / Warp::WIDTH];
+};
+
+// The sum of a value over the LANES lanes beside each other that have a row together.
+template <int LANES>
+DEVICE float row_sum(float value) {
+    UNROLL for (int offset = LANES / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    return value;
+}
+
+// Of a row of which each of LANES lanes has 8 values, as they are stored, `live` a bit for each true one; the others are zero.
+template <int LANES>
+DEVICE Moments row_moments(Samples<8> y, uint32_t live, float items) {
+    UNROLL for (int e = 0; e < 8; ++e) y[e] = widen(round_to_bf16(y[e]));
+    const float mean = row_sum<LANES>(lane_sum<8>(y)) / items;
+    const Samples<8> off = kept<8>(y - mean, live);
+    const float left = row_sum<LANES>(lane_sum<8>(off)), squares = row_sum<LANES>(lane_sum<8>(off * off));
+    return corrected(mean, left, squares, items);
+}
+
+// True samples among a row's columns `first` to first + width, of which those from `columns` on are none.
+template <class Args>
+DEVICE float true_samples(const Args& a, int first, int width, int columns) {
+    const int n = a.shape.n, count = int(min64(*a.count, n));
+    return float(true_columns(min32(first + width, columns), n, count) - true_columns(min32(first, columns), n, count));
+}
 
 // Writes a warp's sums, 16 rows at a time, to the pixels of a class: each lane rows of 8 samples, 16 bytes. `row_of` is the
-// row of the result that each of the tile's rows is, or NONE.
-template <bool GRADIENT, class Warp, class Args, class RowOf>
-DEVICE void write_sums(const Args& a, const PixelClass& own, Slab<Warp>& slab, int lane, int warp, int first_column,
-                       const SumTile (&sum)[Warp::LEFTS][Warp::RIGHTS], RowOf row_of) {
+// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row if they are asked for.
+template <bool GRADIENT, class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
+DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS, COLUMNS>& shared, int lane, int warp,
+                       int first_column, const SumTile (&sum)[Warp::LEFTS][Warp::RIGHTS], RowOf row_of) {
     using Pass = Taps<GRADIENT>;
     constexpr int LANES_ACROSS = Warp::WIDTH / 8, LANES_DOWN = 32 / LANES_ACROSS;
     const ConvShape& d = a.shape;
+    auto& slab = shared.slab[warp];
     const int across_slab = lane % LANES_ACROSS * 8, down_slab = lane / LANES_ACROSS;
-    const int column = first_column + Warp::column(warp) + across_slab;
-    const bool inside = column < own.height * own.width * d.n;
+    const int warp_column = first_column + Warp::column(warp), column = warp_column + across_slab;
+    const int columns = own.height * own.width * d.n;
+    const bool inside = column < columns;
     const int n = column % d.n, at = column / d.n, to_width = Pass::to_width(d);
     const int down = own.first_h + at / own.width * own.step, across = own.first_w + at % own.width * own.step;
     const int64_t pitch = int64_t(Pass::to_height(d)) * to_width * d.n;
     bf16* const to = a.to + (int64_t(down) * to_width + across) * d.n + n;
-    const uint32_t live = a.bias ? live_columns<8>(a.columns, int(*a.count), n) : 0;
+    const bool summed = !GRADIENT && a.statistics;
+    const uint32_t live = inside && (a.bias || summed) ? live_columns<8>(a.columns, int(*a.count), n) : 0;
+    const float items = summed ? larger(1.0f, true_samples(a, warp_column, Warp::WIDTH, columns)) : 1.0f;
     UNROLL for (int i = 0; i < Warp::LEFTS; ++i) {
         UNROLL for (int j = 0; j < Warp::RIGHTS; ++j)
             UNROLL for (int e = 0; e < 4; ++e)
                 slab[lane / 4 + e / 2 * 8][j * 8 + lane % 4 * 2 + e % 2] = sum[i][j].value[e];
         __syncwarp();
         UNROLL for (int r = 0; r < 16; r += LANES_DOWN) {
-            const uint32_t row = row_of(Warp::row(warp) + i * 16 + r + down_slab);
+            const int tile_row = Warp::row(warp) + i * 16 + r + down_slab;
+            const uint32_t row = row_of(tile_row);
+            Samples<8> y = splat<8>(0.0f);
             if (inside && row != NONE) {
-                Samples<8> y = load<8>(&slab[r + down_slab][across_slab]);
+                y = load<8>(&slab[r + down_slab][across_slab]);
                 if (a.bias) y = kept<8>(y + splat<8>(a.bias[row]), live);
                 if (a.accumulate) y += load<8>(to + row * pitch);
                 store<8>(to + row * pitch, y);
             }
+            if constexpr (!GRADIENT)
+                if (a.statistics) {
+                    const Moments own_part = row_moments<LANES_ACROSS>(y, live, items);
+                    if (across_slab == 0) shared.moments[tile_row][Warp::column(warp) / Warp::WIDTH] = own_part;
+                }
         }
         __syncwarp();
     }
+}
+
+// Writes the moments of each row of a block's tile, of whose parts its warps have kept theirs; all threads of the block call
+// this after that.
+template <class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
+DEVICE void write_moments(const Args& a, const Epilogue<Warp, ROWS, COLUMNS>& shared, int thread, int column_tile,
+                          RowOf row_of) {
+    if (!a.statistics) return;
+    __syncthreads();
+    const uint32_t row = thread < ROWS ? row_of(thread) : NONE;
+    if (row == NONE) return;
+    const int first = column_tile * COLUMNS, columns = a.shape.p * a.shape.q * a.shape.n;
+    const auto items_of = [&](int part) { return true_samples(a, first + part * Warp::WIDTH, Warp::WIDTH, columns); };
+    const float items = larger(1.0f, true_samples(a, first, COLUMNS, columns));
+    const int64_t tile = row * ceil_div(columns, COLUMNS) + column_tile;
+    a.statistics[tile] = join(shared.moments[thread], COLUMNS / Warp::WIDTH, items, items_of, nullptr, 0, 1);
 }

@@ -46,7 +46,7 @@ struct BoxTile {
     struct Shared {
         union {
             Stage stage[STAGES];
-            float slab[WARPS][16][WIDTH + 4];
+            Epilogue<BoxTile, ROWS, COLUMNS> epilogue;
         };
         PhaseBarrier full[STAGES], empty[STAGES];
         PixelClass pixels;  // kept here for the end, not in registers
@@ -129,9 +129,10 @@ struct BoxProduct {
         clear(sum[0]);
         Tile::multiply(shared, thread, steps, fetch, sum[0]);
         const int warp = thread / 32;
-        if (warp == WARPS) return;
-        write_sums<GRADIENT, Tile>(a.conv, shared.pixels, shared.slab[warp], thread % 32, warp, column_tile * COLUMNS, sum,
-                                   [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; });
+        const auto row_of = [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; };
+        if (warp < WARPS)
+            write_sums<GRADIENT>(a.conv, shared.pixels, shared.epilogue, thread % 32, warp, column_tile * COLUMNS, sum, row_of);
+        if constexpr (!GRADIENT) write_moments(a.conv, shared.epilogue, thread, column_tile, row_of);
     }
 };
 

@@ -12,10 +12,13 @@
 // kernel sums each chunk, a second adds the chunks' sums in their order (every block its feature's, at most 64) and
 // writes its chunk. The variance is that of deviations from the chunk's own mean, joined by Chan's formula: nothing is
 // lost where the mean is large. Statistics are those of x as stored. Sums are f32, in an order that depends on the shape
-// and the threads of a block.
-// Limit: bytes. Training reads x twice (and once more from cache) and writes y; backward reads x and dy twice, and y too where a
-// residual was added; of a residual that has a gradient, the first kernel writes dz there, and the second reads it instead.
-#include "kernels/lib/device.cuh"
+// and the threads of a block. Where tensor cores make x, their epilogue sums its tiles (conv_mma.cuh), norm_join.cu joins
+// them, and norm_eval normalises with what came of it.
+//
+// Limit: bytes. Training reads x twice (and once more from cache), or once where its statistics are given, and writes y;
+// backward reads x and dy twice, and y too where a residual was added; of a residual that has a gradient, the first kernel
+// writes dz there, and the second reads it instead.
+#include "kernels/moments.cuh"
 
 struct NormShape {
     int32_t features;
@@ -34,7 +37,7 @@ struct NormForwardArgs {
     float* running_var;
     float* mean;            // what normalised, for the backward pass
     float* invstd;
-    float* partial;         // [C, splits, 2]: mean of a chunk, sum of its squared deviations
+    Moments* partial;       // [C, splits]: of the chunks
     Real* y;
     const uint32_t* count;   // number of true samples
     const uint32_t* source;  // the row of x that is added to each row of y, or 2^32 - 1 for none; null where they are one
@@ -51,6 +54,7 @@ struct NormEvalArgs {
     const float* beta;
     const float* mean;
     const float* var;
+    const float* invstd;  // 1 / sqrt(var + epsilon); where it is null, var says so
     Real* y;
     const uint32_t* count;
     const uint32_t* source;
@@ -163,14 +167,9 @@ DEVICE void statistics(const NormForwardArgs& a, WarpSums& shared, dim3 block, u
         deviation.chain[chain] += off;
         square.chain[chain] += off * off;
     });
-    // The deviations would sum to zero but for the rounding of the mean: what is left corrects both moments.
-    const float left = deviation.over_block(shared, thread, threads), correction = left / items;
-    const float squares = square.over_block(shared, thread, threads) - left * correction;
-    if (thread == 0) {
-        float* partial = a.partial + (int64_t(block.y) * d.splits + block.x) * 2;
-        partial[0] = mean + correction;
-        partial[1] = squares < 0.0f ? 0.0f : squares;  // NaN stays NaN
-    }
+    const float left = deviation.over_block(shared, thread, threads), squares = square.over_block(shared, thread, threads);
+    const Moments chunk = corrected(mean, left, squares, items);
+    if (thread == 0) a.partial[int64_t(block.y) * d.splits + block.x] = chunk;
 }
 
 template <int L>
@@ -182,31 +181,13 @@ DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint
         return;
     }
     const float items = float(max64(1, int64_t(d.pixels) * count));
-    const float* partial = a.partial + int64_t(feature) * d.splits * 2;
-
-    // Chan, Golub and LeVeque 1983, for all chunks at once: means around the first, then squares around the mean.
-    const float pivot = partial[0];
-    float shift = 0.0f, squares = 0.0f;
-    for (int s = thread; s < d.splits; s += threads)
-        shift += float(pixels_of(d, s)) * count * (partial[2 * s] - pivot);
-    const float mean = pivot + block_sum(shift, shared.scratch, thread, threads) / items;
-    for (int s = thread; s < d.splits; s += threads) {
-        const float off = partial[2 * s] - mean;
-        squares += partial[2 * s + 1] + float(pixels_of(d, s)) * count * (off * off);
-    }
-    squares = block_sum(squares, shared.scratch, thread, threads);
-    const float invstd = 1.0f / sqrtf(squares / items + a.epsilon);
-
-    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu, mean,
+    const Moments* partial = a.partial + int64_t(feature) * d.splits;
+    const auto items_of = [&](int split) { return float(pixels_of(d, split)) * count; };
+    const Moments row = join(partial, d.splits, items, items_of, shared.scratch, thread, threads);
+    const float invstd = 1.0f / sqrtf(row.squares / items + a.epsilon);
+    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu, row.mean,
                  a.gamma[feature] * invstd, a.beta[feature], a.y);
-    if (block.x == 0 && thread == 0) {
-        a.mean[feature] = mean;
-        a.invstd[feature] = invstd;
-        if (count == 0) return;
-        const float keep = 1.0f - a.momentum, unbiased = squares / (items > 1.0f ? items - 1.0f : 1.0f);
-        a.running_mean[feature] = keep * a.running_mean[feature] + a.momentum * mean;
-        a.running_var[feature] = keep * a.running_var[feature] + a.momentum * unbiased;
-    }
+    if (block.x == 0 && thread == 0) keep(a, feature, count, items, row, invstd);
 }
 
 template <int L>
@@ -217,7 +198,7 @@ DEVICE void evaluate(const NormEvalArgs& a, dim3 block, uint32_t thread, uint32_
         normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, 0.0f, 0.0f, 0.0f, a.y);
         return;
     }
-    const float invstd = 1.0f / sqrtf(a.var[feature] + a.epsilon);
+    const float invstd = a.invstd ? a.invstd[feature] : 1.0f / sqrtf(a.var[feature] + a.epsilon);
     normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu,
                  a.mean[feature], a.gamma[feature] * invstd, a.beta[feature], a.y);
 }

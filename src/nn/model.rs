@@ -492,6 +492,17 @@ impl Model {
         tokens - self.layers.iter().find_map(prefix).unwrap_or(0)
     }
 
+    /// The batch norm that is all that reads a value, and the index of its statistics.
+    pub(super) fn norm_of(&self, value: ValueId) -> Option<(usize, usize)> {
+        let mut readers =
+            (0..self.layers.len()).filter(|&index| self.layers[index].inputs().any(|input| input == value));
+        let first = readers.next().filter(|_| readers.next().is_none())?;
+        match self.layers[first] {
+            Layer::Norm { input, statistics, .. } if input == value => Some((first, statistics)),
+            _ => None,
+        }
+    }
+
     pub(super) fn norm_shape(&self, value: ValueId, n: usize) -> Result<NormShape> {
         let [channels, height, width] = self.values[value].image();
         NormShape::new(channels, height * width, n)

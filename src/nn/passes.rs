@@ -1,14 +1,17 @@
 //! The forward and the backward pass of a network, layer by layer.
 
+use std::ops::Range;
+
+use super::layout::Fused;
 use super::model::{Layer, ParameterId, ValueId};
 use super::network::{Mode, Network};
 use super::plan::aligned;
 use super::ways::Lists;
-use crate::device::{Precision, RealBuffer, Reals, RealsMut};
+use crate::device::{Buffer, Precision, RealBuffer, Reals, RealsMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
 use crate::ops::bias::bias_gradient;
-use crate::ops::conv::{Bias, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv::{Bias, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
@@ -17,7 +20,8 @@ use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_apply, norm_backward, norm_eval, norm_forward,
+    norm_join,
 };
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
@@ -83,10 +87,12 @@ impl Network {
             seed,
             heads: flags,
             paths,
+            fused,
             maps,
             ..
         } = self;
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
+        let fused = fused[index].filter(|_| train);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
         let parameter = |id: ParameterId| parameters.slice(plan.range(id));
         let read_weight = |id: ParameterId| match model.precision {
@@ -108,27 +114,35 @@ impl Network {
                 if let Some(lists) = &mut paths[index] {
                     lists.gather(device, parameter(weight))?;
                 }
+                let (x, tiles) = (value(input), fused.map(|_| TileStatistics { count, tiles: scratch.view_mut() }));
                 match lists_of(paths, index, Pass::Forward) {
-                    Some(kept) => conv_sparse_forward(device, kept, value(input), bias, y),
+                    Some(kept) => conv_sparse_forward(device, kept, x, bias, tiles, y)?,
                     None => {
-                        conv_forward(device, &model.conv_shape(layer, n)?, value(input), read_weight(weight), bias, y)
+                        conv_forward(device, &model.conv_shape(layer, n)?, x, read_weight(weight), bias, tiles, y)?;
                     }
                 }
+                let Some(Fused { tile, statistics: own }) = fused else { return Ok(()) };
+                let (running, saved) = batch_statistics(statistics, saved, plan.statistic_ranges(model, own));
+                let shape = model.norm_shape(output, n)?;
+                norm_join(device, &shape, scratch.view(), tile, count, NORM_EPSILON, running, saved)
             }
             Layer::Norm { scale, shift, statistics: own, input, residual, relu, .. } => {
                 let shape = model.norm_shape(input, n)?;
-                let [mean, var] = plan.statistic_ranges(model, own);
+                let ranges = plan.statistic_ranges(model, own);
                 let (x, map) = (value(input), maps[index].as_ref());
                 let residual = residual.map(value);
                 let norm = NormInput { x, residual, map, relu, count };
                 let affine = NormAffine { gamma: parameter(scale), beta: parameter(shift), epsilon: NORM_EPSILON };
                 if !train {
-                    return norm_eval(device, &shape, norm, affine, statistics.slice(mean), statistics.slice(var), y);
+                    let [mean, var] = ranges.map(|range| statistics.slice(range));
+                    return norm_eval(device, &shape, norm, affine, mean, var, y);
                 }
-                let (means, vars) = statistics.pair_mut(mean.clone(), var.clone());
-                let running = NormRunning { mean: means, var: vars, momentum: NORM_MOMENTUM };
-                let (mean, invstd) = saved.pair_mut(mean, var);
-                norm_forward(device, &shape, norm, affine, running, NormSaved { mean, invstd }, scratch.view_mut(), y)
+                if fused.is_some() {
+                    let [mean, invstd] = ranges.map(|range| saved.slice(range));
+                    return norm_apply(device, &shape, norm, affine, mean, invstd, y);
+                }
+                let (running, saved) = batch_statistics(statistics, saved, ranges);
+                norm_forward(device, &shape, norm, affine, running, saved, scratch.view_mut(), y)
             }
             Layer::Shortcut { input, .. } => {
                 let map = maps[index].as_ref();
@@ -337,13 +351,25 @@ impl Network {
     }
 }
 
+/// What a batch norm writes of its batch.
+fn batch_statistics<'a>(
+    running: &'a mut Buffer<f32>,
+    saved: &'a mut Buffer<f32>,
+    [first, second]: [Range<usize>; 2],
+) -> (NormRunning<'a>, NormSaved<'a>) {
+    let (mean, var) = running.pair_mut(first.clone(), second.clone());
+    let running = NormRunning { mean, var, momentum: NORM_MOMENTUM };
+    let (mean, invstd) = saved.pair_mut(first, second);
+    (running, NormSaved { mean, invstd })
+}
+
 /// Where the gradient of what a layer reads lies.
 fn at(gradients: &mut [RealBuffer], slot: Option<usize>) -> RealsMut<'_> {
     gradients[slot.expect("a layer after a parameter")].view_mut()
 }
 
 /// Where means and inverse deviations of so many columns lie in what a layer norm keeps.
-fn moments(columns: usize) -> [std::ops::Range<usize>; 2] {
+fn moments(columns: usize) -> [Range<usize>; 2] {
     [0..columns, aligned(columns)..aligned(columns) + columns]
 }
 

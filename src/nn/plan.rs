@@ -300,12 +300,20 @@ fn round_plan(model: &Model, parameters: &[usize], lengths: &[usize], n: usize) 
     Ok(RoundPlan::new(model.layers.iter().map(rounded).collect::<Result<Vec<_>>>()?))
 }
 
-/// Elements of scratch memory that the backward pass of the largest of the layers needs.
+/// Elements of scratch memory that a pass of the largest of the layers needs.
 fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
     let mut most = 0;
     for layer in &model.layers {
         most = most.max(match layer {
-            Layer::Conv { .. } => model.conv_shape(layer, n)?.gradient_scratch_len(device, model.precision),
+            Layer::Conv { output, .. } => {
+                let shape = model.conv_shape(layer, n)?;
+                // Tiles whose statistics a norm takes; of groups the smallest, since other masks may come.
+                let tile = |groups| shape.statistics_tile(device, model.precision, groups);
+                let tiles =
+                    [None, Some(0)].into_iter().filter_map(tile).min().filter(|_| model.norm_of(*output).is_some());
+                let statistics = tiles.map_or(0, |tile| shape.statistics_len(tile));
+                statistics.max(shape.gradient_scratch_len(device, model.precision))
+            }
             Layer::Norm { output, .. } => model.norm_shape(*output, n)?.scratch_len(),
             Layer::LayerNorm { output, .. } => model.layer_norm_shape(*output, n)?.scratch_len(),
             Layer::Attention { .. } => model.attention_shape(layer, n)?.statistic_len(),

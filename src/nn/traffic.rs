@@ -3,7 +3,9 @@
 //!
 //! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
 //! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
-//! the norm) and writes y. Padded samples and tokens are moved as others are, but what is multiplied with them counts for nothing.
+//! the norm) and writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of
+//! tiles, written and read again. Padded samples and tokens are moved as others are, but what is multiplied with them counts for
+//! nothing.
 //! Left out are vectors of an element a feature (biases, γ, β, statistics), embeddings, and labels. An operation is half a
 //! multiply-add of a convolution, a linear layer or attention; what attention computes again in its backward pass is not counted
 //! twice.
@@ -168,7 +170,12 @@ pub fn conv_weight_gradient(device: &Device, shape: &ConvShape, columns: usize, 
 
 /// Batch norm of x elements to y elements with the batch's statistics, with another value added to it or not.
 pub fn norm_forward(precision: Precision, x: usize, y: usize, residual: bool) -> Work {
-    Work::reals(precision, 2 * x + if residual { y } else { 0 }, y)
+    Work::reals(precision, x, 0) + norm_apply(precision, x, y, residual)
+}
+
+/// The same with statistics that are there.
+pub fn norm_apply(precision: Precision, x: usize, y: usize, residual: bool) -> Work {
+    Work::reals(precision, x + if residual { y } else { 0 }, y)
 }
 
 /// Its backward pass, which reads y where ReLU follows a sum (`relu_of_sum`), and writes a gradient of what was added where that
@@ -315,13 +322,15 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             if has_gradient(input) {
                 backward = backward + dx.input_gradient(&shape, accumulate);
             }
-            (forward.forward(&shape), backward)
+            let tiles = layout.fused[index].map_or(0, |fused| shape.statistics_len(fused.tile));
+            (forward.forward(&shape) + Work::elements(tiles, tiles), backward)
         }
         Layer::Norm { input, residual, relu, .. } => {
             let x = elements(input);
             let gradient = residual.is_some_and(has_gradient);
             let relu_of_sum = relu && residual.is_some();
-            (norm_forward(precision, x, y, residual.is_some()), norm_backward(precision, x, y, relu_of_sum, gradient))
+            let forward = if layout.fused[index].is_some() { norm_apply } else { norm_forward };
+            (forward(precision, x, y, residual.is_some()), norm_backward(precision, x, y, relu_of_sum, gradient))
         }
         // Pixels between strides are not read, but their gradient is written.
         Layer::Shortcut { input, output, .. } => {

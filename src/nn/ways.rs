@@ -94,6 +94,11 @@ impl MaskedLayer {
         &self.kept
     }
 
+    /// Groups of output channels.
+    pub fn output_groups(&self) -> usize {
+        self.groups.outputs.len()
+    }
+
     /// Number of weights that each pass multiplies in a way, in the order of [`Pass::ALL`].
     pub fn multiplied(&self, way: Way) -> [usize; 3] {
         match way {
@@ -240,7 +245,7 @@ impl Trial {
     fn run(&mut self, pass: Pass, lists: Option<&mut KeptWeights>) -> Result<()> {
         let Trial { device, x, dy, w, read_w, y, dx, dw, scratch, shape } = self;
         match (pass, lists) {
-            (Pass::Forward, None) => conv_forward(device, shape, x.view(), read_w.view(), None, y.view_mut()),
+            (Pass::Forward, None) => conv_forward(device, shape, x.view(), read_w.view(), None, None, y.view_mut()),
             (Pass::InputGradient, None) => {
                 conv_input_gradient(device, shape, dy.view(), read_w.view(), false, dx.view_mut())
             }
@@ -249,7 +254,7 @@ impl Trial {
             }
             (Pass::Forward, Some(lists)) => {
                 lists.gather(device, w.view())?;
-                conv_sparse_forward(device, lists, x.view(), None, y.view_mut())
+                conv_sparse_forward(device, lists, x.view(), None, None, y.view_mut())
             }
             (Pass::InputGradient, Some(lists)) => {
                 conv_sparse_input_gradient(device, lists, dy.view(), false, dx.view_mut())

@@ -5,7 +5,7 @@
 //! them. Their gradient is `[k, c, r, s]` in f32.
 
 use super::linear::{self, LinearShape};
-use super::tiles::{self, FORWARD, INPUT_GRADIENT, Product, Tile};
+use super::tiles::{self, FORWARD, GROUPS_FORWARD, INPUT_GRADIENT, Product, Tile};
 use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, conv_wgmma, layouts_of};
 use crate::device::{
     Device, Kernel, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
@@ -22,7 +22,7 @@ kernel_args! {
     }
     pub(super) struct ConvArgs {
         pub(super) from: Ptr<Real>, pub(super) w: Ptr<Real>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>,
-        pub(super) shape: ConvShape, columns: Columns, accumulate: i32,
+        statistics: Ptr<f32>, pub(super) shape: ConvShape, columns: Columns, accumulate: i32,
     }
     pub(super) struct ConvWeightGradientArgs {
         pub(super) x: Ptr<Real>, pub(super) dy: Ptr<Real>, partial: Ptr<f32>, pub(super) shape: ConvShape, splits: i32,
@@ -163,12 +163,35 @@ impl ConvShape {
                 (WEIGHT_GRADIENT_DIRECT.of(precision), DIRECT_GRADIENT, splits)
             }
             Policy::Staged => {
-                let columns = (self.p * self.q * self.n) as usize;
-                let (tile, splits) = tiles::weight_gradient(precision, filters, weights, columns);
+                let (tile, splits) = tiles::weight_gradient(precision, filters, weights, self.output_columns());
                 (&tile.kernel, [tile.rows, tile.columns], splits)
             }
         };
         (kernel, [weights.div_ceil(taps), filters.div_ceil(rows), splits])
+    }
+
+    /// Columns of the tiles of y whose statistics the forward pass writes ([`TileStatistics`]) that multiplies all weights, or
+    /// so many groups of rows; none where no tensor cores do.
+    pub fn statistics_tile(&self, device: &Device, precision: Precision, groups: Option<usize>) -> Option<usize> {
+        if device.policy() == Policy::Direct || precision == Precision::F32 {
+            return None;
+        }
+        let (rows, columns) = (self.k as usize, self.output_columns());
+        Some(match groups {
+            Some(groups) => tiles::group_product(&GROUPS_FORWARD, groups, columns).columns,
+            None if self.by_wgmma(device, precision) => FORWARD.by_wgmma(rows, columns).columns,
+            None => FORWARD.of(precision, rows, columns, self.r * self.s == 1).columns,
+        })
+    }
+
+    /// Elements of the statistics of tiles of so many columns.
+    pub fn statistics_len(&self, tile: usize) -> usize {
+        2 * self.k as usize * self.output_columns().div_ceil(tile)
+    }
+
+    /// Columns of y: pixels times samples.
+    fn output_columns(&self) -> usize {
+        [self.p, self.q, self.n].map(|x| x as usize).iter().product()
     }
 
     /// Bytes of x and dy.
@@ -240,7 +263,44 @@ impl Bias<'_> {
     }
 }
 
-/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten.
+/// Where a forward pass on tensor cores writes the mean and the squared deviations of y as it is stored, over the true samples
+/// of each row of a tile: for [`norm_join`](super::norm::norm_join).
+pub struct TileStatistics<'a> {
+    /// Number of true samples, on the device.
+    pub count: Slice<'a, u32>,
+    /// `[k, tiles of a row, 2]`: [`ConvShape::statistics_len`] elements or more of tiles of [`ConvShape::statistics_tile`]
+    /// columns.
+    pub tiles: SliceMut<'a, f32>,
+}
+
+impl TileStatistics<'_> {
+    /// Checks what is written of tiles of so many columns; there are none where no tensor cores multiply.
+    pub(super) fn check(
+        &self,
+        op: &'static str,
+        shape: &ConvShape,
+        bias: Option<Bias>,
+        tile: Option<usize>,
+    ) -> Result<()> {
+        let tile = tile.filter(|_| bias.is_none_or(|b| b.columns.row == 1));
+        let Some(tile) = tile else {
+            let (what, expected) = ("statistics".into(), "none but of images that tensor cores multiply".into());
+            return Err(Error::Shape { op, what, expected, got: shape.to_string() });
+        };
+        let needed = shape.statistics_len(tile);
+        if self.tiles.len() < needed {
+            check_len(op, "statistics", self.tiles.len(), needed)?;
+        }
+        check_len(op, "count", self.count.len(), 1)
+    }
+}
+
+/// The number of true samples, where an epilogue reads it.
+pub(super) fn count_of(bias: Option<Bias>, statistics: Option<&TileStatistics>) -> Ptr<u32> {
+    bias.map(|b| b.count).or(statistics.map(|s| s.count)).map_or(Ptr::null(), |count| count.ptr())
+}
+
+/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten, with its statistics where they are asked for.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -250,6 +310,7 @@ pub fn conv_forward(
     x: Reals,
     w: Reals,
     bias: Option<Bias>,
+    statistics: Option<TileStatistics>,
     y: RealsMut,
 ) -> Result<()> {
     let op = "conv_forward";
@@ -259,6 +320,9 @@ pub fn conv_forward(
     check_len(op, "y", y.len(), shape.output_len())?;
     if let Some(b) = bias {
         b.check(op, shape)?;
+    }
+    if let Some(s) = &statistics {
+        s.check(op, shape, bias, shape.statistics_tile(device, precision, None))?;
     }
     // The columns of a bias are those of one pixel.
     let one_pixel = shape.h * shape.w == 1;
@@ -270,7 +334,8 @@ pub fn conv_forward(
         w: w.ptr(),
         bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
         to: y.ptr(),
-        count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
+        count: count_of(bias, statistics.as_ref()),
+        statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
         shape: *shape,
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         accumulate: 0,
@@ -298,10 +363,10 @@ pub fn conv_input_gradient(
     if let Some(linear) = shape.linear(device.policy(), precision) {
         return linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, accumulate, dx.f32(op)?);
     }
-    let (bias, count) = (Ptr::null(), Ptr::null());
+    let (bias, count, statistics) = (Ptr::null(), Ptr::null(), Ptr::null());
     let accumulate = i32::from(accumulate);
     let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
-    let args = ConvArgs { from, w: w.ptr(), bias, to, count, shape: *shape, columns, accumulate };
+    let args = ConvArgs { from, w: w.ptr(), bias, to, count, statistics, shape: *shape, columns, accumulate };
     product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)
 }
 

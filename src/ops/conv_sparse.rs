@@ -4,7 +4,7 @@
 
 use half::bf16;
 
-use super::conv::{Bias, ConvShape, sum_splits};
+use super::conv::{Bias, ConvShape, TileStatistics, count_of, sum_splits};
 use super::kept::{BLOCK_CHUNKS, BLOCK_SAMPLES, Form, KeptWeights, List, Pass};
 use super::tiles::{self, GROUPS_FORWARD, GROUPS_INPUT_GRADIENT, Tile};
 use super::{Columns, check_len, check_precision, layouts_of};
@@ -16,8 +16,8 @@ use crate::error::Result;
 kernel_args! {
     pub(super) struct ConvSparseArgs {
         from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, values: Ptr<f32>,
-        left_tiles: Ptr<bf16>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, shape: ConvShape, columns: Columns,
-        groups: i32, classes: i32, accumulate: i32,
+        left_tiles: Ptr<bf16>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, statistics: Ptr<f32>, shape: ConvShape,
+        columns: Columns, groups: i32, classes: i32, accumulate: i32,
     }
     pub(super) struct ConvSparseGradientArgs {
         x: Ptr<Real>, dy: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>,
@@ -77,6 +77,7 @@ impl<A> Kernels<A> {
 struct Operands<'a> {
     from: Reals<'a>,
     bias: Option<Bias<'a>>,
+    statistics: Option<TileStatistics<'a>>,
     to: RealsMut<'a>,
     to_image: [i32; 2],
     classes: i32,
@@ -92,7 +93,7 @@ fn product(
     kernels: &'static Kernels<ConvSparseArgs>,
     tiles: &'static [Tile<ConvSparseArgs>; 2],
 ) -> Result<()> {
-    let Operands { from, bias, to, to_image, classes, accumulate } = operands;
+    let Operands { from, bias, statistics, to, to_image, classes, accumulate } = operands;
     let shape = weights.shape;
     let args = ConvSparseArgs {
         from: from.ptr(),
@@ -104,7 +105,8 @@ fn product(
         left_tiles: list.left_tiles.view().ptr(),
         bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
         to: to.ptr(),
-        count: bias.map_or(Ptr::null(), |b| b.count.ptr()),
+        count: count_of(bias, statistics.as_ref()),
+        statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
         shape,
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         groups: list.groups as i32,
@@ -137,6 +139,14 @@ fn product(
     unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), &args) }
 }
 
+impl KeptWeights {
+    /// Columns of the tiles of y whose statistics [`conv_sparse_forward`] writes; none where no tensor cores multiply.
+    pub fn statistics_tile(&self, device: &Device) -> Option<usize> {
+        let list = self.list("statistics", Pass::Forward).ok().filter(|list| list.form == Form::Tiles)?;
+        self.shape.statistics_tile(device, self.precision, Some(list.groups))
+    }
+}
+
 /// Forward, as [`conv_forward`](super::conv::conv_forward), with the values that [`KeptWeights::gather`] took.
 ///
 /// # Errors
@@ -146,6 +156,7 @@ pub fn conv_sparse_forward(
     weights: &KeptWeights,
     x: Reals,
     bias: Option<Bias>,
+    statistics: Option<TileStatistics>,
     y: RealsMut,
 ) -> Result<()> {
     let (op, shape) = ("conv_sparse_forward", weights.shape);
@@ -156,7 +167,11 @@ pub fn conv_sparse_forward(
         b.check(op, &shape)?;
     }
     let list = weights.list(op, Pass::Forward)?;
-    let operands = Operands { from: x, bias, to: y, to_image: [shape.p, shape.q], classes: 1, accumulate: false };
+    if let Some(s) = &statistics {
+        s.check(op, &shape, bias, weights.statistics_tile(device))?;
+    }
+    let to_image = [shape.p, shape.q];
+    let operands = Operands { from: x, bias, statistics, to: y, to_image, classes: 1, accumulate: false };
     product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)
 }
 
@@ -179,7 +194,7 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
     let (to_image, classes) = ([shape.h, shape.w], shape.stride);
-    let operands = Operands { from: dy, bias: None, to: dx, to_image, classes, accumulate };
+    let operands = Operands { from: dy, bias: None, statistics: None, to: dx, to_image, classes, accumulate };
     product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)
 }
 

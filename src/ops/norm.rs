@@ -1,9 +1,10 @@
-//! Batch norm with residual and relu in the same pass (`kernels/norm.cu`).
+//! Batch norm with residual and relu in the same pass (`kernels/norm.cu`, `kernels/norm_join.cu`).
 
 use super::row_map::RowMap;
 use super::{SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
 use crate::device::{
-    Device, Launch, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
+    Device, Kernel, Launch, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
+    real_kernel,
 };
 use crate::error::{Error, Result};
 
@@ -17,7 +18,11 @@ kernel_args! {
     }
     struct NormEvalArgs {
         x: Ptr<Real>, residual: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, var: Ptr<f32>,
-        y: Ptr<Real>, count: Ptr<u32>, source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
+        invstd: Ptr<f32>, y: Ptr<Real>, count: Ptr<u32>, source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
+    }
+    struct NormJoinArgs {
+        tiles: Ptr<f32>, running_mean: Ptr<f32>, running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
+        count: Ptr<u32>, columns: i32, n: i32, width: i32, epsilon: f32, momentum: f32,
     }
     struct NormBackwardArgs {
         x: Ptr<Real>, y: Ptr<Real>, dy: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
@@ -25,15 +30,19 @@ kernel_args! {
         source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
     }
 }
-layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormBackwardArgs);
+layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormJoinArgs, NormBackwardArgs);
 
 static STATISTICS: RealKernel<NormForwardArgs> = real_kernel!("norm_statistics");
 static FORWARD: RealKernel<NormForwardArgs> = real_kernel!("norm_forward");
 static EVAL: RealKernel<NormEvalArgs> = real_kernel!("norm_eval");
+static JOIN: Kernel<NormJoinArgs> = Kernel::new("norm_join_f32");
 static BACKWARD_SUMS: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward_sums");
 static BACKWARD: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward");
 
 const THREADS: u32 = 256;
+/// Most threads of a block that joins tiles, and what their number is a multiple of.
+const JOIN_THREADS: usize = 1024;
+const WARP: usize = 32;
 /// Elements of a chunk: 32 KiB, so that reading it a second time hits the cache nearest by.
 const CHUNK: usize = 8192;
 /// Most chunks of a row, since every block adds up all of its row's sums.
@@ -227,6 +236,66 @@ pub fn norm_forward(
     }
 }
 
+/// The statistics of x from those of its tiles, which [`TileStatistics`](super::conv::TileStatistics) were given, each of `tile`
+/// columns of a row, pixels times samples: `saved` for [`norm_apply`], and the running ones.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+#[expect(clippy::too_many_arguments, reason = "inputs and outputs are grouped already")]
+pub fn norm_join(
+    device: &Device,
+    shape: &NormShape,
+    tiles: Slice<f32>,
+    tile: usize,
+    count: Slice<u32>,
+    epsilon: f32,
+    running: NormRunning,
+    saved: NormSaved,
+) -> Result<()> {
+    let op = "norm_join";
+    let rows = [
+        ("running mean", running.mean.len()),
+        ("running var", running.var.len()),
+        ("saved mean", saved.mean.len()),
+        ("saved invstd", saved.invstd.len()),
+    ];
+    shape.check(op, None, [&[], &[], &rows], count.len())?;
+    if tile == 0 || tile >= 1 << 30 {
+        let (what, expected) = ("columns of a tile".into(), "1 or more, fewer than 2^30".into());
+        return Err(Error::Shape { op, what, expected, got: tile.to_string() });
+    }
+    let columns = (shape.pixels * shape.n) as usize;
+    let of_row = columns.div_ceil(tile);
+    let needed = 2 * shape.features as usize * of_row;
+    if tiles.len() < needed {
+        check_len(op, "tiles", tiles.len(), needed)?;
+    }
+    let args = NormJoinArgs {
+        tiles: tiles.ptr(),
+        running_mean: running.mean.ptr(),
+        running_var: running.var.ptr(),
+        mean: saved.mean.ptr(),
+        invstd: saved.invstd.ptr(),
+        count: count.ptr(),
+        columns: columns as i32,
+        n: shape.n,
+        width: tile as i32,
+        epsilon,
+        momentum: running.momentum,
+    };
+    let threads = of_row.next_multiple_of(WARP).min(JOIN_THREADS) as u32;
+    let launch = Launch::new([shape.features as u32, 1, 1], device.threads(threads));
+    // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
+    unsafe { device.launch(&JOIN, launch, &args) }
+}
+
+/// What a norm is given that has not to sum x.
+#[derive(Clone, Copy)]
+enum Given<'a> {
+    Var(Slice<'a, f32>),
+    Invstd(Slice<'a, f32>),
+}
+
 /// Forward with given statistics, `[features]` each: `y = [relu](gamma (x - mean) / sqrt(var + epsilon) + beta
 /// [+ residual])`. y is overwritten, its padded samples with zeros.
 ///
@@ -241,8 +310,42 @@ pub fn norm_eval(
     var: Slice<f32>,
     y: RealsMut,
 ) -> Result<()> {
-    let op = "norm_eval";
-    let rows = [("gamma", affine.gamma.len()), ("beta", affine.beta.len()), ("mean", mean.len()), ("var", var.len())];
+    normalise("norm_eval", device, shape, input, affine, mean, Given::Var(var), y)
+}
+
+/// Forward in training with what [`norm_join`] saved, `[features]` each: `y = [relu](gamma (x - mean) invstd + beta
+/// [+ residual])`. y is overwritten, its padded samples with zeros.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn norm_apply(
+    device: &Device,
+    shape: &NormShape,
+    input: NormInput,
+    affine: NormAffine,
+    mean: Slice<f32>,
+    invstd: Slice<f32>,
+    y: RealsMut,
+) -> Result<()> {
+    normalise("norm_apply", device, shape, input, affine, mean, Given::Invstd(invstd), y)
+}
+
+#[expect(clippy::too_many_arguments, reason = "inputs are grouped already")]
+fn normalise(
+    op: &'static str,
+    device: &Device,
+    shape: &NormShape,
+    input: NormInput,
+    affine: NormAffine,
+    mean: Slice<f32>,
+    given: Given,
+    y: RealsMut,
+) -> Result<()> {
+    let (name, len, var, invstd) = match given {
+        Given::Var(var) => ("var", var.len(), var.ptr(), Ptr::null()),
+        Given::Invstd(invstd) => ("invstd", invstd.len(), Ptr::null(), invstd.ptr()),
+    };
+    let rows = [("gamma", affine.gamma.len()), ("beta", affine.beta.len()), ("mean", mean.len()), (name, len)];
     let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
     shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
     let precision = input.precision(op, &y)?;
@@ -252,7 +355,8 @@ pub fn norm_eval(
         gamma: affine.gamma.ptr(),
         beta: affine.beta.ptr(),
         mean: mean.ptr(),
-        var: var.ptr(),
+        var,
+        invstd,
         y: y.ptr(),
         count: input.count.ptr(),
         source: input.source(),

@@ -19,7 +19,7 @@ use crate::ops::layer_norm::{LayerNormAffine, LayerNormBackward, LayerNormShape,
 use crate::ops::layer_norm::{layer_norm_backward, layer_norm_forward};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
-use crate::ops::norm::{norm_backward, norm_eval, norm_forward};
+use crate::ops::norm::{norm_backward, norm_eval, norm_forward, norm_join};
 use crate::ops::optimizer::{
     AdamW, Clip, GRADIENT_NORM_PARTIALS, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step,
 };
@@ -74,6 +74,7 @@ pub(super) const OTHERS: &[Check] = &[
     sgd,
     adamw,
     norm_of_gradients,
+    norm_of_tiles,
     prune,
     masked,
     combined_masks,
@@ -222,6 +223,22 @@ fn norm_in_training(t: &mut Trial) -> Result<()> {
     t.close("mean", &mean)?;
     t.close("invstd", &invstd)?;
     t.close_reals("y", &y)
+}
+
+/// Statistics from those of ragged tiles.
+fn norm_of_tiles(t: &mut Trial) -> Result<()> {
+    const TILE: usize = 100;
+    let (shape, count) = (norm_shape()?, t.count()?);
+    let tiles = t.positive(2 * FEATURES * (shape.len() / FEATURES).div_ceil(TILE))?;
+    let (mut running_mean, mut running_var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
+    let (mut mean, mut invstd) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
+    let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
+    let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
+    norm_join(t.device, &shape, tiles.view(), TILE, count.view(), 1e-5, running, saved)?;
+    t.close("running mean", &running_mean)?;
+    t.close("running var", &running_var)?;
+    t.close("mean", &mean)?;
+    t.close("invstd", &invstd)
 }
 
 fn norm_in_evaluation(t: &mut Trial) -> Result<()> {

@@ -7,9 +7,10 @@ use crate::device::{Buffer, Precision, RealBuffer};
 use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::bias::bias_gradient;
-use crate::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv::{Bias, ConvShape, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
+use crate::ops::norm::{NormAffine, NormInput, NormRunning, NormSaved, NormShape, norm_forward, norm_join};
 use crate::ops::round::{RoundPlan, round_weights};
 
 /// The checks of operations of activations, each of as few kernels as its operation allows.
@@ -20,6 +21,9 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| convolution(t, &large_image(3, 50)?, Columns::samples(SAMPLES)?),
     |t| convolution(t, &large_image(2, 100)?, Columns::samples(SAMPLES)?),
     |t| convolution(t, &linear()?, linear_columns()?),
+    |t| summed_convolution(t, &few_channels()?),
+    |t| summed_convolution(t, &many_channels()?),
+    |t| summed_convolution(t, &large_image(3, 50)?),
     |t| convolution_input_gradient(t, &few_channels()?),
     |t| convolution_input_gradient(t, &many_channels()?),
     |t| convolution_input_gradient(t, &ConvShape::new([20, 9, 7], 6, [3, 3], 3, 1, SAMPLES)?),
@@ -47,6 +51,7 @@ pub(super) const BY_WGMMA: &[Check] = &[
     |t| convolution(t, &boxes(70, 130, 1)?, Columns::samples(BOX)?),
     |t| convolution(t, &linear()?, linear_columns()?),
     |t| convolution(t, &long(64, 72)?, long_columns()?),
+    |t| summed_convolution(t, &boxes(70, 130, 1)?),
     |t| convolution_input_gradient(t, &boxes(64, 72, 2)?),
     |t| convolution_input_gradient(t, &boxes(130, 70, 1)?),
     |t| convolution_input_gradient(t, &long(72, 64)?),
@@ -132,8 +137,37 @@ fn convolution(t: &mut Trial, shape: &ConvShape, columns: Columns) -> Result<()>
     let (bias, count) = (t.floats(shape.filters())?, t.count()?);
     let mut y = t.unwritten_reals(shape.output_len())?;
     let bias = Bias { bias: bias.view(), columns, count: count.view() };
-    conv_forward(t.device, shape, x.view(), w.view(), Some(bias), y.view_mut())?;
+    conv_forward(t.device, shape, x.view(), w.view(), Some(bias), None, y.view_mut())?;
     t.close_reals("y", &y)
+}
+
+/// The statistics of a norm's input, by the convolution that makes it where tensor cores do.
+fn summed_convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let ([p, q], k) = (shape.output_image(), shape.filters());
+    let n = shape.output_len() / (k * p * q);
+    let (x, w, bias, count) = (t.real_samples(shape.input_len())?, weights(t, shape)?, t.floats(k)?, t.count()?);
+    let (mut y, mut normed) = (t.unwritten_reals(shape.output_len())?, t.unwritten_reals(shape.output_len())?);
+    let (mut running_mean, mut running_var) = (t.floats(k)?, t.positive(k)?);
+    let (mut mean, mut invstd) = (t.unwritten(k)?, t.unwritten(k)?);
+    let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
+    let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
+    let columns = Columns::samples(n)?;
+    let with_bias = Some(Bias { bias: bias.view(), columns, count: count.view() });
+    let norm = NormShape::new(k, p * q, n)?;
+    if let Some(tile) = shape.statistics_tile(t.device, t.precision, None) {
+        let mut tiles = t.unwritten(shape.statistics_len(tile))?;
+        let statistics = Some(TileStatistics { count: count.view(), tiles: tiles.view_mut() });
+        conv_forward(t.device, shape, x.view(), w.view(), with_bias, statistics, y.view_mut())?;
+        norm_join(t.device, &norm, tiles.view(), tile, count.view(), 1e-5, running, saved)?;
+    } else {
+        conv_forward(t.device, shape, x.view(), w.view(), with_bias, None, y.view_mut())?;
+        let mut scratch = t.unwritten(norm.scratch_len())?;
+        let input = NormInput { x: y.view(), residual: None, relu: false, map: None, count: count.view() };
+        let affine = NormAffine { gamma: bias.view(), beta: bias.view(), epsilon: 1e-5 };
+        norm_forward(t.device, &norm, input, affine, running, saved, scratch.view_mut(), normed.view_mut())?;
+    }
+    t.close_as_reals("mean", &mean)?;
+    t.close_as_reals("invstd", &invstd)
 }
 
 fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
@@ -167,7 +201,7 @@ fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
         let mut weights = KeptWeights::new(t.device, shape, t.precision, &kept, groups.as_ref(), &Pass::ALL)?;
         weights.gather(t.device, w.view())?;
         let mut y = t.unwritten_reals(shape.output_len())?;
-        conv_sparse_forward(t.device, &weights, x.view(), None, y.view_mut())?;
+        conv_sparse_forward(t.device, &weights, x.view(), None, None, y.view_mut())?;
         t.close_reals("y", &y)?;
         let mut dx = t.unwritten_reals(shape.input_len())?;
         conv_sparse_input_gradient(t.device, &weights, dy.view(), false, dx.view_mut())?;

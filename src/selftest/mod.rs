@@ -230,13 +230,22 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    /// Activations that depend on the order of sums.
-    fn close_reals(&mut self, name: &'static str, buffer: &RealBuffer) -> Result<()> {
-        let tolerance = match self.precision {
+    /// Of activations that depend on the order of sums.
+    fn tolerance(&self) -> f64 {
+        match self.precision {
             Precision::F32 => TOLERANCE,
             Precision::Bf16 => BF16_TOLERANCE,
-        };
-        self.result_reals(name, buffer, tolerance)
+        }
+    }
+
+    /// Activations that depend on the order of sums.
+    fn close_reals(&mut self, name: &'static str, buffer: &RealBuffer) -> Result<()> {
+        self.result_reals(name, buffer, self.tolerance())
+    }
+
+    /// What is computed of such activations.
+    fn close_as_reals(&mut self, name: &'static str, buffer: &Buffer<f32>) -> Result<()> {
+        self.result(name, buffer, self.tolerance())
     }
 
     /// Activations that are the same in every form.

@@ -60,7 +60,7 @@ fn weights(model: &Model, masks: BTreeMap<String, Mask>, rng: &mut ChaCha8Rng) -
 }
 
 /// Tickets of a model: refilled ones, and random ones so sparse that features die of themselves.
-fn tickets(model: &Model) -> Vec<(&'static str, Weights)> {
+pub fn tickets(model: &Model) -> Vec<(&'static str, Weights)> {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut refilled = |density: f64, method| {
         let masks = random(model, density, &mut rng);

@@ -52,7 +52,7 @@ impl Layer<'_> {
         let (columns, count) = (self.columns, device.upload(&[self.count as u32]).unwrap());
         let bias = bias.as_ref().map(|bias| Bias { bias: bias.view(), columns, count: count.view() });
         let [mut y, mut dx] = [shape.output_len(), shape.input_len()].map(|len| storage.unwritten(device, len));
-        conv_forward(device, shape, x.view(), w, bias, y.view_mut()).unwrap();
+        conv_forward(device, shape, x.view(), w, bias, None, y.view_mut()).unwrap();
         conv_input_gradient(device, shape, dy.view(), w, false, dx.view_mut()).unwrap();
         let once = storage.read(device, &dx);
         conv_input_gradient(device, shape, dy.view(), w, true, dx.view_mut()).unwrap();
@@ -84,7 +84,7 @@ impl Layer<'_> {
 }
 
 /// Weights as products in bf16 read them.
-fn rounded(device: &Device, shape: &ConvShape, w: &[f32]) -> Buffer<bf16> {
+pub fn rounded(device: &Device, shape: &ConvShape, w: &[f32]) -> Buffer<bf16> {
     let plan = RoundPlan::new([Some((0, *shape))]);
     let mut to = device.upload(&vec![bf16::NAN; plan.len()]).unwrap();
     let table = plan.upload(device).unwrap().expect("a layer");
@@ -165,7 +165,7 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
     let (x, w) =
         (device.alloc::<f32>(shape.input_len()).unwrap(), device.alloc::<f32>(shape.weight_len() - 1).unwrap());
     let mut y = device.alloc::<f32>(shape.output_len()).unwrap();
-    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), None, y.view_mut().into())
+    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), None, None, y.view_mut().into())
         .unwrap_err()
         .to_string();
     assert!(error.contains("elements of w: expected 108, got 107"), "{error}");

@@ -140,7 +140,7 @@ impl<'a> Masked<'a> {
             device,
             storage,
             Ways {
-                forward: &|x, bias, y| conv_sparse_forward(device, &lists.borrow(), x, bias, y).unwrap(),
+                forward: &|x, bias, y| conv_sparse_forward(device, &lists.borrow(), x, bias, None, y).unwrap(),
                 input_gradient: &|dy, add, dx| {
                     conv_sparse_input_gradient(device, &lists.borrow(), dy, add, dx).unwrap();
                 },
@@ -166,7 +166,7 @@ impl<'a> Masked<'a> {
             device,
             Storage::F32,
             Ways {
-                forward: &|x, bias, y| conv_forward(device, shape, x, w.view().into(), bias, y).unwrap(),
+                forward: &|x, bias, y| conv_forward(device, shape, x, w.view().into(), bias, None, y).unwrap(),
                 input_gradient: &|dy, add, dx| {
                     conv_input_gradient(device, shape, dy, w.view().into(), add, dx).unwrap();
                 },
@@ -247,18 +247,18 @@ fn lists_that_make_no_sense_are_refused_by_name() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("expected lists for the pass InputGradient"), "{error}");
-    let error = conv_sparse_forward(&device, &weights, short.view().into(), None, dx.view_mut().into())
+    let error = conv_sparse_forward(&device, &weights, short.view().into(), None, None, dx.view_mut().into())
         .unwrap_err()
         .to_string();
     assert!(error.contains("x: expected"), "{error}");
     let short = device.alloc_reals(3, Precision::Bf16).unwrap();
     refuses_precision(
-        conv_sparse_forward(&device, &weights, short.view(), None, dx.view_mut().into()),
+        conv_sparse_forward(&device, &weights, short.view(), None, None, dx.view_mut().into()),
         "conv_sparse_forward",
         "y",
     );
     let mut y = device.alloc_reals(3, Precision::Bf16).unwrap();
-    let error = conv_sparse_forward(&device, &weights, short.view(), None, y.view_mut()).unwrap_err().to_string();
+    let error = conv_sparse_forward(&device, &weights, short.view(), None, None, y.view_mut()).unwrap_err().to_string();
     assert!(error.contains("precision: expected f32, got bf16"), "{error}");
 }
 

@@ -32,6 +32,7 @@ mod image;
 mod layer_norm;
 mod loss;
 mod mask;
+mod moments;
 mod names;
 mod network;
 mod norm;

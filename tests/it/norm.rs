@@ -2,7 +2,8 @@
 
 use dilt::device::{Device, RealBuffer};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward, norm_eval,
+    norm_forward,
 };
 
 use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
@@ -47,6 +48,9 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
             NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: number("momentum") };
         let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
         norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut()).unwrap();
+        let mut again = storage.unwritten(device, shape.len());
+        norm_apply(device, &shape, input, affine, mean.view(), invstd.view(), again.view_mut()).unwrap();
+        assert_eq!(storage.read(device, &again), storage.read(device, &y), "{case}: by what was saved");
     } else {
         let (running_mean, running_var) = (running_mean.view(), running_var.view());
         norm_eval(device, &shape, input, affine, running_mean, running_var, y.view_mut()).unwrap();

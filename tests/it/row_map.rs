@@ -2,7 +2,8 @@
 
 use dilt::device::{Buffer, Device};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward, norm_eval,
+    norm_forward,
 };
 use dilt::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
 use dilt::ops::row_map::RowMap;
@@ -67,6 +68,10 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 let kept = NormSaved { mean: saved.view_mut(), invstd: invstd.view_mut() };
                 let to = y.view_mut().into();
                 norm_forward(device, &shape, input, affine, running, kept, scratch.view_mut(), to).unwrap();
+                let mut again = unwritten(device, len);
+                let (mean_of_x, to) = (saved.view(), again.view_mut().into());
+                norm_apply(device, &shape, input, affine, mean_of_x, invstd.view(), to).unwrap();
+                assert_eq!(read(device, again.view()), read(device, y.view()), "{what}: by what was saved");
                 let backward = NormBackward {
                     x: x.view().into(),
                     y: input.residual.map(|_| y.view().into()),

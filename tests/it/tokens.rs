@@ -98,7 +98,7 @@ fn linear_layers_of_any_size_sum_every_product_once() {
             let (mut y, mut dw) = (unwritten(device, k * n), unwritten(device, k * c));
             let mut dx = device.upload(&old).unwrap();
             let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
-            conv_forward(device, &shape, x.view().into(), w.view().into(), None, y.view_mut().into()).unwrap();
+            conv_forward(device, &shape, x.view().into(), w.view().into(), None, None, y.view_mut().into()).unwrap();
             conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), true, dx.view_mut().into()).unwrap();
             conv_weight_gradient(device, &shape, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
                 .unwrap();
@@ -119,7 +119,7 @@ fn columns_that_are_not_those_of_the_layer_are_refused_by_name() {
     let (bias, count) = (device.alloc(4).unwrap(), device.alloc(1).unwrap());
     let mut y = device.alloc::<f32>(shape.output_len()).unwrap();
     let bias = Bias { bias: bias.view(), columns: Columns::samples(5).unwrap(), count: count.view() };
-    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), Some(bias), y.view_mut().into())
+    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), Some(bias), None, y.view_mut().into())
         .unwrap_err()
         .to_string();
     assert!(error.contains("elements of columns: expected 192, got 8"), "{error}");
@@ -158,7 +158,7 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
             let (mut y, mut dw) = (unwritten(device, linear.output_len()), unwritten(device, linear.weight_len()));
             let mut scratch = unwritten(device, linear.gradient_scratch_len(device, Precision::F32));
-            conv_forward(device, &linear, x.view().into(), w.view().into(), None, y.view_mut().into()).unwrap();
+            conv_forward(device, &linear, x.view().into(), w.view().into(), None, None, y.view_mut().into()).unwrap();
             conv_weight_gradient(device, &linear, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
                 .unwrap();
             let (y, dw) = (read(device, y.view()), read(device, dw.view()));

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use dilt::device::{Device, HostOptions, Precision};
+use dilt::device::{Device, HostOptions, Policy, Precision};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::layout::Layout;
 use dilt::nn::paths::Planning;
 use dilt::nn::plan::{OptimizerKind, Use};
-use dilt::nn::traffic::{LayerWork, Work, training_step};
+use dilt::nn::traffic::{LayerWork, Work, evaluation, training_step};
 
 fn step_of(model: &str, set: &[&str], batch: usize, masks: &BTreeMap<String, Mask>) -> Vec<LayerWork> {
     let set: Vec<String> = set.iter().map(|&field| field.into()).collect();
@@ -75,6 +75,34 @@ fn in_bf16_activations_and_weights_move_half_as_many_bytes() {
         let [full, half] = [&full, &half].map(|step| layer(step, name).forward);
         assert_eq!((full.read, full.written, full.flop), (2 * half.read, 2 * half.written, half.flop), "{name}");
     }
+}
+
+#[test]
+fn a_norm_reads_once_what_tensor_cores_have_summed() {
+    let mut config = ModelConfig::load("resnet8", &["widths=[4,8,16]".into()]).unwrap();
+    config.precision = Precision::Bf16;
+    let staged = HostOptions { policy: Policy::Staged, ..HostOptions::default() };
+    let [direct, staged] = [HostOptions::default(), staged].map(|options| {
+        let (device, model) = (Device::host(options).unwrap(), config.build().unwrap());
+        let of = |memory_for: Use, step: &dyn Fn(&Layout) -> Vec<LayerWork>| {
+            step(&Layout::new(&device, &model, &BTreeMap::new(), 16, memory_for, &Planning::Table).unwrap())
+        };
+        let train = Use::Train(OptimizerKind::Sgd);
+        let step = of(train, &|layout| training_step(&device, layout, 16, train, false).unwrap());
+        (step, of(Use::Evaluate, &|layout| evaluation(&device, layout, 16).unwrap()))
+    });
+    // 4 features of 8 x 8 pixels and 16 samples, in tiles of 256 columns: mean and squared deviations of each, f32.
+    let (y, tiles) = (2 * 4 * 8 * 8 * 16, 4 * (8 * 8 * 16 / 256) * 2 * 4);
+    let forward = |step: &[LayerWork], name: &str| layer(step, name).forward;
+    let (summed, plain) = (forward(&staged.0, "conv1"), forward(&direct.0, "conv1"));
+    assert_eq!((summed.read, summed.written), (plain.read + tiles, plain.written + tiles));
+    let [summed, plain] = [&staged.0, &direct.0].map(|step| forward(step, "bn1"));
+    assert_eq!((summed.read, plain.read, summed.written), (y, 2 * y, plain.written));
+    // Evaluation has running statistics.
+    for name in ["conv1", "bn1"] {
+        assert_eq!(forward(&staged.1, name), forward(&direct.1, name), "{name}");
+    }
+    assert_eq!(forward(&staged.1, "bn1"), summed);
 }
 
 #[test]

@@ -130,7 +130,7 @@ fn time_conv_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let (shape, _) = conv_shape(sizes)?;
     let (x, w) = (timer.reals(shape.input_len())?, timer.reals(shape.read_weight_len(timer.precision))?);
     let mut y = timer.real_zeros(shape.output_len())?;
-    timer.time(|device| conv_forward(device, &shape, x.view(), w.view(), None, y.view_mut()))
+    timer.time(|device| conv_forward(device, &shape, x.view(), w.view(), None, None, y.view_mut()))
 }
 
 fn time_conv_input_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
