@@ -134,7 +134,7 @@ fn measure_products(
     device: &Device,
     [rows, columns, depth]: [usize; 3],
     each: usize,
-    multiply: fn(&Device, i32, Slice<bf16>, Slice<bf16>, SliceMut<f32>) -> Result<()>,
+    multiply: impl Fn(&Device, i32, Slice<bf16>, Slice<bf16>, SliceMut<f32>) -> Result<()>,
 ) -> Result<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut tile =

@@ -90,7 +90,7 @@ impl Summed {
         });
         done.unwrap();
         let launched: Vec<_> = launches.iter().map(|launch| launch.kernel).collect();
-        assert!(launched.iter().any(|kernel| *kernel == self.kernel), "{label}: {launched:?}");
+        assert!(launched.contains(&self.kernel), "{label}: {launched:?}");
 
         let y = storage.read(device, &y);
         let (got, row) = (read(device, tiles.view()), y.len() / self.k);
@@ -117,19 +117,20 @@ impl Summed {
         norm_join(device, &norm, tiles.view(), tile, counted.view(), EPSILON, running, saved).unwrap();
         let results = [&mean, &invstd, &running_mean, &running_var].map(|buffer| read(device, buffer.view()));
         for k in 0..self.k {
+            let [own_mean, own_invstd, own_running_mean, own_running_var] = results.each_ref().map(|result| result[k]);
             let label = format!("{label}: row {k}");
             let all = moments(of(k, 0..row).into_iter());
             let (items, mean, squares) = all;
-            close(results[0][k], mean, allowed(all), &format!("{label}: mean"));
+            close(own_mean, mean, allowed(all), &format!("{label}: mean"));
             let var = squares / items + f64::from(EPSILON);
             let apart = TOLERANCE + allowed_squares(all) / items / var;
-            close(results[1][k], 1.0 / var.sqrt(), apart / var.sqrt(), &format!("{label}: invstd"));
+            close(own_invstd, 1.0 / var.sqrt(), apart / var.sqrt(), &format!("{label}: invstd"));
             let share = if count == 0 { 0.0 } else { 0.25 };
             let moved = |old: f64, new: f64| old + share * (new - old);
-            close(results[2][k], moved(2.0, mean), allowed(all) + TOLERANCE, &format!("{label}: running mean"));
+            close(own_running_mean, moved(2.0, mean), allowed(all) + TOLERANCE, &format!("{label}: running mean"));
             let unbiased = squares / (items - 1.0).max(1.0);
             close(
-                results[3][k],
+                own_running_var,
                 moved(3.0, unbiased),
                 TOLERANCE * 3.0 + apart * unbiased,
                 &format!("{label}: running var"),
