@@ -38,7 +38,7 @@ KERNEL(ceiling_wgmma_multiply_bf16, MultiplyBoxesArgs, BoxesShared, THREADS, 1) 
         const bf16* own = shared.left + warp / 4 * BOX * BOX;
         SumTile sum[COLUMNS / 8];
         clear(sum);
-        GroupProduct<COLUMNS, false, false> product(thread);
+        WarpGroupProduct<COLUMNS, false, false> product(thread);
         for (int round = 0; round < a.rounds; ++round) {
             product.begin();
             UNROLL for (int k = 0; k < BOX; k += 16) product.add(sum, operand<false>(own, k), operand<false>(shared.right, k));

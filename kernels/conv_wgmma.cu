@@ -29,7 +29,7 @@ struct ConvGradientBoxesArgs {
     ConvWeightGradientArgs conv;
 };
 
-constexpr int BLOCK = THREADS + 32;
+constexpr int BLOCK_THREADS = THREADS + 32;
 
 // A block's tile of ROWS x COLUMNS sums, and what its two groups of warps own of it.
 template <int ROWS, int COLUMNS, int DEEP, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
@@ -71,7 +71,7 @@ struct BoxTile {
                 }
             __syncwarp();
         } else {
-            GroupProduct<WIDTH, LEFT_TRANSPOSED, RIGHT_TRANSPOSED> product(thread);
+            WarpGroupProduct<WIDTH, LEFT_TRANSPOSED, RIGHT_TRANSPOSED> product(thread);
             for (int step = 0; step < steps; ++step) {
                 const int i = step % STAGES;
                 wait_phase(shared.full[i], step / STAGES % 2);
@@ -204,16 +204,16 @@ using Backward64 = BoxProduct<true, 64, 128, 4>;
 using Backward128 = BoxProduct<true, 128, 128, 3>;
 using Backward128Wide = BoxProduct<true, 128, 256, 4>;
 
-KERNEL(conv_forward_wgmma_64x128_bf16, ConvBoxesArgs, Forward64::Shared, BLOCK, 2) { RUN(Forward64); }
-KERNEL(conv_forward_wgmma_128x128_bf16, ConvBoxesArgs, Forward128::Shared, BLOCK, 2) { RUN(Forward128); }
-KERNEL(conv_forward_wgmma_128x256_bf16, ConvBoxesArgs, Forward128Wide::Shared, BLOCK, 1) { RUN(Forward128Wide); }
-KERNEL(conv_input_gradient_wgmma_64x128_bf16, ConvBoxesArgs, Backward64::Shared, BLOCK, 2) { RUN(Backward64); }
-KERNEL(conv_input_gradient_wgmma_128x128_bf16, ConvBoxesArgs, Backward128::Shared, BLOCK, 2) { RUN(Backward128); }
-KERNEL(conv_input_gradient_wgmma_128x256_bf16, ConvBoxesArgs, Backward128Wide::Shared, BLOCK, 1) { RUN(Backward128Wide); }
+KERNEL(conv_forward_wgmma_64x128_bf16, ConvBoxesArgs, Forward64::Shared, BLOCK_THREADS, 2) { RUN(Forward64); }
+KERNEL(conv_forward_wgmma_128x128_bf16, ConvBoxesArgs, Forward128::Shared, BLOCK_THREADS, 2) { RUN(Forward128); }
+KERNEL(conv_forward_wgmma_128x256_bf16, ConvBoxesArgs, Forward128Wide::Shared, BLOCK_THREADS, 1) { RUN(Forward128Wide); }
+KERNEL(conv_input_gradient_wgmma_64x128_bf16, ConvBoxesArgs, Backward64::Shared, BLOCK_THREADS, 2) { RUN(Backward64); }
+KERNEL(conv_input_gradient_wgmma_128x128_bf16, ConvBoxesArgs, Backward128::Shared, BLOCK_THREADS, 2) { RUN(Backward128); }
+KERNEL(conv_input_gradient_wgmma_128x256_bf16, ConvBoxesArgs, Backward128Wide::Shared, BLOCK_THREADS, 1) { RUN(Backward128Wide); }
 
 // Grid of the weight gradients: pairs of boxes of channels, row tiles, splits.
 using Gradient64 = BoxGradient<64, 4>;
 using Gradient128 = BoxGradient<128, 3>;
 
-KERNEL(conv_weight_gradient_wgmma_64x128_bf16, ConvGradientBoxesArgs, Gradient64::Shared, BLOCK, 2) { RUN(Gradient64); }
-KERNEL(conv_weight_gradient_wgmma_128x128_bf16, ConvGradientBoxesArgs, Gradient128::Shared, BLOCK, 2) { RUN(Gradient128); }
+KERNEL(conv_weight_gradient_wgmma_64x128_bf16, ConvGradientBoxesArgs, Gradient64::Shared, BLOCK_THREADS, 2) { RUN(Gradient64); }
+KERNEL(conv_weight_gradient_wgmma_128x128_bf16, ConvGradientBoxesArgs, Gradient128::Shared, BLOCK_THREADS, 2) { RUN(Gradient128); }

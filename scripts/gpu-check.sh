@@ -132,7 +132,9 @@ for job in map(json.loads, open(sys.argv[1])):
             # Without a table of rates a plan multiplies densely.
             [ "$precision" = f32 ] || bench+=(--tune)
             line "$DILT_BIN" "${bench[@]}" || return 1
-            [ "$precision$hopper" != bf161 ] || DILT_WGMMA=1 line "$DILT_BIN" "${bench[@]}" || return 1
+            if [ "$precision" = bf16 ] && [ "$hopper" = 1 ]; then
+                DILT_WGMMA=1 line "$DILT_BIN" "${bench[@]}" || return 1
+            fi
             for sparsity in $sparsities; do
                 line "$DILT_BIN" "${bench[@]}" --random-ticket "$sparsity" || return 1
             done

@@ -16,6 +16,18 @@ struct alignas(128) TensorMap {
     uint64_t word[16];
 };
 
+// What a descriptor of wgmma says of an operand in boxes that lie one after the other: bytes from box to box and from eight of
+// a box's rows to the next, each a 16th of them, and the swizzle. Where it begins is added to it.
+constexpr uint64_t BOX_BYTES = 2 * BOX * BOX, EIGHT_ROWS = 16 * BOX;
+constexpr uint64_t BOXES_DESCRIPTOR = BOX_BYTES / 16 << 16 | EIGHT_ROWS / 16 << 32 | uint64_t(1) << 62;
+
+// Bytes to the steps of the reduction from `step` on, a multiple of 16. A box's rows are rows of the operand, 64 steps each;
+// TRANSPOSED, they are 64 steps, and boxes follow each other along the operand's rows.
+template <bool TRANSPOSED>
+DEVICE int bytes_to(int step) {
+    return TRANSPOSED ? step * 2 * BOX : step * 2;
+}
+
 #ifdef __CUDACC__
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -64,18 +76,14 @@ DEVICE void copy_box(bf16* to, const TensorMap& map, PhaseBarrier& barrier, int 
         : "memory");
 }
 
-// An operand of a product in boxes that lie one after the other: a descriptor of wgmma.
+// 16 steps of an operand, from `step` on: a descriptor.
 struct Operand {
     uint64_t descriptor;
 };
 
-// The 16 steps of the reduction from `step` on. A box's rows are rows of the operand, 64 steps each; TRANSPOSED, they are
-// 64 steps, and boxes follow each other along the operand's rows.
 template <bool TRANSPOSED>
 DEVICE Operand operand(const bf16* boxes, int step) {
-    constexpr uint64_t EIGHT_ROWS = 1024, A_BOX = 2 * BOX * BOX, SWIZZLE_128 = uint64_t(1) << 62;
-    const uint64_t at = shared_address(boxes) + (TRANSPOSED ? step * 2 * BOX : step * 2);
-    return {(at & 0x3ffff) >> 4 | A_BOX >> 4 << 16 | EIGHT_ROWS >> 4 << 32 | SWIZZLE_128};
+    return {((shared_address(boxes) + bytes_to<TRANSPOSED>(step)) & 0x3ffff) >> 4 | BOXES_DESCRIPTOR};
 }
 
 // Operands %0 to %(count - 1) of an instruction, which are a thread's sums.
@@ -98,8 +106,8 @@ DEVICE Operand operand(const bf16* boxes, int step) {
 // Products of 64 rows and N columns by four warps, which all their threads call together. Of sum tile j a thread holds
 // what mma.cuh says, columns 8 j on, of the 16 rows that its warp owns.
 template <int N, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-struct GroupProduct {
-    DEVICE explicit GroupProduct(int) {}
+struct WarpGroupProduct {
+    DEVICE explicit WarpGroupProduct(int) {}
 
     // Before the first `add` of a group.
     DEVICE void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -199,21 +207,25 @@ DILT_CALL void copy_box(bf16* to, const TensorMap& map, PhaseBarrier& barrier, i
     dilt_count(barrier, -int32_t(at - uintptr_t(to)), 0);
 }
 
-// Where an operand begins, and how its elements lie: as a descriptor says it.
+// Where an operand begins, since an address is too long for a descriptor, and what a descriptor says of it, read as wgmma does:
+// in bits 16 to 29 the leading and in bits 32 to 45 the stride byte offset, in the highest two the swizzle. The first counts
+// where operands are transposed alone.
 struct Operand {
     uintptr_t at;
     bool transposed;
 
     DEVICE float element(int row, int step) const {
-        const int offset = transposed ? row / BOX * (2 * BOX * BOX) + row % BOX * 2 + step / 8 * 1024 + step % 8 * 128
-                                      : row / 8 * 1024 + row % 8 * 128 + step * 2;
+        static_assert(BOXES_DESCRIPTOR >> 62 == 1, "the swizzle of 128 bytes");
+        const int leading = int(BOXES_DESCRIPTOR >> 16 & 0x3fff) * 16, stride = int(BOXES_DESCRIPTOR >> 32 & 0x3fff) * 16;
+        const int offset = transposed ? row / 64 * leading + row % 64 * 2 + step / 8 * stride + step % 8 * 128
+                                      : row / 8 * stride + row % 8 * 128 + step * 2;
         return widen(*reinterpret_cast<const bf16*>(dilt_swizzled(at + offset)));
     }
 };
 
 template <bool TRANSPOSED>
 DEVICE Operand operand(const bf16* boxes, int step) {
-    return {uintptr_t(boxes) + (TRANSPOSED ? step * 2 * BOX : step * 2), TRANSPOSED};
+    return {uintptr_t(boxes) + bytes_to<TRANSPOSED>(step), TRANSPOSED};
 }
 
 // A thread's part of a product of N columns; its rows are `row` and the eighth after it.
@@ -234,7 +246,7 @@ DILT_CALL void dilt_group_product(SumTile* sum, int n, int row, int lane, Operan
 
 // The host multiplies when the thread waits: who lets operands be written before that is found out.
 template <int N, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-struct GroupProduct {
+struct WarpGroupProduct {
     static constexpr uint32_t PENDING = 16;
     struct Product {
         Operand left, right;
@@ -244,7 +256,7 @@ struct GroupProduct {
     uint32_t first = 0, end = 0;
     int group = 0, thread;
 
-    DEVICE explicit GroupProduct(int thread) : thread(thread) {}
+    DEVICE explicit WarpGroupProduct(int thread) : thread(thread) {}
     DEVICE void begin() {}
     DEVICE void add(SumTile (&)[N / 8], Operand left, Operand right) {
         if (end - first == PENDING) __builtin_trap();

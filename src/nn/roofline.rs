@@ -1,10 +1,11 @@
 //! What a device does at best, measured on it, and how fast work can be by that: the roofline (Williams et al. 2009).
 //!
 //! Two ceilings: operations a second of multiply-adds in registers (f32, and bf16 on the host, which multiplies in f32) or
-//! of products by mma.sync or, on a device that is told to use it, wgmma (bf16 on a GPU); and bytes a second, read and written, of copies between buffers that are larger
-//! than caches. A piece of work takes at least the longer of its operations at the first and its bytes at the second.
-//! Neither is a limit of physics: bytes that a cache keeps move faster, and a GPU that is held back by its power does less in a long run than in these short ones. So a share may be above 1, where
-//! tensors fit in caches.
+//! of products by mma.sync or, on a device that is told to use it, wgmma (bf16 on a GPU); and bytes a second, read and written,
+//! of copies between buffers that are larger than caches. A piece of work takes at least the longer of its operations at the
+//! first and its bytes at the second. Neither is a limit of physics: bytes that a cache keeps move faster, and a GPU that is
+//! held back by its power does less in a long run than in these short ones. So a share may be above 1, where tensors fit in
+//! caches.
 
 use std::fmt;
 
@@ -22,7 +23,8 @@ use crate::ops::ceiling::{
 
 /// Elements that are copied at once, 128 MiB: with what they are copied to more than the caches of today's GPUs, 126 MB.
 const COPIED: usize = 32 << 20;
-/// Blocks of products on a GPU: whole waves of the 132 multiprocessors of an H100 or H200, two on each.
+/// Blocks of products on a GPU: whole waves of the 132 multiprocessors of an H100 or H200, two on each or, by
+/// wgmma, one.
 const BLOCKS: usize = 2112;
 /// A launch does so much that it takes as long as this at least.
 const LAUNCH_MS: f64 = 4.0;
@@ -42,7 +44,8 @@ pub struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures a device that does nothing else, which takes about a fifth of a second, and for that time 256 MiB.
+    /// Measures a device that does nothing else, which takes about a fifth of a second, and for that time 264 MiB at
+    /// most.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory runs out or the device fails.

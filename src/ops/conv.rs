@@ -179,7 +179,7 @@ impl ConvShape {
         let (rows, columns) = (self.k as usize, self.output_columns());
         Some(match groups {
             Some(groups) => tiles::group_product(&GROUPS_FORWARD, groups, columns).columns,
-            None if self.by_wgmma(device, precision) => FORWARD.by_wgmma(rows, columns).columns,
+            None if self.by_wgmma(device, precision) => FORWARD.wgmma_tile(rows, columns).columns,
             None => FORWARD.of(precision, rows, columns, self.r * self.s == 1).columns,
         })
     }
@@ -229,7 +229,7 @@ fn product(
             // Of the largest class.
             let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
             if args.shape.by_wgmma(device, precision) {
-                let tile = kernels.by_wgmma(rows, columns * classes * classes);
+                let tile = kernels.wgmma_tile(rows, columns * classes * classes);
                 let grid = [columns.div_ceil(tile.columns), rows.div_ceil(tile.rows), classes * classes];
                 return conv_wgmma::product(device, kernels.gradient, tile, grid, args);
             }

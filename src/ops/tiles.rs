@@ -146,7 +146,7 @@ impl Product {
     }
 
     /// The tile by wgmma for a result of so many rows and columns.
-    pub(super) fn by_wgmma(&self, rows: usize, columns: usize) -> &Tile<ConvBoxesArgs> {
+    pub(super) fn wgmma_tile(&self, rows: usize, columns: usize) -> &Tile<ConvBoxesArgs> {
         let [small, middle, large] = &self.wgmma;
         match rows {
             0..=64 => small,

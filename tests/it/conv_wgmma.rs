@@ -55,7 +55,7 @@ fn images_agree_with_float32() {
 #[test]
 fn linear_layers_agree_with_float32() {
     agrees(&ConvShape::new([200, 1, 1], 136, [1, 1], 1, 0, 192).unwrap(), 192, 180);
-    // The largest tile; ThreadSanitizer would take minutes.
+    // The largest tile, whose blocks are the code of the others: too many for a sanitizer's run.
     if !cfg!(dilt_sanitize) {
         let n = 132 * 256;
         agrees(&ConvShape::new([64, 1, 1], 72, [1, 1], 1, 0, n).unwrap(), n, n - 3);
