@@ -13,7 +13,7 @@ use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, atten
 use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
-use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use dilt::ops::distances::{DistanceShape, Metric, distance_matrix, pitch};
 use dilt::ops::gw::{Couplings, Layers, Start, Step};
@@ -91,13 +91,13 @@ impl Bench<'_> {
             let name = format!("{name}, {}% pruned", sparsity * 100.0);
             self.time(&format!("sparse {name}: forward"), flop.clone(), |device| {
                 kept.gather(device, w.view())?;
-                conv_sparse_forward(device, &kept, x.view().into(), None, None, y.view_mut().into())
+                conv_sparse_forward(device, &kept, x.view().into(), Epilogue::default(), y.view_mut().into())
             });
             self.time(&format!("sparse {name}: input gradient"), flop.clone(), |device| {
-                conv_sparse_input_gradient(device, &kept, dy.view().into(), false, dx.view_mut().into())
+                conv_sparse_input_gradient(device, &kept, dy.view().into(), Dx::Set, dx.view_mut().into())
             });
             self.time(&format!("sparse {name}: weight gradient"), flop, |device| {
-                conv_sparse_weight_gradient(device, &mut kept, x.view().into(), dy.view().into(), dw.view_mut())
+                conv_sparse_weight_gradient(device, &mut kept, x.view().into(), dy.view().into(), dw.view_mut(), None)
             });
         }
         Ok(())
@@ -115,13 +115,13 @@ impl Bench<'_> {
             let (mut dw, mut scratch) = (self.tensor(shape.weight_len()), self.tensor(scratch_len));
             let name = if precision.is_f32() { name.to_owned() } else { format!("bf16 {name}") };
             self.time(&format!("{name}: forward"), flop.clone(), |device| {
-                conv_forward(device, &shape, x.view(), w.view(), None, None, y.view_mut())
+                conv_forward(device, &shape, x.view(), w.view(), Epilogue::default(), y.view_mut())
             });
             self.time(&format!("{name}: input gradient"), flop.clone(), |device| {
-                conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut())
+                conv_input_gradient(device, &shape, dy.view(), w.view(), Dx::Set, dx.view_mut())
             });
             self.time(&format!("{name}: weight gradient"), flop.clone(), |device| {
-                conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
+                conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut(), None)
             });
         }
         Ok(())

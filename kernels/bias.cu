@@ -1,4 +1,5 @@
-// bias.cu - the gradient of a bias: the sum of each row of dy.
+// bias.cu - the gradient of a bias, the sum of each row of dy, where no weight gradient on tensor cores sums what it reads
+// (conv_mma.cuh).
 //
 //   dbias[k] = sum over columns of dy[k,column]
 //

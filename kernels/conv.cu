@@ -17,9 +17,10 @@
 
 struct ConvSumArgs {
     const float* partial;    // [splits, count]
-    const uint32_t* places;  // [count]: where in `sum` each goes, or NONE; null: sum is [count]
+    const uint32_t* places;  // [count]: where in `sum` each goes, or NONE; null: in their order
     float* sum;
-    int64_t count;
+    float* rest;             // of the sums from `weights` on; not read where there are none
+    int64_t count, weights;
     int32_t splits;
 };
 
@@ -388,11 +389,12 @@ BARRIER_FREE_KERNEL(conv_sum_splits_f32, ConvSumArgs, THREADS) {
     EACH(i, a.count) {
         const int64_t place = a.places ? a.places[i] : i;
         if (place == NONE) continue;
+        float* const to = i < a.weights ? a.sum + place : a.rest + (i - a.weights);
         Samples<4> sum = splat<4>(0.0f);
         int split = 0;
         for (; split + 4 <= a.splits; split += 4)
             UNROLL for (int chain = 0; chain < 4; ++chain) sum[chain] += a.partial[(split + chain) * a.count + i];
         for (; split < a.splits; ++split) sum[0] += a.partial[split * a.count + i];
-        a.sum[place] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        *to = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
 }

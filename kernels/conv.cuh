@@ -1,5 +1,5 @@
 // conv.cuh - what the kernels of convolutions share: the shape, where weights lie, which input a filter tap reads, and the
-// arguments of conv.cu, conv_mma.cu and conv_direct.cu.
+// arguments of conv.cu, conv_mma.cu and conv_direct.cu, of which only conv_mma.cu has what conv_mma.cuh calls epilogues.
 #pragma once
 #include "kernels/moments.cuh"
 
@@ -105,6 +105,8 @@ struct ConvArgs {
     Real* to;
     const uint32_t* count; // number of true samples; read for a bias, since padded columns stay zero, and for statistics
     Moments* statistics;   // [K, tiles of a row] of what is stored, for a batch norm of samples; null elsewhere
+    Real* beside;          // forward: a sum with what is stored, or GELU of it, written too; or null
+    const Real* operand;   // forward: what that adds, null for GELU; input gradient: x of the GELU that it goes through, or null
     ConvShape shape;
     Columns columns;       // what the shape's N is made of; read as the count is
     int32_t accumulate;    // add to what `to` holds
@@ -114,6 +116,13 @@ struct ConvWeightGradientArgs {
     const Real* x;
     const Real* dy;
     float* partial;    // [splits, K, C*R*S]; dw itself if there is one split
+    float* row_sums;   // [K] of dy, the gradient of a bias; of a split, behind its other sums; null but on tensor cores
     ConvShape shape;
     int32_t splits;    // ranges of columns (p,q,n), summed apart
 };
+
+// Elements between the sums of two splits.
+DEVICE int64_t split_pitch(const ConvWeightGradientArgs& a) {
+    const ConvShape& d = a.shape;
+    return int64_t(d.k) * (d.c * d.r * d.s + (a.row_sums ? 1 : 0));
+}

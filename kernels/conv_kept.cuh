@@ -16,6 +16,8 @@ struct ConvSparseArgs {
     Real* to;
     const uint32_t* count;   // number of true samples; read for a bias, since padded columns stay zero, and for statistics
     Moments* statistics;     // R = 32: [K, tiles of a row] of what is stored, for a batch norm of samples; null elsewhere
+    Real* beside;            // R = 32: as in conv.cuh; null elsewhere
+    const Real* operand;     // the same
     ConvShape shape;
     Columns columns;         // what the shape's N is made of; read as the count is
     int32_t groups;

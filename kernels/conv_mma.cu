@@ -185,12 +185,16 @@ struct Gradient {
         const int warp = thread / 32, lane = thread % 32;
         SumTile sum[Warp::LEFTS][Warp::RIGHTS];
         UNROLL for (int i = 0; i < Warp::LEFTS; ++i) clear(sum[i]);
+        RowSums<ROWS, DEPTH, DEPTH + SPACE> row_sums;
+        const bool summed = a.row_sums && tap_tile == 0;
         pipeline(steps, copies, fetch, [&](int step) {
             const Stage& stage = shared.stage[step % STAGES];
             multiply_stage<Warp, false, true, DEPTH + SPACE, DEPTH + SPACE>(
                 lane, &stage.dy[Warp::row(warp)][0], &stage.x[Warp::column(warp)][0], sum);
+            if (summed) row_sums.add(thread, &stage.dy[0][0]);
         });
-        float* partial = a.partial + int64_t(split) * d.k * taps;
+        if (summed) row_sums.write(thread, a.row_sums + split * split_pitch(a) + k0, d.k - k0);
+        float* partial = a.partial + split * split_pitch(a);
         UNROLL for (int i = 0; i < Warp::LEFTS; ++i)
             UNROLL for (int j = 0; j < Warp::RIGHTS; ++j)
                 UNROLL for (int e = 0; e < 4; ++e) {

@@ -6,10 +6,13 @@
 // outside the image comes as zeros. Rows in shared memory lie 16 bytes further apart than they are long, so that eight of them
 // meet no bank twice.
 //
-// A forward product sums what it stores where a batch norm asks for it (norm_join.cu): mean and squared deviations of the true
-// samples of each row of a block's tile, 8 bytes instead of the 128 to 512 that reading the row again would take.
+// Epilogues do what would read the result again. A forward product adds a bias, and writes GELU of what it stores, or a residual
+// sum with it, beside it. Where a batch norm asks for it (norm_join.cu), it sums what it stores: mean and squared deviations of
+// the true samples of each row of a block's tile, 8 bytes instead of the 128 to 512 that reading the row again would take. An
+// input gradient goes through GELU's, a weight gradient sums the rows of dy for a bias.
 #pragma once
 #include "kernels/conv.cuh"
+#include "kernels/gelu.cuh"
 #include "kernels/lib/mma.cuh"
 
 constexpr int THREADS = 256;
@@ -93,10 +96,15 @@ DEVICE float row_sum(float value) {
     return value;
 }
 
+DEVICE Samples<8> as_stored(Samples<8> y) {
+    UNROLL for (int e = 0; e < 8; ++e) y[e] = widen(round_to_bf16(y[e]));
+    return y;
+}
+
 // Of a row of which each of LANES lanes has 8 values, as they are stored, `live` a bit for each true one; the others are zero.
 template <int LANES>
 DEVICE Moments row_moments(Samples<8> y, uint32_t live, float items) {
-    UNROLL for (int e = 0; e < 8; ++e) y[e] = widen(round_to_bf16(y[e]));
+    y = as_stored(y);
     const float mean = row_sum<LANES>(lane_sum<8>(y)) / items;
     const Samples<8> off = kept<8>(y - mean, live);
     const float left = row_sum<LANES>(lane_sum<8>(off)), squares = row_sum<LANES>(lane_sum<8>(off * off));
@@ -110,8 +118,35 @@ DEVICE float true_samples(const Args& a, int first, int width, int columns) {
     return float(true_columns(min32(first + width, columns), n, count) - true_columns(min32(first, columns), n, count));
 }
 
+// Sums of ROWS rows of the left operand of a weight gradient, LENGTH elements of each a stage: the gradient of a bias, by
+// whoever has these rows in shared memory. A thread adds 8 elements of a row at a time, in any order within the row.
+template <int ROWS, int LENGTH, int PITCH>
+struct RowSums {
+    static constexpr int ACROSS = LENGTH / 8, APART = THREADS / ACROSS, PASSES = (ROWS + APART - 1) / APART;
+    float sum[PASSES];
+
+    DEVICE RowSums() {
+        UNROLL for (int i = 0; i < PASSES; ++i) sum[i] = 0.0f;
+    }
+    DEVICE static int row(int thread, int i) { return thread / ACROSS + i * APART; }
+
+    DEVICE void add(int thread, const bf16* rows) {
+        UNROLL for (int i = 0; i < PASSES; ++i)
+            if (row(thread, i) < ROWS) sum[i] += lane_sum<8>(load<8>(rows + row(thread, i) * PITCH + thread % ACROSS * 8));
+    }
+
+    // Writes the first `rows` of them.
+    DEVICE void write(int thread, float* to, int rows) const {
+        UNROLL for (int i = 0; i < PASSES; ++i) {
+            const float all = row_sum<ACROSS>(sum[i]);
+            if (thread % ACROSS == 0 && row(thread, i) < min32(ROWS, rows)) to[row(thread, i)] = all;
+        }
+    }
+};
+
 // Writes a warp's sums, 16 rows at a time, to the pixels of a class: each lane rows of 8 samples, 16 bytes. `row_of` is the
-// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row if they are asked for.
+// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row, and writes what
+// stands beside it, if they are asked for; a gradient goes through GELU before it is rounded.
 template <bool GRADIENT, class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
 DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS, COLUMNS>& shared, int lane, int warp,
                        int first_column, const SumTile (&sum)[Warp::LEFTS][Warp::RIGHTS], RowOf row_of) {
@@ -126,7 +161,7 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
     const int n = column % d.n, at = column / d.n, to_width = Pass::to_width(d);
     const int down = own.first_h + at / own.width * own.step, across = own.first_w + at % own.width * own.step;
     const int64_t pitch = int64_t(Pass::to_height(d)) * to_width * d.n;
-    bf16* const to = a.to + (int64_t(down) * to_width + across) * d.n + n;
+    const int64_t place = (int64_t(down) * to_width + across) * d.n + n;
     const bool summed = !GRADIENT && a.statistics;
     const uint32_t live = inside && (a.bias || summed) ? live_columns<8>(a.columns, int(*a.count), n) : 0;
     const float items = summed ? larger(1.0f, true_samples(a, warp_column, Warp::WIDTH, columns)) : 1.0f;
@@ -142,8 +177,14 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
             if (inside && row != NONE) {
                 y = load<8>(&slab[r + down_slab][across_slab]);
                 if (a.bias) y = kept<8>(y + splat<8>(a.bias[row]), live);
-                if (a.accumulate) y += load<8>(to + row * pitch);
-                store<8>(to + row * pitch, y);
+                const int64_t own_place = place + row * pitch;
+                if (GRADIENT && a.operand) y = y * gelu_slope<8>(load<8>(a.operand + own_place));
+                if (a.accumulate) y += load<8>(a.to + own_place);
+                store<8>(a.to + own_place, y);
+                if (!GRADIENT && a.beside) {
+                    const Samples<8> stored = as_stored(y);
+                    store<8>(a.beside + own_place, a.operand ? load<8>(a.operand + own_place) + stored : gelu<8>(stored));
+                }
             }
             if constexpr (!GRADIENT)
                 if (a.statistics) {

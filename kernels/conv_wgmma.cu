@@ -52,9 +52,11 @@ struct BoxTile {
         PixelClass pixels;  // kept here for the end, not in registers
     };
 
-    // Adds `steps` stages, which fetch(stage, barrier) brings one after the other, to the sums of each warp but the last.
-    template <class Fetch>
-    DEVICE static void multiply(Shared& shared, int thread, int steps, Fetch fetch, SumTile (&sum)[RIGHTS]) {
+    // Adds `steps` stages, which fetch(stage, barrier) brings one after the other, to the sums of each warp but the last, which
+    // calls meanwhile(stage) while wgmma is at work.
+    template <class Fetch, class Meanwhile>
+    DEVICE static void multiply(Shared& shared, int thread, int steps, Fetch fetch, SumTile (&sum)[RIGHTS],
+                                Meanwhile meanwhile) {
         const int warp = thread / 32, lane = thread % 32;
         if (thread == 0) {
             for (int i = 0; i < STAGES; ++i) start(shared.full[i], 1), start(shared.empty[i], WARPS);
@@ -81,6 +83,7 @@ struct BoxTile {
                 UNROLL for (int k = 0; k < BOX; k += 16)
                     product.add(sum, operand<LEFT_TRANSPOSED>(left, k), operand<RIGHT_TRANSPOSED>(right, k));
                 product.commit();
+                meanwhile(shared.stage[i]);
                 // The stage before this one has been read.
                 product.template wait<1>(sum);
                 __syncwarp();
@@ -127,7 +130,7 @@ struct BoxProduct {
         };
         SumTile sum[1][Tile::RIGHTS];
         clear(sum[0]);
-        Tile::multiply(shared, thread, steps, fetch, sum[0]);
+        Tile::multiply(shared, thread, steps, fetch, sum[0], [](const auto&) {});
         const int warp = thread / 32;
         const auto row_of = [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; };
         if (warp < WARPS)
@@ -167,16 +170,22 @@ struct BoxGradient {
         };
         SumTile sum[Tile::RIGHTS];
         clear(sum);
-        Tile::multiply(shared, thread, steps, fetch, sum);
+        RowSums<ROWS, BOX, BOX> row_sums;
+        const bool summed = a.conv.row_sums && column_tile == 0;
+        // A row's elements are out of order in a box, but its own.
+        Tile::multiply(shared, thread, steps, fetch, sum, [&](const typename Tile::Stage& stage) {
+            if (summed) row_sums.add(thread, stage.left);
+        });
         const int warp = thread / 32, lane = thread % 32;
         if (warp == WARPS) return;
+        if (summed) row_sums.write(thread, a.conv.row_sums + split * split_pitch(a.conv) + k0, d.k - k0);
         UNROLL for (int i = 0; i < Tile::WIDTH / BOX; ++i) {
             const int box = box_of(Tile::column(warp) / BOX + i), tap = box / per_tap;
             const int channel = box % per_tap * BOX + lane % 4 * 2;
             UNROLL for (int row = 0; row < 16; row += 8) {
                 const int k = k0 + Tile::row(warp) + lane / 4 + row;
                 if (k >= d.k || tap >= filter) continue;
-                float* const dw = a.conv.partial + (int64_t(split) * d.k + k) * d.c * filter + tap;
+                float* const dw = a.conv.partial + (split * split_pitch(a.conv) + int64_t(k) * d.c * filter + tap);
                 UNROLL for (int j = 0; j < BOX / 8; ++j)
                     UNROLL for (int e = 0; e < 2; ++e) {
                         const int c = channel + 8 * j + e;

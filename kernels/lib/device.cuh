@@ -176,6 +176,18 @@ DEVICE Samples<L> exponential(Samples<L> x) {
     return x;
 }
 
+// e^x for x <= 0, and 1 / x, to a relative 1e-5: for results that are rounded to bf16.
+template <int L>
+DEVICE Samples<L> rough_exponential(Samples<L> x) {
+    UNROLL for (int i = 0; i < L; ++i) x.lane[i] = __expf(x.lane[i]);
+    return x;
+}
+template <int L>
+DEVICE Samples<L> rough_reciprocal(Samples<L> x) {
+    UNROLL for (int i = 0; i < L; ++i) asm("rcp.approx.f32 %0, %0;" : "+f"(x.lane[i]));
+    return x;
+}
+
 // Turns an L x L square: lane j of row i to lane i of row j.
 template <int L>
 DEVICE void transpose(Samples<L> (&rows)[L]) {

@@ -180,6 +180,16 @@ DEVICE Samples<L> exponential(const Samples<L>& x) {
     return where_at_most<L>(x, high, where_at_most<L>(low, x, result, zero), x != x ? x : zero + __builtin_inff());
 }
 
+// What device.cuh allows to be rough is not, here.
+template <int L>
+DEVICE Samples<L> rough_exponential(const Samples<L>& x) {
+    return exponential<L>(x);
+}
+template <int L>
+DEVICE Samples<L> rough_reciprocal(const Samples<L>& x) {
+    return 1.0f / x;
+}
+
 // Turns an L x L square: lane j of row i to lane i of row j. Exchanges halves, quarters, ... of pairs of rows.
 template <int L>
 DEVICE void transpose(Samples<L> (&rows)[L]) {

@@ -191,6 +191,17 @@ impl<'a, T> SliceMut<'a, T> {
         Slice { address: self.address, len: self.len, element: PhantomData }
     }
 
+    /// The first `len` elements, and the others.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn split_at(self, len: usize) -> (Self, Self) {
+        check(&(0..len), self.len);
+        let rest = self.address + (len * size_of::<T>()) as u64;
+        let part = |address, len| SliceMut { address, len, element: PhantomData };
+        (part(self.address, len), part(rest, self.len - len))
+    }
+
     /// An exclusive view of the same elements, for a shorter time.
     pub fn reborrow(&mut self) -> SliceMut<'_, T> {
         SliceMut { address: self.address, len: self.len, element: PhantomData }

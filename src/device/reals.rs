@@ -177,6 +177,11 @@ impl<'a> RealsMut<'a> {
         Reals { address: self.address, len: self.len, precision: self.precision, element: PhantomData }
     }
 
+    /// An exclusive view of the same elements, for a shorter time.
+    pub fn reborrow(&mut self) -> RealsMut<'_> {
+        RealsMut { address: self.address, len: self.len, precision: self.precision, element: PhantomData }
+    }
+
     /// For a kernel's argument struct.
     pub(crate) fn ptr(&self) -> Ptr<Real> {
         Ptr::new(self.address)

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::compact::Compaction;
+use super::fusion::{Fusion, fusions};
 use super::model::{Layer, Model};
 use super::paths::{Choice, Planning, choose};
 use super::plan::{Plan, Use};
-use super::ways::{Lists, MaskedLayer, Way};
+use super::ways::{Lists, MaskedLayer};
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
@@ -26,7 +27,7 @@ pub struct Layout {
     /// Where every tensor lies.
     pub plan: Plan,
     pub(super) layers: Vec<Option<PlannedLayer>>,
-    pub(super) fused: Vec<Option<Fused>>,
+    pub(super) fusions: Vec<Fusion>,
 }
 
 /// A layer that multiplies under a mask.
@@ -61,8 +62,8 @@ impl Layout {
         let length = |id: usize| compaction.stored_len(id, computed.parameters[id].elements());
         let lengths = (0..computed.parameters.len()).map(length).collect();
         let plan = Plan::with_lengths(device, &computed, lengths, batch, memory_for)?;
-        let fused = fused_norms(device, &computed, &layers, batch, memory_for)?;
-        Ok(Layout { computed, compaction, plan, layers, fused })
+        let fusions = fusions(device, &computed, &layers, batch, memory_for)?;
+        Ok(Layout { computed, compaction, plan, layers, fusions })
     }
 
     /// Bytes of the lists of kept weights, beside the plan's.
@@ -72,43 +73,6 @@ impl Layout {
     pub fn list_bytes(&self, device: &Device) -> Result<usize> {
         self.layers.iter().flatten().map(|planned| Ok(planned.lists(device)?.bytes())).sum()
     }
-}
-
-/// A convolution that sums its result, tile by tile, for the batch norm that alone reads it.
-#[derive(Clone, Copy)]
-pub(super) struct Fused {
-    /// Columns of a tile.
-    pub tile: usize,
-    /// Index of the norm's statistics.
-    pub statistics: usize,
-}
-
-/// What is fused in training, of each convolution and of its norm.
-pub(super) fn fused_norms(
-    device: &Device,
-    computed: &Model,
-    layers: &[Option<PlannedLayer>],
-    batch: usize,
-    memory_for: Use,
-) -> Result<Vec<Option<Fused>>> {
-    let mut fused = vec![None; computed.layers.len()];
-    for (index, (layer, planned)) in computed.layers.iter().zip(layers).enumerate() {
-        let &Layer::Conv { output, .. } = layer else { continue };
-        let Some((norm, statistics)) = computed.norm_of(output).filter(|_| memory_for != Use::Evaluate) else {
-            continue;
-        };
-        let shape = computed.conv_shape(layer, batch.next_multiple_of(SAMPLE_ALIGNMENT))?;
-        let tile = |groups: Option<usize>| shape.statistics_tile(device, computed.precision, groups);
-        let forward = Pass::Forward as usize;
-        let tile = match planned.as_ref().map(|planned| (planned.choice.ways[forward], &planned.layer)) {
-            None | Some((Way::Dense, _)) => tile(None),
-            Some((Way::Groups, masked)) => tile(Some(masked.output_groups())),
-            Some((Way::Direct, _)) => None,
-        };
-        fused[index] = tile.map(|tile| Fused { tile, statistics });
-        fused[norm] = fused[index];
-    }
-    Ok(fused)
 }
 
 impl PlannedLayer {

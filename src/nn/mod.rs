@@ -3,15 +3,16 @@
 //! [`config`] reads a model file, `resnet` and `vit` turn it into a [`model::Model`] (a list of layers), [`liveness`] says
 //! which features matter under masks, [`compact`] leaves out the others, [`ways`] are those to multiply with kept weights,
 //! among which [`paths`] choose, [`plan`] finds the tensors a place in one arena, [`layout`] is all of that together,
-//! [`traffic`] counts what a step of it computes and moves,
-//! [`network`] holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads
-//! and writes them, [`names`] matches the names of a file to those of a model, [`tensors`] reads files that are no weights, [`snapshot`] keeps the state between two steps, [`positions`] fits position embeddings to
-//! images of another size.
+//! `fusion` says which work layers do for their neighbours, [`traffic`] counts what a step computes and moves, [`network`]
+//! holds and `passes` runs it, [`init`] draws its weights, [`weights`] reads and writes them, [`names`] matches the names of a
+//! file to those of a model, [`tensors`] reads files that are no weights, [`snapshot`] keeps the state between two steps,
+//! [`positions`] fits position embeddings to images of another size.
 
 pub(crate) mod atomic;
 pub mod compact;
 pub mod config;
 mod container;
+mod fusion;
 pub mod init;
 pub mod layout;
 pub mod liveness;

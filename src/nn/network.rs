@@ -7,7 +7,8 @@ use ndarray::ArrayD;
 use sha2::{Digest, Sha256};
 
 use super::compact::Compaction;
-use super::layout::{Fused, Layout, PlannedLayer, fused_norms, plan_layers};
+use super::fusion::{Fusion, fusions};
+use super::layout::{Layout, PlannedLayer, plan_layers};
 use super::model::{Layer, Model, Parameter, ParameterId, ParameterKind, STATISTICS, ValueId};
 use super::paths::{Choice, Planning};
 use super::plan::{Fixed, Plan, Use};
@@ -92,8 +93,8 @@ pub struct Network {
     pub(super) pool_indices: Vec<Buffer<u8>>,
     /// Of each layer that multiplies under a mask: the lists of its kept weights.
     pub(super) paths: Vec<Option<Lists>>,
-    /// Of each convolution that sums its result for a batch norm in training, and of that norm.
-    pub(super) fused: Vec<Option<Fused>>,
+    /// Of each layer: what it does of its neighbours' work.
+    pub(super) fusions: Vec<Fusion>,
     /// Of each layer that multiplies under a mask: how.
     choices: Vec<Option<Choice>>,
     /// What decides that.
@@ -198,7 +199,7 @@ impl Network {
             kept,
             pool_indices,
             paths: Vec::new(),
-            fused: Vec::new(),
+            fusions: Vec::new(),
             choices: Vec::new(),
             planning: planning.clone(),
             memory_for,
@@ -442,7 +443,7 @@ impl Network {
         self.choices = layers.iter().map(|layer| layer.as_ref().map(|layer| layer.choice.clone())).collect();
         let lists = |layer: &Option<PlannedLayer>| layer.as_ref().map(|layer| layer.lists(&self.device)).transpose();
         self.paths = layers.iter().map(lists).collect::<Result<_>>()?;
-        self.fused = fused_norms(&self.device, &self.computed, layers, self.n, self.memory_for)?;
+        self.fusions = fusions(&self.device, &self.computed, layers, self.n, self.memory_for)?;
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::layout::Fused;
+use super::fusion::{self, FusedNorm};
 use super::model::{Layer, ParameterId, ValueId};
 use super::network::{Mode, Network};
 use super::plan::aligned;
@@ -10,8 +10,9 @@ use super::ways::Lists;
 use crate::device::{Buffer, Precision, RealBuffer, Reals, RealsMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
-use crate::ops::bias::bias_gradient;
-use crate::ops::conv::{Bias, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv::{
+    Beside, Bias, Dx, Epilogue, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient,
+};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
@@ -53,12 +54,20 @@ impl Network {
     /// [`crate::Error::Launch`] if the device fails; what `done` returns.
     pub fn forward_with(&mut self, mode: Mode, mut done: impl FnMut(usize, Reals) -> Result<()>) -> Result<()> {
         for index in 0..self.computed.layers.len() {
-            let slot = self.plan.value_slots[self.computed.layers[index].output()];
-            // Taken out, so that the others can be read while it is written.
+            let slots = &self.plan.value_slots;
+            let slot = slots[self.computed.layers[index].output()];
+            let beside_slot = self.fusions[index].beside.map(|beside| slots[beside.to()]);
+            // Taken out, so that the others can be read while they are written.
             let mut y = std::mem::take(&mut self.values[slot]);
+            let mut beside = beside_slot.map(|slot| std::mem::take(&mut self.values[slot]));
             let _range = range(format_args!("{} forward", self.layer_name(index)));
-            let written = self.layer_forward(index, mode, y.view_mut()).and_then(|()| done(index, y.view()));
+            let written = self
+                .layer_forward(index, mode, y.view_mut(), beside.as_mut().map(RealBuffer::view_mut))
+                .and_then(|()| done(index, y.view()));
             self.values[slot] = y;
+            if let (Some(slot), Some(beside)) = (beside_slot, beside) {
+                self.values[slot] = beside;
+            }
             written?;
         }
         Ok(())
@@ -68,7 +77,8 @@ impl Network {
         &self.computed.values[self.computed.layers[index].output()].name
     }
 
-    fn layer_forward(&mut self, index: usize, mode: Mode, y: RealsMut) -> Result<()> {
+    /// Writes a layer's value, and what a convolution writes beside it.
+    fn layer_forward(&mut self, index: usize, mode: Mode, y: RealsMut, beside: Option<RealsMut>) -> Result<()> {
         let Network {
             device,
             computed: model,
@@ -87,12 +97,12 @@ impl Network {
             seed,
             heads: flags,
             paths,
-            fused,
+            fusions,
             maps,
             ..
         } = self;
         let (n, layer, train) = (*n, &model.layers[index], mode == Mode::Train);
-        let fused = fused[index].filter(|_| train);
+        let fused_norm = fusions[index].norm.filter(|_| train);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
         let parameter = |id: ParameterId| parameters.slice(plan.range(id));
         let read_weight = |id: ParameterId| match model.precision {
@@ -114,14 +124,18 @@ impl Network {
                 if let Some(lists) = &mut paths[index] {
                     lists.gather(device, parameter(weight))?;
                 }
-                let (x, tiles) = (value(input), fused.map(|_| TileStatistics { count, tiles: scratch.view_mut() }));
+                let tiles = fused_norm.map(|_| TileStatistics { count, tiles: scratch.view_mut() });
+                let beside = fusions[index].beside.zip(beside).map(|(what, to)| match what {
+                    fusion::Beside::Gelu(_) => Beside::Gelu(to),
+                    fusion::Beside::Sum { x, .. } => Beside::Sum { x: value(x), to },
+                });
+                let epilogue = Epilogue { bias, statistics: tiles, beside };
+                let x = value(input);
                 match lists_of(paths, index, Pass::Forward) {
-                    Some(kept) => conv_sparse_forward(device, kept, x, bias, tiles, y)?,
-                    None => {
-                        conv_forward(device, &model.conv_shape(layer, n)?, x, read_weight(weight), bias, tiles, y)?;
-                    }
+                    Some(kept) => conv_sparse_forward(device, kept, x, epilogue, y)?,
+                    None => conv_forward(device, &model.conv_shape(layer, n)?, x, read_weight(weight), epilogue, y)?,
                 }
-                let Some(Fused { tile, statistics: own }) = fused else { return Ok(()) };
+                let Some(FusedNorm { tile, statistics: own }) = fused_norm else { return Ok(()) };
                 let (running, saved) = batch_statistics(statistics, saved, plan.statistic_ranges(model, own));
                 let shape = model.norm_shape(output, n)?;
                 norm_join(device, &shape, scratch.view(), tile, count, NORM_EPSILON, running, saved)
@@ -137,7 +151,7 @@ impl Network {
                     let [mean, var] = ranges.map(|range| statistics.slice(range));
                     return norm_eval(device, &shape, norm, affine, mean, var, y);
                 }
-                if fused.is_some() {
+                if fused_norm.is_some() {
                     let [mean, invstd] = ranges.map(|range| saved.slice(range));
                     return norm_apply(device, &shape, norm, affine, mean, invstd, y);
                 }
@@ -178,6 +192,7 @@ impl Network {
                 let lse = kept.get_mut(plan.kept_slots[index]).map(|kept| kept.view_mut());
                 attention_forward(device, &shape, AttentionInput { qkv: value(input), live, count }, lse, y)
             }
+            Layer::Gelu { .. } | Layer::Residual { .. } if fusions[index].elsewhere => Ok(()),
             Layer::Gelu { input, .. } => gelu_forward(device, value(input), y),
             Layer::Residual { scale, drop, input, branch, .. } => {
                 let drop = (drop > 0.0 && train).then(|| draw(drop));
@@ -199,15 +214,15 @@ impl Network {
         for index in (0..self.computed.layers.len()).rev() {
             // What no parameter comes before has no gradient.
             let Some(slot) = self.plan.gradient_slots[self.computed.layers[index].output()] else { continue };
-            let dy = std::mem::take(&mut self.value_gradients[slot]);
+            let mut dy = std::mem::take(&mut self.value_gradients[slot]);
             let _range = range(format_args!("{} backward", self.layer_name(index)));
-            self.layer_backward(index, dy.view())?;
+            self.layer_backward(index, &mut dy)?;
             self.value_gradients[slot] = dy;
         }
         Ok(())
     }
 
-    fn layer_backward(&mut self, index: usize, dy: Reals) -> Result<()> {
+    fn layer_backward(&mut self, index: usize, gradient: &mut RealBuffer) -> Result<()> {
         let Network {
             device,
             computed: model,
@@ -227,9 +242,11 @@ impl Network {
             seed,
             heads: flags,
             paths,
+            fusions,
             maps,
             ..
         } = self;
+        let dy = gradient.view();
         let (n, layer, accumulate) = (*n, &model.layers[index], plan.accumulates[index]);
         let value = |id: ValueId| values[plan.value_slots[id]].view();
         let parameter = |id: ParameterId| parameters.slice(plan.range(id));
@@ -243,21 +260,30 @@ impl Network {
         let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };
         match *layer {
             Layer::Conv { weight, bias, input, .. } => {
-                let (shape, x, dw) = (model.conv_shape(layer, n)?, value(input), gradients.slice_mut(range(weight)));
+                let (shape, x) = (model.conv_shape(layer, n)?, value(input));
+                let (dw, dbias) = match bias {
+                    Some(bias) => {
+                        let (dw, dbias) = gradients.pair_mut(range(weight), range(bias));
+                        (dw, Some(dbias))
+                    }
+                    None => (gradients.slice_mut(range(weight)), None),
+                };
                 match lists_of(paths, index, Pass::WeightGradient) {
-                    Some(kept) => conv_sparse_weight_gradient(device, kept, x, dy, dw)?,
-                    None => conv_weight_gradient(device, &shape, x, dy, scratch.view_mut(), dw)?,
-                }
-                if let Some(bias) = bias {
-                    bias_gradient(device, dy, gradients.slice_mut(range(bias)))?;
+                    Some(kept) => conv_sparse_weight_gradient(device, kept, x, dy, dw, dbias)?,
+                    None => conv_weight_gradient(device, &shape, x, dy, scratch.view_mut(), dw, dbias)?,
                 }
                 if slot(input).is_none() {
                     return Ok(());
                 }
+                let how = match fusions[index].gelu_before {
+                    Some(x) => Dx::BeforeGelu(value(x)),
+                    None if accumulate => Dx::Add,
+                    None => Dx::Set,
+                };
                 let dx = at(value_gradients, slot(input));
                 match lists_of(paths, index, Pass::InputGradient) {
-                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, accumulate, dx),
-                    None => conv_input_gradient(device, &shape, dy, read_weight(weight), accumulate, dx),
+                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, how, dx),
+                    None => conv_input_gradient(device, &shape, dy, read_weight(weight), how, dx),
                 }
             }
             Layer::Norm { scale, shift, statistics, input, residual, relu, output } => {
@@ -323,8 +349,10 @@ impl Network {
                 let saved = AttentionSaved { y: value(output), lse: kept[plan.kept_slots[index]].view() };
                 attention_backward(device, &shape, qkv, saved, dy, scratch.view_mut(), at(value_gradients, slot(input)))
             }
-            Layer::Gelu { input, .. } => gelu_backward(device, value(input), dy, at(value_gradients, slot(input))),
-            // The gradient of what it reads lies where its own does, and that of a plain branch too.
+            Layer::Gelu { .. } if fusions[index].elsewhere => Ok(()),
+            // The gradient of what it reads lies where its own does.
+            Layer::Gelu { input, .. } => gelu_backward(device, value(input), gradient.view_mut()),
+            // That of what it reads does here too, and that of a plain branch.
             Layer::Residual { .. } if layer.adds_plainly() => Ok(()),
             Layer::Residual { scale, drop, branch, .. } => {
                 let (shape, drop) = (model.residual_shape(branch, n)?, (drop > 0.0).then(|| draw(drop)));

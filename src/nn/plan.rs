@@ -366,7 +366,9 @@ type Life = Option<(usize, usize)>;
 fn forward_lives(model: &Model) -> Vec<Life> {
     let mut lives = vec![Some((0, 0)); model.values.len()];
     for (time, layer) in model.layers.iter().enumerate() {
-        lives[layer.output()] = Some((time + 1, time + 1));
+        // A convolution writes what GELU or a sum makes of its result.
+        let written = model.around_gelu(time).map(|[before, _]| before).or(model.before_sum(time)).unwrap_or(time);
+        lives[layer.output()] = Some((written + 1, time + 1));
         for input in layer.inputs() {
             lives[input].as_mut().expect("written before").1 = time + 1;
         }
@@ -375,7 +377,8 @@ fn forward_lives(model: &Model) -> Vec<Life> {
     lives
 }
 
-/// The value whose memory holds each value's gradient: its own, or that of a sum which passes its gradient on as it is.
+/// The value whose memory holds each value's gradient: its own, that of a sum which passes its gradient on as it is, or that of
+/// GELU, which writes over it.
 fn gradient_owners(model: &Model) -> Vec<ValueId> {
     let mut owners: Vec<ValueId> = (0..model.values.len()).collect();
     for layer in model.layers.iter().rev() {
@@ -386,7 +389,7 @@ fn gradient_owners(model: &Model) -> Vec<ValueId> {
                     owners[branch] = owners[output];
                 }
             }
-            Layer::Embed { input, output, .. } => owners[input] = owners[output],
+            Layer::Embed { input, output, .. } | Layer::Gelu { input, output } => owners[input] = owners[output],
             _ => {}
         }
     }

@@ -5,8 +5,8 @@
 //! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
 //! the norm) and writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of
 //! tiles, written and read again. Padded samples and tokens are moved as others are, but what is multiplied with them counts for
-//! nothing.
-//! Left out are vectors of an element a feature (biases, γ, β, statistics), embeddings, and labels. An operation is half a
+//! nothing. A residual sum, and GELU, in the epilogues of products move what these do not have: elsewhere also what these leave
+//! them. Left out are vectors of an element a feature (biases, γ, β, statistics), embeddings, and labels. An operation is half a
 //! multiply-add of a convolution, a linear layer or attention; what attention computes again in its backward pass is not counted
 //! twice.
 
@@ -21,7 +21,8 @@ use crate::device::{Device, Policy, Precision};
 use crate::error::Result;
 use crate::ops::SAMPLE_ALIGNMENT;
 use crate::ops::attention::AttentionShape;
-use crate::ops::conv::ConvShape;
+use crate::ops::conv::{ConvShape, on_tensor_cores};
+use crate::ops::kept::Pass;
 use crate::ops::layer_norm::LayerNormShape;
 use crate::ops::tokens::TokenPool;
 
@@ -164,7 +165,7 @@ pub fn conv_input_gradient(shape: &ConvShape, columns: usize, precision: Precisi
 
 /// Weight gradient of a convolution with all weights.
 pub fn conv_weight_gradient(device: &Device, shape: &ConvShape, columns: usize, precision: Precision) -> Work {
-    let partial = shape.gradient_scratch_len(device, precision);
+    let partial = shape.gradient_scratch(device, precision, false);
     Multiplied::all(shape, columns, precision).weight_gradient(shape, partial)
 }
 
@@ -308,28 +309,35 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
     let precision = model.precision;
     let reals = |read: usize, written: usize| Work::reals(precision, read, written);
     let moved = |x: usize| (reals(x, y), reals(y, x));
+    // Whether a layer's work stands in the epilogue of this convolution, which then moves what the layer does not get from it.
+    let in_epilogue = |convolution: Option<usize>, pass: Pass| {
+        convolution.is_some_and(|index| {
+            let way = layout.layers[index].as_ref().and_then(|planned| planned.choice.ways.get(pass as usize));
+            way != Some(&Way::Direct) && on_tensor_cores(device, precision)
+        })
+    };
     Ok(match *layer {
         Layer::Conv { bias, input, .. } => {
             let shape = model.conv_shape(layer, n)?;
             let columns = batch * model.true_tokens(input);
             let [forward, dx, dw] = Multiplied::of(&shape, columns, precision, layout.layers[index].as_ref());
-            let partial =
-                if dw.count == shape.weight_len() { shape.gradient_scratch_len(device, precision) } else { 0 };
+            let dense = dw.count == shape.weight_len();
+            let partial = if dense { shape.gradient_scratch(device, precision, false) } else { 0 };
             let mut backward = dw.weight_gradient(&shape, partial);
-            if bias.is_some() {
+            if bias.is_some() && !(dense && on_tensor_cores(device, precision)) {
                 backward = backward + reals(y, 0);
             }
             if has_gradient(input) {
                 backward = backward + dx.input_gradient(&shape, accumulate);
             }
-            let tiles = layout.fused[index].map_or(0, |fused| shape.statistics_len(fused.tile));
+            let tiles = layout.fusions[index].norm.map_or(0, |norm| shape.statistics_len(norm.tile));
             (forward.forward(&shape) + Work::elements(tiles, tiles), backward)
         }
         Layer::Norm { input, residual, relu, .. } => {
             let x = elements(input);
             let gradient = residual.is_some_and(has_gradient);
             let relu_of_sum = relu && residual.is_some();
-            let forward = if layout.fused[index].is_some() { norm_apply } else { norm_forward };
+            let forward = if layout.fusions[index].norm.is_some() { norm_apply } else { norm_forward };
             (forward(precision, x, y, residual.is_some()), norm_backward(precision, x, y, relu_of_sum, gradient))
         }
         // Pixels between strides are not read, but their gradient is written.
@@ -356,8 +364,17 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             let shape = model.attention_shape(layer, n)?;
             (attention_forward(&shape, batch, precision), attention_backward(device, &shape, batch, precision))
         }
-        Layer::Gelu { .. } => (reals(y, y), reals(2 * y, y)),
-        Layer::Residual { .. } if layer.adds_plainly() => (reals(2 * y, y), Work::default()),
+        Layer::Gelu { .. } => {
+            let [before, after] = model.around_gelu(index).map_or([None; 2], |around| around.map(Some));
+            (
+                if in_epilogue(before, Pass::Forward) { reals(0, y) } else { reals(y, y) },
+                if in_epilogue(after, Pass::InputGradient) { reals(y, 0) } else { reals(2 * y, y) },
+            )
+        }
+        Layer::Residual { .. } if layer.adds_plainly() => {
+            let read = if in_epilogue(model.before_sum(index), Pass::Forward) { y } else { 2 * y };
+            (reals(read, y), Work::default())
+        }
         Layer::Residual { scale, .. } => {
             let branch = if scale.is_some() { y } else { 0 };
             (reals(2 * y, y), reals(y + branch, y))

@@ -7,7 +7,7 @@ use crate::device::{Buffer, Device, Precision, RealBuffer, Slice};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::groups::group_rows;
-use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv::{ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
 
@@ -245,22 +245,24 @@ impl Trial {
     fn run(&mut self, pass: Pass, lists: Option<&mut KeptWeights>) -> Result<()> {
         let Trial { device, x, dy, w, read_w, y, dx, dw, scratch, shape } = self;
         match (pass, lists) {
-            (Pass::Forward, None) => conv_forward(device, shape, x.view(), read_w.view(), None, None, y.view_mut()),
+            (Pass::Forward, None) => {
+                conv_forward(device, shape, x.view(), read_w.view(), Epilogue::default(), y.view_mut())
+            }
             (Pass::InputGradient, None) => {
-                conv_input_gradient(device, shape, dy.view(), read_w.view(), false, dx.view_mut())
+                conv_input_gradient(device, shape, dy.view(), read_w.view(), Dx::Set, dx.view_mut())
             }
             (Pass::WeightGradient, None) => {
-                conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())
+                conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut(), None)
             }
             (Pass::Forward, Some(lists)) => {
                 lists.gather(device, w.view())?;
-                conv_sparse_forward(device, lists, x.view(), None, None, y.view_mut())
+                conv_sparse_forward(device, lists, x.view(), Epilogue::default(), y.view_mut())
             }
             (Pass::InputGradient, Some(lists)) => {
-                conv_sparse_input_gradient(device, lists, dy.view(), false, dx.view_mut())
+                conv_sparse_input_gradient(device, lists, dy.view(), Dx::Set, dx.view_mut())
             }
             (Pass::WeightGradient, Some(lists)) => {
-                conv_sparse_weight_gradient(device, lists, x.view(), dy.view(), dw.view_mut())
+                conv_sparse_weight_gradient(device, lists, x.view(), dy.view(), dw.view_mut(), None)
             }
         }
     }

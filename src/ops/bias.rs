@@ -1,4 +1,4 @@
-//! The gradient of a bias (`kernels/bias.cu`).
+//! The gradient of a bias (`kernels/bias.cu`), where no weight gradient makes it ([`conv`](super::conv)).
 
 use super::{check_len, layouts_of};
 use crate::device::{Device, Launch, Ptr, Real, RealKernel, Reals, SliceMut, kernel_args, real_kernel};

@@ -4,6 +4,9 @@
 //! Weights are `[k, c, r, s]` in f32; in bf16 `[k, r, s, c]` with channels and filters padded, as [`round`](super::round) writes
 //! them. Their gradient is `[k, c, r, s]` in f32.
 
+use super::bias::bias_gradient;
+use super::dropout::{ResidualShape, residual_forward};
+use super::gelu::{gelu_backward, gelu_forward};
 use super::linear::{self, LinearShape};
 use super::tiles::{self, FORWARD, GROUPS_FORWARD, INPUT_GRADIENT, Product, Tile};
 use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, conv_wgmma, layouts_of};
@@ -22,12 +25,15 @@ kernel_args! {
     }
     pub(super) struct ConvArgs {
         pub(super) from: Ptr<Real>, pub(super) w: Ptr<Real>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>,
-        statistics: Ptr<f32>, pub(super) shape: ConvShape, columns: Columns, accumulate: i32,
+        statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>, pub(super) shape: ConvShape, columns: Columns, accumulate: i32,
     }
     pub(super) struct ConvWeightGradientArgs {
-        pub(super) x: Ptr<Real>, pub(super) dy: Ptr<Real>, partial: Ptr<f32>, pub(super) shape: ConvShape, splits: i32,
+        pub(super) x: Ptr<Real>, pub(super) dy: Ptr<Real>, partial: Ptr<f32>, row_sums: Ptr<f32>,
+        pub(super) shape: ConvShape, splits: i32,
     }
-    struct ConvSumArgs { partial: Ptr<f32>, places: Ptr<u32>, sum: Ptr<f32>, count: i64, splits: i32 }
+    struct ConvSumArgs {
+        partial: Ptr<f32>, places: Ptr<u32>, sum: Ptr<f32>, rest: Ptr<f32>, count: i64, weights: i64, splits: i32,
+    }
 }
 layouts_of!(ConvShape, ConvArgs, ConvWeightGradientArgs, ConvSumArgs);
 
@@ -173,7 +179,7 @@ impl ConvShape {
     /// Columns of the tiles of y whose statistics the forward pass writes ([`TileStatistics`]) that multiplies all weights, or
     /// so many groups of rows; none where no tensor cores do.
     pub fn statistics_tile(&self, device: &Device, precision: Precision, groups: Option<usize>) -> Option<usize> {
-        if device.policy() == Policy::Direct || precision == Precision::F32 {
+        if !on_tensor_cores(device, precision) {
             return None;
         }
         let (rows, columns) = (self.k as usize, self.output_columns());
@@ -201,11 +207,26 @@ impl ConvShape {
 
     /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.
     pub fn gradient_scratch_len(&self, device: &Device, precision: Precision) -> usize {
+        self.gradient_scratch(device, precision, on_tensor_cores(device, precision))
+    }
+
+    /// Elements of partial sums that it writes, those for the gradient of a bias included or not.
+    pub(crate) fn gradient_scratch(&self, device: &Device, precision: Precision, row_sums: bool) -> usize {
         match self.gradient_splits(device, precision) {
             1 => 0,
-            splits => splits * self.weight_len(),
+            splits => splits * self.split_len(row_sums),
         }
     }
+
+    /// Sums of a split of the weight gradient, those for the gradient of a bias included or not.
+    fn split_len(&self, row_sums: bool) -> usize {
+        self.weight_len() + if row_sums { self.filters() } else { 0 }
+    }
+}
+
+/// Whether products are those of tensor cores, whose epilogues do more than store.
+pub(crate) fn on_tensor_cores(device: &Device, precision: Precision) -> bool {
+    device.policy() == Policy::Staged && precision == Precision::Bf16
 }
 
 /// `to_image` of the result; `classes` of its pixels, by their remainder in each direction, are multiplied apart.
@@ -300,7 +321,118 @@ pub(super) fn count_of(bias: Option<Bias>, statistics: Option<&TileStatistics>) 
     bias.map(|b| b.count).or(statistics.map(|s| s.count)).map_or(Ptr::null(), |count| count.ptr())
 }
 
-/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten, with its statistics where they are asked for.
+/// What a forward pass does beside storing `y = w * x`; nothing by default.
+#[derive(Default)]
+pub struct Epilogue<'a> {
+    /// Added to each row before it is stored.
+    pub bias: Option<Bias<'a>>,
+    /// What is summed of y as it is stored.
+    pub statistics: Option<TileStatistics<'a>>,
+    /// What is written of y as it is stored; by a kernel of its own where no tensor cores multiply.
+    pub beside: Option<Beside<'a>>,
+}
+
+/// What a forward pass writes beside y: a second tensor `[k, p, q, n]`, overwritten.
+pub enum Beside<'a> {
+    /// [GELU](super::gelu::gelu_forward) of y.
+    Gelu(RealsMut<'a>),
+    /// `to = x + y`, a residual sum.
+    Sum {
+        /// `[k, p, q, n]`.
+        x: Reals<'a>,
+        /// What is written.
+        to: RealsMut<'a>,
+    },
+}
+
+impl<'a> Beside<'a> {
+    fn check(&self, op: &'static str, shape: &ConvShape, x: Reals) -> Result<()> {
+        match self {
+            Beside::Gelu(to) => {
+                check_len(op, "GELU", to.len(), shape.output_len())?;
+                check_precision(op, x, &[("GELU", to.view())])?;
+            }
+            Beside::Sum { x: added, to } => {
+                check_len(op, "x of the sum", added.len(), shape.output_len())?;
+                check_len(op, "sum", to.len(), shape.output_len())?;
+                check_precision(op, x, &[("x of the sum", *added), ("sum", to.view())])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// For a kernel's argument struct: `beside` and `operand`.
+    pub(super) fn parts(this: Option<&Self>) -> [Ptr<Real>; 2] {
+        match this {
+            None => [Ptr::null(); 2],
+            Some(Beside::Gelu(to)) => [to.ptr(), Ptr::null()],
+            Some(Beside::Sum { x, to }) => [to.ptr(), x.ptr()],
+        }
+    }
+
+    /// By a kernel of its own.
+    pub(super) fn write(self, device: &Device, shape: &ConvShape, y: Reals) -> Result<()> {
+        match self {
+            Beside::Gelu(to) => gelu_forward(device, y, to),
+            Beside::Sum { x, to } => {
+                let shape = ResidualShape::new(shape.filters(), Columns::samples(shape.output_columns())?)?;
+                residual_forward(device, &shape, x, y, None, None, to)
+            }
+        }
+    }
+}
+
+impl<'a> From<Option<Bias<'a>>> for Epilogue<'a> {
+    fn from(bias: Option<Bias<'a>>) -> Self {
+        Epilogue { bias, ..Epilogue::default() }
+    }
+}
+
+impl<'a> Epilogue<'a> {
+    /// Checks it against the shape; statistics are those of tiles of so many columns.
+    pub(super) fn check(&self, op: &'static str, shape: &ConvShape, x: Reals, tile: Option<usize>) -> Result<()> {
+        if let Some(bias) = self.bias {
+            bias.check(op, shape)?;
+        }
+        if let Some(statistics) = &self.statistics {
+            statistics.check(op, shape, self.bias, tile)?;
+        }
+        self.beside.as_ref().map_or(Ok(()), |beside| beside.check(op, shape, x))
+    }
+}
+
+/// What an input gradient does with its sums.
+#[derive(Clone, Copy)]
+pub enum Dx<'a> {
+    /// Overwrites dx.
+    Set,
+    /// Adds them to what dx holds.
+    Add,
+    /// Overwrites dx with them through [GELU](super::gelu::gelu_backward), whose result the layer has read: of this x,
+    /// `[c, h, w, n]`. By a kernel of its own where no tensor cores multiply.
+    BeforeGelu(Reals<'a>),
+}
+
+impl<'a> Dx<'a> {
+    pub(super) fn check(self, op: &'static str, shape: &ConvShape, dy: Reals) -> Result<()> {
+        let Some(x) = self.gelu() else { return Ok(()) };
+        check_len(op, "x of GELU", x.len(), shape.input_len())?;
+        check_precision(op, dy, &[("x of GELU", x)])?;
+        Ok(())
+    }
+
+    /// Whether it adds to dx.
+    pub(super) fn accumulate(self) -> bool {
+        matches!(self, Dx::Add)
+    }
+
+    /// The x of GELU.
+    pub(super) fn gelu(self) -> Option<Reals<'a>> {
+        if let Dx::BeforeGelu(x) = self { Some(x) } else { None }
+    }
+}
+
+/// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten, and what the epilogue says.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -309,41 +441,42 @@ pub fn conv_forward(
     shape: &ConvShape,
     x: Reals,
     w: Reals,
-    bias: Option<Bias>,
-    statistics: Option<TileStatistics>,
-    y: RealsMut,
+    epilogue: Epilogue,
+    mut y: RealsMut,
 ) -> Result<()> {
     let op = "conv_forward";
     let precision = check_precision(op, x, &[("w", w), ("y", y.view())])?;
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "y", y.len(), shape.output_len())?;
-    if let Some(b) = bias {
-        b.check(op, shape)?;
-    }
-    if let Some(s) = &statistics {
-        s.check(op, shape, bias, shape.statistics_tile(device, precision, None))?;
-    }
+    epilogue.check(op, shape, x, shape.statistics_tile(device, precision, None))?;
+    let Epilogue { bias, statistics, mut beside } = epilogue;
+    let in_epilogue = beside.take_if(|_| on_tensor_cores(device, precision));
+    let [written_beside, operand] = Beside::parts(in_epilogue.as_ref());
     // The columns of a bias are those of one pixel.
     let one_pixel = shape.h * shape.w == 1;
     if let Some(linear) = shape.linear(device.policy(), precision).filter(|_| bias.is_none() || one_pixel) {
-        return linear::forward(device, linear, x.f32(op)?, w.f32(op)?, bias, y.f32(op)?);
+        linear::forward(device, linear, x.f32(op)?, w.f32(op)?, bias, y.reborrow().f32(op)?)?;
+    } else {
+        let args = ConvArgs {
+            from: x.ptr(),
+            w: w.ptr(),
+            bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
+            to: y.ptr(),
+            count: count_of(bias, statistics.as_ref()),
+            statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
+            beside: written_beside,
+            operand,
+            shape: *shape,
+            columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
+            accumulate: 0,
+        };
+        product(device, precision, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)?;
     }
-    let args = ConvArgs {
-        from: x.ptr(),
-        w: w.ptr(),
-        bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
-        to: y.ptr(),
-        count: count_of(bias, statistics.as_ref()),
-        statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
-        shape: *shape,
-        columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
-        accumulate: 0,
-    };
-    product(device, precision, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)
+    beside.map_or(Ok(()), |beside| beside.write(device, shape, y.view()))
 }
 
-/// Input gradient: dy `[k, p, q, n]`, dx `[c, h, w, n]`, overwritten or (`accumulate`) added to.
+/// Input gradient: dy `[k, p, q, n]`, dx `[c, h, w, n]`, as `how` says.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -352,26 +485,42 @@ pub fn conv_input_gradient(
     shape: &ConvShape,
     dy: Reals,
     w: Reals,
-    accumulate: bool,
-    dx: RealsMut,
+    how: Dx,
+    mut dx: RealsMut,
 ) -> Result<()> {
     let op = "conv_input_gradient";
     let precision = check_precision(op, dy, &[("w", w), ("dx", dx.view())])?;
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
+    how.check(op, shape, dy)?;
+    let accumulate = how.accumulate();
+    let mut gelu = how.gelu();
+    let in_epilogue = gelu.take_if(|_| on_tensor_cores(device, precision));
     if let Some(linear) = shape.linear(device.policy(), precision) {
-        return linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, accumulate, dx.f32(op)?);
+        linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, accumulate, dx.reborrow().f32(op)?)?;
+    } else {
+        let args = ConvArgs {
+            from: dy.ptr(),
+            w: w.ptr(),
+            bias: Ptr::null(),
+            to: dx.ptr(),
+            count: Ptr::null(),
+            statistics: Ptr::null(),
+            beside: Ptr::null(),
+            operand: in_epilogue.map_or(Ptr::null(), |x| x.ptr()),
+            shape: *shape,
+            columns: Columns::samples(shape.n as usize)?,
+            accumulate: i32::from(accumulate),
+        };
+        product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)?;
     }
-    let (bias, count, statistics) = (Ptr::null(), Ptr::null(), Ptr::null());
-    let accumulate = i32::from(accumulate);
-    let (from, to, columns) = (dy.ptr(), dx.ptr(), Columns::samples(shape.n as usize)?);
-    let args = ConvArgs { from, w: w.ptr(), bias, to, count, statistics, shape: *shape, columns, accumulate };
-    product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)
+    gelu.map_or(Ok(()), |x| gelu_backward(device, x, dx))
 }
 
-/// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten. `scratch` has
-/// [`ConvShape::gradient_scratch_len`] elements or more. Padded samples of dy are zero.
+/// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten, and so is dbias `[k]` where there is
+/// one, by the sums of dy's rows: tensor cores make them of what they read, elsewhere [`bias_gradient`] reads it again.
+/// `scratch` has [`ConvShape::gradient_scratch_len`] elements or more. Padded samples of dy are zero.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -382,6 +531,7 @@ pub fn conv_weight_gradient(
     dy: Reals,
     scratch: SliceMut<f32>,
     dw: SliceMut<f32>,
+    mut dbias: Option<SliceMut<f32>>,
 ) -> Result<()> {
     let op = "conv_weight_gradient";
     let precision = check_precision(op, x, &[("dy", dy)])?;
@@ -392,12 +542,27 @@ pub fn conv_weight_gradient(
     if scratch.len() < needed {
         check_len(op, "scratch", scratch.len(), needed)?;
     }
+    if let Some(dbias) = &dbias {
+        check_len(op, "dbias", dbias.len(), shape.filters())?;
+    }
     let splits = shape.gradient_splits(device, precision);
-    let partial = if splits == 1 { dw.ptr() } else { scratch.ptr() };
+    let row_sums = dbias.take_if(|_| on_tensor_cores(device, precision));
+    let count = shape.split_len(row_sums.is_some());
+    // Of a split the sums of rows follow those of weights.
+    let (weight_sums, behind) = scratch.split_at(if splits == 1 { 0 } else { shape.weight_len() });
+    let partial = if splits == 1 { dw.ptr() } else { weight_sums.ptr() };
+    let split_sums = row_sums.as_ref().map(|dbias| if splits == 1 { dbias.ptr() } else { behind.ptr() });
     if let Some(linear) = shape.linear(device.policy(), precision) {
         linear::weight_gradient(device, linear, x.f32(op)?, dy.f32(op)?, partial)?;
     } else {
-        let args = ConvWeightGradientArgs { x: x.ptr(), dy: dy.ptr(), partial, shape: *shape, splits: splits as i32 };
+        let args = ConvWeightGradientArgs {
+            x: x.ptr(),
+            dy: dy.ptr(),
+            partial,
+            row_sums: split_sums.unwrap_or(Ptr::null()),
+            shape: *shape,
+            splits: splits as i32,
+        };
         if shape.by_wgmma(device, precision) {
             conv_wgmma::weight_gradient(device, &args)?;
         } else {
@@ -407,21 +572,30 @@ pub fn conv_weight_gradient(
             unsafe { device.launch(kernel, launch, &args)? };
         }
     }
-    if splits > 1 { sum_splits(device, partial, None, dw.len(), splits, dw) } else { Ok(()) }
+    if splits > 1 {
+        let (rest, weights) = (row_sums.map_or(Ptr::null(), |dbias| dbias.ptr()), dw.len() as i64);
+        let (count, splits) = (count as i64, splits as i32);
+        sum_splits(device, ConvSumArgs { partial, places: Ptr::null(), sum: dw.ptr(), rest, count, weights, splits })?;
+    }
+    dbias.map_or(Ok(()), |dbias| bias_gradient(device, dy, dbias))
 }
 
-/// Adds `splits` partial sums `[splits, count]`, which were just written, to where `places` say in dw: each below its length,
-/// or a mark for nowhere; without places, in their order.
-pub(super) fn sum_splits(
+/// Adds partial sums `[splits, places]`, which were just written, to where `places` say in dw: each below its length, or a mark
+/// for nowhere.
+pub(super) fn sum_places(
     device: &Device,
     partial: Ptr<f32>,
-    places: Option<Slice<u32>>,
-    count: usize,
+    places: Slice<u32>,
     splits: usize,
     dw: SliceMut<f32>,
 ) -> Result<()> {
-    let places = places.map_or(Ptr::null(), |places| places.ptr());
-    let args = ConvSumArgs { partial, places, sum: dw.ptr(), count: count as i64, splits: splits as i32 };
+    let (count, splits) = (places.len() as i64, splits as i32);
+    let (places, sum, rest) = (places.ptr(), dw.ptr(), Ptr::null());
+    sum_splits(device, ConvSumArgs { partial, places, sum, rest, count, weights: count, splits })
+}
+
+fn sum_splits(device: &Device, args: ConvSumArgs) -> Result<()> {
+    let count = args.count as usize;
     // SAFETY: the callers have made sure of what stands above.
     unsafe { device.launch(&SUM_SPLITS, device.elementwise(count), &args) }
 }

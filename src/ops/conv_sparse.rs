@@ -4,7 +4,9 @@
 
 use half::bf16;
 
-use super::conv::{Bias, ConvShape, TileStatistics, count_of, sum_splits};
+use super::bias::bias_gradient;
+use super::conv::{Beside, Bias, ConvShape, Dx, Epilogue, TileStatistics, count_of, sum_places};
+use super::gelu::gelu_backward;
 use super::kept::{BLOCK_CHUNKS, BLOCK_SAMPLES, Form, KeptWeights, List, Pass};
 use super::tiles::{self, GROUPS_FORWARD, GROUPS_INPUT_GRADIENT, Tile};
 use super::{Columns, check_len, check_precision, layouts_of};
@@ -16,8 +18,8 @@ use crate::error::Result;
 kernel_args! {
     pub(super) struct ConvSparseArgs {
         from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, values: Ptr<f32>,
-        left_tiles: Ptr<bf16>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, statistics: Ptr<f32>, shape: ConvShape,
-        columns: Columns, groups: i32, classes: i32, accumulate: i32,
+        left_tiles: Ptr<bf16>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>,
+        shape: ConvShape, columns: Columns, groups: i32, classes: i32, accumulate: i32,
     }
     pub(super) struct ConvSparseGradientArgs {
         x: Ptr<Real>, dy: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>,
@@ -78,7 +80,9 @@ struct Operands<'a> {
     from: Reals<'a>,
     bias: Option<Bias<'a>>,
     statistics: Option<TileStatistics<'a>>,
-    to: RealsMut<'a>,
+    beside: Ptr<Real>,
+    operand: Ptr<Real>,
+    to: Ptr<Real>,
     to_image: [i32; 2],
     classes: i32,
     accumulate: bool,
@@ -93,7 +97,7 @@ fn product(
     kernels: &'static Kernels<ConvSparseArgs>,
     tiles: &'static [Tile<ConvSparseArgs>; 2],
 ) -> Result<()> {
-    let Operands { from, bias, statistics, to, to_image, classes, accumulate } = operands;
+    let Operands { from, bias, statistics, beside, operand, to, to_image, classes, accumulate } = operands;
     let shape = weights.shape;
     let args = ConvSparseArgs {
         from: from.ptr(),
@@ -104,9 +108,11 @@ fn product(
         values: list.values.view().ptr(),
         left_tiles: list.left_tiles.view().ptr(),
         bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
-        to: to.ptr(),
+        to,
         count: count_of(bias, statistics.as_ref()),
         statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
+        beside,
+        operand,
         shape,
         columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         groups: list.groups as i32,
@@ -155,24 +161,31 @@ pub fn conv_sparse_forward(
     device: &Device,
     weights: &KeptWeights,
     x: Reals,
-    bias: Option<Bias>,
-    statistics: Option<TileStatistics>,
+    epilogue: Epilogue,
     y: RealsMut,
 ) -> Result<()> {
     let (op, shape) = ("conv_sparse_forward", weights.shape);
     check_precision(op, x, &[("y", y.view())])?.expect(op, weights.precision)?;
     check_len(op, "x", x.len(), shape.input_len())?;
     check_len(op, "y", y.len(), shape.output_len())?;
-    if let Some(b) = bias {
-        b.check(op, &shape)?;
-    }
     let list = weights.list(op, Pass::Forward)?;
-    if let Some(s) = &statistics {
-        s.check(op, &shape, bias, weights.statistics_tile(device))?;
-    }
-    let to_image = [shape.p, shape.q];
-    let operands = Operands { from: x, bias, statistics, to: y, to_image, classes: 1, accumulate: false };
-    product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)
+    epilogue.check(op, &shape, x, weights.statistics_tile(device))?;
+    let Epilogue { bias, statistics, mut beside } = epilogue;
+    let in_epilogue = beside.take_if(|_| list.form == Form::Tiles);
+    let [written_beside, operand] = Beside::parts(in_epilogue.as_ref());
+    let operands = Operands {
+        from: x,
+        bias,
+        statistics,
+        beside: written_beside,
+        operand,
+        to: y.ptr(),
+        to_image: [shape.p, shape.q],
+        classes: 1,
+        accumulate: false,
+    };
+    product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)?;
+    beside.map_or(Ok(()), |beside| beside.write(device, &shape, y.view()))
 }
 
 /// Input gradient, as [`conv_input_gradient`](super::conv::conv_input_gradient), with the values that
@@ -185,7 +198,7 @@ pub fn conv_sparse_input_gradient(
     device: &Device,
     weights: &KeptWeights,
     dy: Reals,
-    accumulate: bool,
+    how: Dx,
     dx: RealsMut,
 ) -> Result<()> {
     let (op, shape) = ("conv_sparse_input_gradient", weights.shape);
@@ -193,13 +206,26 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
-    let (to_image, classes) = ([shape.h, shape.w], shape.stride);
-    let operands = Operands { from: dy, bias: None, statistics: None, to: dx, to_image, classes, accumulate };
-    product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)
+    how.check(op, &shape, dy)?;
+    let mut gelu = how.gelu();
+    let in_epilogue = gelu.take_if(|_| list.form == Form::Tiles);
+    let operands = Operands {
+        from: dy,
+        bias: None,
+        statistics: None,
+        beside: Ptr::null(),
+        operand: in_epilogue.map_or(Ptr::null(), |x| x.ptr()),
+        to: dx.ptr(),
+        to_image: [shape.h, shape.w],
+        classes: shape.stride,
+        accumulate: how.accumulate(),
+    };
+    product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)?;
+    gelu.map_or(Ok(()), |x| gelu_backward(device, x, dx))
 }
 
 /// Weight gradient, as [`conv_weight_gradient`](super::conv::conv_weight_gradient), of kept weights: the others' places
-/// in dw `[k, c, r, s]`, where it has them, are not written.
+/// in dw `[k, c, r, s]`, where it has them, are not written. The gradient of a bias is [`bias_gradient`]'s.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) names the argument, what was expected and what it got, lists for other passes
@@ -210,6 +236,7 @@ pub fn conv_sparse_weight_gradient(
     x: Reals,
     dy: Reals,
     dw: SliceMut<f32>,
+    dbias: Option<SliceMut<f32>>,
 ) -> Result<()> {
     let (op, shape) = ("conv_sparse_weight_gradient", weights.shape);
     check_precision(op, x, &[("dy", dy)])?.expect(op, weights.precision)?;
@@ -221,6 +248,10 @@ pub fn conv_sparse_weight_gradient(
         Form::Tiles => &tiles::GROUP_GRADIENT.kernel,
         _ => WEIGHT_GRADIENT.of(device, weights, form),
     };
+    if let Some(dbias) = dbias {
+        check_len(op, "dbias", dbias.len(), shape.filters())?;
+        bias_gradient(device, dy, dbias)?;
+    }
     let (Some(list), Some(own)) = (&weights.outputs, &mut weights.weight_gradient) else { return Ok(()) };
     let chunks = own.chunks.len() / 4;
     if chunks == 0 {
@@ -251,5 +282,5 @@ pub fn conv_sparse_weight_gradient(
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; chunks are those of the
     // list.
     unsafe { device.launch(kernel, launch, &args)? };
-    sum_splits(device, partial, Some(list.places.view()), list.places.len(), own.splits, dw)
+    sum_places(device, partial, list.places.view(), own.splits, dw)
 }

@@ -7,7 +7,9 @@ use crate::device::{Buffer, Precision, RealBuffer};
 use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::bias::bias_gradient;
-use crate::ops::conv::{Bias, ConvShape, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv::{
+    Beside, Bias, ConvShape, Dx, Epilogue, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient,
+};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use crate::ops::norm::{NormAffine, NormInput, NormRunning, NormSaved, NormShape, norm_forward, norm_join};
@@ -137,8 +139,12 @@ fn convolution(t: &mut Trial, shape: &ConvShape, columns: Columns) -> Result<()>
     let (bias, count) = (t.floats(shape.filters())?, t.count()?);
     let mut y = t.unwritten_reals(shape.output_len())?;
     let bias = Bias { bias: bias.view(), columns, count: count.view() };
-    conv_forward(t.device, shape, x.view(), w.view(), Some(bias), None, y.view_mut())?;
-    t.close_reals("y", &y)
+    conv_forward(t.device, shape, x.view(), w.view(), Some(bias).into(), y.view_mut())?;
+    t.close_reals("y", &y)?;
+    let mut gelu = t.unwritten_reals(shape.output_len())?;
+    let epilogue = Epilogue { bias: Some(bias), beside: Some(Beside::Gelu(gelu.view_mut())), statistics: None };
+    conv_forward(t.device, shape, x.view(), w.view(), epilogue, y.view_mut())?;
+    t.close_reals("GELU of y", &gelu)
 }
 
 /// The statistics of a norm's input, by the convolution that makes it where tensor cores do.
@@ -157,10 +163,11 @@ fn summed_convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     if let Some(tile) = shape.statistics_tile(t.device, t.precision, None) {
         let mut tiles = t.unwritten(shape.statistics_len(tile))?;
         let statistics = Some(TileStatistics { count: count.view(), tiles: tiles.view_mut() });
-        conv_forward(t.device, shape, x.view(), w.view(), with_bias, statistics, y.view_mut())?;
+        let epilogue = Epilogue { bias: with_bias, statistics, beside: None };
+        conv_forward(t.device, shape, x.view(), w.view(), epilogue, y.view_mut())?;
         norm_join(t.device, &norm, tiles.view(), tile, count.view(), 1e-5, running, saved)?;
     } else {
-        conv_forward(t.device, shape, x.view(), w.view(), with_bias, None, y.view_mut())?;
+        conv_forward(t.device, shape, x.view(), w.view(), with_bias.into(), y.view_mut())?;
         let mut scratch = t.unwritten(norm.scratch_len())?;
         let input = NormInput { x: y.view(), residual: None, relu: false, map: None, count: count.view() };
         let affine = NormAffine { gamma: bias.view(), beta: bias.view(), epsilon: 1e-5 };
@@ -173,16 +180,22 @@ fn summed_convolution(t: &mut Trial, shape: &ConvShape) -> Result<()> {
 fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let (dy, w) = (t.real_samples(shape.output_len())?, weights(t, shape)?);
     let mut dx = t.real_samples(shape.input_len())?;
-    conv_input_gradient(t.device, shape, dy.view(), w.view(), true, dx.view_mut())?;
-    t.close_reals("dx", &dx)
+    conv_input_gradient(t.device, shape, dy.view(), w.view(), Dx::Add, dx.view_mut())?;
+    t.close_reals("dx", &dx)?;
+    let x = t.real_samples(shape.input_len())?;
+    conv_input_gradient(t.device, shape, dy.view(), w.view(), Dx::BeforeGelu(x.view()), dx.view_mut())?;
+    t.close_reals("dx before GELU", &dx)
 }
 
 fn convolution_weight_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let (x, dy) = (t.real_samples(shape.input_len())?, t.real_samples(shape.output_len())?);
     let scratch_len = shape.gradient_scratch_len(t.device, t.precision);
     let (mut scratch, mut dw) = (t.unwritten(scratch_len)?, t.unwritten(shape.weight_len())?);
-    conv_weight_gradient(t.device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut())?;
-    t.close("dw", &dw)
+    let mut dbias = t.unwritten(shape.filters())?;
+    let (scratch, bias) = (scratch.view_mut(), Some(dbias.view_mut()));
+    conv_weight_gradient(t.device, shape, x.view(), dy.view(), scratch, dw.view_mut(), bias)?;
+    t.close("dw", &dw)?;
+    t.close("dbias", &dbias)
 }
 
 fn convolution_bias_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
@@ -201,14 +214,14 @@ fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
         let mut weights = KeptWeights::new(t.device, shape, t.precision, &kept, groups.as_ref(), &Pass::ALL)?;
         weights.gather(t.device, w.view())?;
         let mut y = t.unwritten_reals(shape.output_len())?;
-        conv_sparse_forward(t.device, &weights, x.view(), None, None, y.view_mut())?;
+        conv_sparse_forward(t.device, &weights, x.view(), Epilogue::default(), y.view_mut())?;
         t.close_reals("y", &y)?;
         let mut dx = t.unwritten_reals(shape.input_len())?;
-        conv_sparse_input_gradient(t.device, &weights, dy.view(), false, dx.view_mut())?;
+        conv_sparse_input_gradient(t.device, &weights, dy.view(), Dx::Set, dx.view_mut())?;
         t.close_reals("dx", &dx)?;
         // Zero where no weight is kept, since that is not written.
         let mut dw = t.device.alloc(shape.weight_len())?;
-        conv_sparse_weight_gradient(t.device, &mut weights, x.view(), dy.view(), dw.view_mut())?;
+        conv_sparse_weight_gradient(t.device, &mut weights, x.view(), dy.view(), dw.view_mut(), None)?;
         t.close("dw", &dw)?;
     }
     Ok(())

@@ -1,13 +1,13 @@
 //! Convolution against float64 goldens, finite differences of the formula being PyTorch's business.
 
-use dilt::device::{Buffer, Device, Precision};
+use dilt::device::{Buffer, Device, HostOptions, Precision, Reals, RealsMut};
 use dilt::ops::Columns;
-use dilt::ops::bias::bias_gradient;
-use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{Beside, Bias, ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::gelu::{gelu_backward, gelu_forward};
 use dilt::ops::round::{RoundPlan, round_weights};
 use half::bf16;
 
-use crate::support::{Golden, Storage, judge_bf16, on_devices, read, unwritten};
+use crate::support::{Golden, Storage, close_within, judge_bf16, on_devices, read, unwritten};
 
 /// f32 sums of up to a few thousand products, against float64.
 const TOLERANCE: f64 = 2e-6;
@@ -30,13 +30,27 @@ pub struct Layer<'a> {
     pub dy: &'a [f32],
 }
 
-/// What all passes of a layer give: dx also added to itself.
+/// What all passes of a layer give.
 pub struct Passes {
     pub y: Vec<f32>,
+    /// GELU of y.
+    pub gelu: Vec<f32>,
     pub dx: Vec<f32>,
+    /// dx added to itself.
     pub twice: Vec<f32>,
+    /// dx through GELU, as if the layer had read GELU of its x.
+    pub before_gelu: Vec<f32>,
     pub dw: Vec<f32>,
     pub dbias: Vec<f32>,
+}
+
+/// GELU of some values, and values through GELU at others, in f32, which has its goldens.
+pub fn gelu_of(x: &[f32], dy: &[f32]) -> [Vec<f32>; 2] {
+    let device = Device::host(HostOptions::default()).unwrap();
+    let (x, mut y, mut dx) = (device.upload(x).unwrap(), device.alloc(x.len()).unwrap(), device.upload(dy).unwrap());
+    gelu_forward(&device, x.view().into(), y.view_mut().into()).unwrap();
+    gelu_backward(&device, x.view().into(), dx.view_mut().into()).unwrap();
+    [y, dx].map(|values| read(&device, values.view()))
 }
 
 impl Layer<'_> {
@@ -51,36 +65,83 @@ impl Layer<'_> {
         let bias = self.bias.map(|bias| device.upload(bias).unwrap());
         let (columns, count) = (self.columns, device.upload(&[self.count as u32]).unwrap());
         let bias = bias.as_ref().map(|bias| Bias { bias: bias.view(), columns, count: count.view() });
-        let [mut y, mut dx] = [shape.output_len(), shape.input_len()].map(|len| storage.unwritten(device, len));
-        conv_forward(device, shape, x.view(), w, bias, None, y.view_mut()).unwrap();
-        conv_input_gradient(device, shape, dy.view(), w, false, dx.view_mut()).unwrap();
-        let once = storage.read(device, &dx);
-        conv_input_gradient(device, shape, dy.view(), w, true, dx.view_mut()).unwrap();
-        let scratch_len = shape.gradient_scratch_len(device, precision);
-        let [mut scratch, mut dw, mut dbias] =
-            [scratch_len, shape.weight_len(), shape.filters()].map(|len| unwritten(device, len));
-        conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()).unwrap();
-        bias_gradient(device, dy.view(), dbias.view_mut()).unwrap();
-        let [dw, dbias] = [dw, dbias].map(|gradient| read(device, gradient.view()));
-        Passes { y: storage.read(device, &y), dx: once, twice: storage.read(device, &dx), dw, dbias }
+        let [y, gelu] = beside(device, storage, shape, dy.view(), &|beside, y| {
+            let epilogue = Epilogue { bias, beside, ..Epilogue::default() };
+            conv_forward(device, shape, x.view(), w, epilogue, y).unwrap();
+        });
+        let mut dx = storage.unwritten(device, shape.input_len());
+        let [once, twice, before_gelu] = [Dx::Set, Dx::Add, Dx::BeforeGelu(x.view())].map(|how| {
+            conv_input_gradient(device, shape, dy.view(), w, how, dx.view_mut()).unwrap();
+            storage.read(device, &dx)
+        });
+        let weight_gradient = |with_bias: bool| {
+            let scratch_len = shape.gradient_scratch_len(device, precision);
+            let [mut scratch, mut dw, mut dbias] =
+                [scratch_len, shape.weight_len(), shape.filters()].map(|len| unwritten(device, len));
+            let bias = with_bias.then(|| dbias.view_mut());
+            conv_weight_gradient(device, shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut(), bias).unwrap();
+            [dw, dbias].map(|gradient| read(device, gradient.view()))
+        };
+        let [dw, dbias] = weight_gradient(true);
+        assert!(dw == weight_gradient(false)[0], "{shape}: dw beside dbias");
+        let ([of_y, _], [_, through]) = (gelu_of(&y, &y), gelu_of(self.x, &once));
+        let [gelu, before_gelu] = match storage {
+            // Naive bf16 rounds what GELU takes.
+            Storage::Naive => [of_y, through].map(|values| storage.rounded(values)),
+            Storage::Bf16 => [gelu, before_gelu],
+            Storage::F32 => {
+                close_within(TOLERANCE as f32, &gelu, &of_y, &format!("{shape}: GELU of y"));
+                close_within(TOLERANCE as f32, &before_gelu, &through, &format!("{shape}: dx before GELU"));
+                [gelu, before_gelu]
+            }
+        };
+        Passes { y, gelu, dx: once, twice, before_gelu, dw, dbias }
     }
 
     /// bf16 beside what y, dx and dw should be.
     pub fn judge_bf16(&self, device: &Device, label: &str, y: &[f32], dx: &[f32], dw: &[f32]) -> Vec<Vec<f32>> {
         let twice: Vec<f32> = dx.iter().map(|value| 2.0 * value).collect();
+        let ([gelu, _], [_, before_gelu]) = (gelu_of(y, y), gelu_of(self.x, dx));
         let rows = self.dy.chunks(self.dy.len() / self.shape.filters());
         let dbias: Vec<f32> = rows.map(|row| row.iter().map(|&dy| f64::from(dy)).sum::<f64>() as f32).collect();
         judge_bf16(label, |storage| {
             let got = self.passes(device, storage);
             vec![
                 ("y", got.y, y.to_vec()),
+                ("GELU of y", got.gelu, gelu.clone()),
                 ("dx", got.dx, dx.to_vec()),
                 ("dx, added twice", got.twice, twice.clone()),
+                ("dx before GELU", got.before_gelu, before_gelu.clone()),
                 ("dw", got.dw, dw.to_vec()),
                 ("dbias", got.dbias, dbias.clone()),
             ]
         })
     }
+}
+
+/// A forward pass alone, beside GELU and beside its sum with `added`: y and GELU.
+pub fn beside(
+    device: &Device,
+    storage: Storage,
+    shape: &ConvShape,
+    added: Reals,
+    forward: &dyn Fn(Option<Beside>, RealsMut),
+) -> [Vec<f32>; 2] {
+    let [mut y, mut to] = [(); 2].map(|()| storage.unwritten(device, shape.output_len()));
+    forward(None, y.view_mut());
+    let alone = storage.read(device, &y);
+    let mut with = |what: Beside| {
+        forward(Some(what), y.view_mut());
+        assert!(alone == storage.read(device, &y), "{shape}: y beside another tensor");
+    };
+    with(Beside::Gelu(to.view_mut()));
+    let gelu = storage.read(device, &to);
+    with(Beside::Sum { x: added, to: to.view_mut() });
+    // Of what is stored: in naive bf16 that is not what is read.
+    let values = device.read_reals(added).unwrap();
+    let sum = storage.rounded(alone.iter().zip(values).map(|(y, x)| x + y).collect());
+    assert!(storage == Storage::Naive || sum == storage.read(device, &to), "{shape}: the sum");
+    [alone, gelu]
 }
 
 /// Weights as products in bf16 read them.
@@ -105,7 +166,7 @@ fn convolution_and_its_gradients_agree_with_pytorch() {
             let (columns, bias) = (Columns::samples(count).unwrap(), golden.find(&case, "bias").map(|bias| bias.f32()));
             let layer = Layer { shape, columns, count, x: &x, w: &w, bias: bias.as_deref(), dy: &dy };
 
-            let Passes { y, dx, twice, dw, dbias } = layer.passes(device, Storage::F32);
+            let Passes { y, gelu, dx, twice, before_gelu, dw, dbias } = layer.passes(device, Storage::F32);
             tensor("y").check_samples_last(&y, TOLERANCE, &format!("{label}: y"));
             tensor("dx").check_samples_last(&dx, TOLERANCE, &format!("{label}: dx"));
             let half: Vec<f32> = twice.iter().map(|value| value / 2.0).collect();
@@ -114,7 +175,7 @@ fn convolution_and_its_gradients_agree_with_pytorch() {
             if let Some(want) = golden.find(&case, "dbias") {
                 want.check(&dbias, TOLERANCE, &format!("{label}: dbias"));
             }
-            results.extend([y, dx, twice, dw, dbias]);
+            results.extend([y, gelu, dx, twice, before_gelu, dw, dbias]);
 
             let [y, dx] = ["y", "dx"].map(|name| tensor(name).samples_last());
             results.extend(layer.judge_bf16(device, &format!("{label}: bf16"), &y, &dx, &tensor("dw").f32()));
@@ -165,9 +226,10 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
     let (x, w) =
         (device.alloc::<f32>(shape.input_len()).unwrap(), device.alloc::<f32>(shape.weight_len() - 1).unwrap());
     let mut y = device.alloc::<f32>(shape.output_len()).unwrap();
-    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), None, None, y.view_mut().into())
-        .unwrap_err()
-        .to_string();
+    let error =
+        conv_forward(&device, &shape, x.view().into(), w.view().into(), Epilogue::default(), y.view_mut().into())
+            .unwrap_err()
+            .to_string();
     assert!(error.contains("elements of w: expected 108, got 107"), "{error}");
 }
 

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use dilt::device::{Device, HostOptions, Policy, Precision, Reals, RealsMut};
+use dilt::device::{Device, HostOptions, Policy, Precision, Reals, RealsMut, SliceMut};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::init;
@@ -10,14 +10,15 @@ use dilt::nn::network::Network;
 use dilt::nn::paths::{Choice, Planning};
 use dilt::nn::ways::Way;
 use dilt::ops::Columns;
-use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{Bias, ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use dilt::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use dilt::train::Recipe;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::support::{Storage, judge_bf16, on_devices, read, refuses_precision, unwritten};
+use crate::conv::{beside, gelu_of};
+use crate::support::{Storage, close_within, judge_bf16, on_devices, read, refuses_precision, unwritten};
 use crate::training::Descent;
 
 /// Of the largest value, since the sums are the same in another order.
@@ -53,15 +54,6 @@ fn masks(shape: &ConvShape, rng: &mut ChaCha8Rng) -> Vec<(&'static str, Vec<u32>
     vec![("none", vec![]), ("all", (0..len).collect()), ("half", half), ("few", few), ("clustered", clustered)]
 }
 
-fn close_within(tolerance: f32, got: &[f32], want: &[f32], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let largest = want.iter().fold(1e-3f32, |most, value| most.max(value.abs()));
-    let worst = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
-    // Not a comparison that a NaN would pass.
-    assert!(worst <= tolerance * largest, "{what}: off by {worst} where the largest is {largest}");
-    assert!(got.iter().all(|value| value.is_finite()), "{what}: not finite");
-}
-
 /// A convolution under a mask, and what its passes are given. Pruned weights are zero.
 struct Masked<'a> {
     shape: &'a ConvShape,
@@ -75,11 +67,14 @@ struct Masked<'a> {
 /// What the passes give, each with its name.
 type Results = Vec<(&'static str, Vec<f32>)>;
 
+/// dw of x and dy, and dbias where it is to lie.
+type WeightGradient<'a> = &'a mut dyn FnMut(Reals, Reals, SliceMut<f32>) -> Vec<f32>;
+
 /// The passes of a convolution.
 struct Ways<'a> {
-    forward: &'a dyn Fn(Reals, Option<Bias>, RealsMut),
-    input_gradient: &'a dyn Fn(Reals, bool, RealsMut),
-    weight_gradient: &'a mut dyn FnMut(Reals, Reals) -> Vec<f32>,
+    forward: &'a dyn Fn(Reals, Epilogue, RealsMut),
+    input_gradient: &'a dyn Fn(Reals, Dx, RealsMut),
+    weight_gradient: WeightGradient<'a>,
 }
 
 impl<'a> Masked<'a> {
@@ -111,16 +106,25 @@ impl<'a> Masked<'a> {
         let bias = Bias { bias: bias.view(), columns: Columns::samples(n).unwrap(), count: count.view() };
         let mut results = Vec::new();
         for (name, bias) in [("y", None), ("y with a bias", Some(bias))] {
-            let mut y = storage.unwritten(device, shape.output_len());
-            (ways.forward)(x.view(), bias, y.view_mut());
-            results.push((name, storage.read(device, &y)));
+            let [plain, gelu] = beside(device, storage, shape, dy.view(), &|beside, y| {
+                (ways.forward)(x.view(), Epilogue { bias, beside, statistics: None }, y);
+            });
+            // Naive bf16 rounds what GELU takes.
+            let [of_y, _] = gelu_of(&plain, &plain);
+            results.push((name, plain));
+            results.push(("GELU of y", if storage == Storage::Naive { storage.rounded(of_y) } else { gelu }));
         }
         let mut dx = storage.unwritten(device, shape.input_len());
-        for (name, accumulate) in [("dx", false), ("dx, added twice", true)] {
-            (ways.input_gradient)(dy.view(), accumulate, dx.view_mut());
-            results.push((name, storage.read(device, &dx)));
-        }
-        results.push(("dw", (ways.weight_gradient)(x.view(), dy.view())));
+        let [once, twice, before_gelu] = [Dx::Set, Dx::Add, Dx::BeforeGelu(x.view())].map(|how| {
+            (ways.input_gradient)(dy.view(), how, dx.view_mut());
+            storage.read(device, &dx)
+        });
+        let [_, through] = gelu_of(&self.x, &once);
+        let before_gelu = if storage == Storage::Naive { storage.rounded(through) } else { before_gelu };
+        results.extend([("dx", once), ("dx, added twice", twice), ("dx before GELU", before_gelu)]);
+        let mut dbias = unwritten(device, shape.filters());
+        results.push(("dw", (ways.weight_gradient)(x.view(), dy.view(), dbias.view_mut())));
+        results.push(("dbias", read(device, dbias.view())));
         results
     }
 
@@ -140,13 +144,14 @@ impl<'a> Masked<'a> {
             device,
             storage,
             Ways {
-                forward: &|x, bias, y| conv_sparse_forward(device, &lists.borrow(), x, bias, None, y).unwrap(),
-                input_gradient: &|dy, add, dx| {
-                    conv_sparse_input_gradient(device, &lists.borrow(), dy, add, dx).unwrap();
+                forward: &|x, epilogue, y| conv_sparse_forward(device, &lists.borrow(), x, epilogue, y).unwrap(),
+                input_gradient: &|dy, how, dx| {
+                    conv_sparse_input_gradient(device, &lists.borrow(), dy, how, dx).unwrap();
                 },
-                weight_gradient: &mut |x, dy| {
+                weight_gradient: &mut |x, dy, dbias| {
                     let mut dw = device.alloc(w.len()).unwrap();
-                    conv_sparse_weight_gradient(device, &mut lists.borrow_mut(), x, dy, dw.view_mut()).unwrap();
+                    let (lists, to) = (&mut lists.borrow_mut(), dw.view_mut());
+                    conv_sparse_weight_gradient(device, lists, x, dy, to, Some(dbias)).unwrap();
                     let dw = read(device, dw.view());
                     if !packed {
                         return dw;
@@ -166,14 +171,14 @@ impl<'a> Masked<'a> {
             device,
             Storage::F32,
             Ways {
-                forward: &|x, bias, y| conv_forward(device, shape, x, w.view().into(), bias, None, y).unwrap(),
-                input_gradient: &|dy, add, dx| {
-                    conv_input_gradient(device, shape, dy, w.view().into(), add, dx).unwrap();
+                forward: &|x, epilogue, y| conv_forward(device, shape, x, w.view().into(), epilogue, y).unwrap(),
+                input_gradient: &|dy, how, dx| {
+                    conv_input_gradient(device, shape, dy, w.view().into(), how, dx).unwrap();
                 },
-                weight_gradient: &mut |x, dy| {
+                weight_gradient: &mut |x, dy, dbias| {
                     let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
-                    let mut dw = unwritten(device, shape.weight_len());
-                    conv_weight_gradient(device, shape, x, dy, scratch.view_mut(), dw.view_mut()).unwrap();
+                    let (mut dw, scratch) = (unwritten(device, shape.weight_len()), scratch.view_mut());
+                    conv_weight_gradient(device, shape, x, dy, scratch, dw.view_mut(), Some(dbias)).unwrap();
                     let dense = read(device, dw.view());
                     let mut dw = vec![0.0; dense.len()];
                     self.kept.iter().for_each(|&place| dw[place as usize] = dense[place as usize]);
@@ -243,22 +248,24 @@ fn lists_that_make_no_sense_are_refused_by_name() {
     let (short, dy) = (device.alloc::<f32>(3).unwrap(), device.alloc::<f32>(shape.output_len()).unwrap());
     let error = weights.gather(&device, short.view()).unwrap_err().to_string();
     assert!(error.contains("w: expected 24, got 3"), "{error}");
-    let error = conv_sparse_input_gradient(&device, &weights, dy.view().into(), false, dx.view_mut().into())
+    let error = conv_sparse_input_gradient(&device, &weights, dy.view().into(), Dx::Set, dx.view_mut().into())
         .unwrap_err()
         .to_string();
     assert!(error.contains("expected lists for the pass InputGradient"), "{error}");
-    let error = conv_sparse_forward(&device, &weights, short.view().into(), None, None, dx.view_mut().into())
+    let error = conv_sparse_forward(&device, &weights, short.view().into(), Epilogue::default(), dx.view_mut().into())
         .unwrap_err()
         .to_string();
     assert!(error.contains("x: expected"), "{error}");
     let short = device.alloc_reals(3, Precision::Bf16).unwrap();
     refuses_precision(
-        conv_sparse_forward(&device, &weights, short.view(), None, None, dx.view_mut().into()),
+        conv_sparse_forward(&device, &weights, short.view(), Epilogue::default(), dx.view_mut().into()),
         "conv_sparse_forward",
         "y",
     );
     let mut y = device.alloc_reals(3, Precision::Bf16).unwrap();
-    let error = conv_sparse_forward(&device, &weights, short.view(), None, None, y.view_mut()).unwrap_err().to_string();
+    let error = conv_sparse_forward(&device, &weights, short.view(), Epilogue::default(), y.view_mut())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("precision: expected f32, got bf16"), "{error}");
 }
 

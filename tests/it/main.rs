@@ -23,6 +23,7 @@ mod export;
 mod faults;
 mod feed;
 mod folder;
+mod fusion;
 mod gelu;
 #[cfg(unix)]
 mod gpu_check;

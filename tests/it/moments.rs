@@ -10,7 +10,7 @@ use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::ways::Way;
 use dilt::nn::weights::Weights;
 use dilt::ops::Columns;
-use dilt::ops::conv::{Bias, ConvShape, TileStatistics, conv_forward};
+use dilt::ops::conv::{Bias, ConvShape, Epilogue, TileStatistics, conv_forward};
 use dilt::ops::conv_sparse::conv_sparse_forward;
 use dilt::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
 use dilt::ops::norm::{NormRunning, NormSaved, NormShape, norm_join};
@@ -149,7 +149,8 @@ impl Summed {
         let (shape, w) = (self.shape(), rounded(device, &self.shape(), &self.weights()));
         let tile = shape.statistics_tile(device, Precision::Bf16, None).unwrap();
         let forward = |x: Reals, statistics: TileStatistics, y: RealsMut| {
-            conv_forward(device, &shape, x, w.view().into(), None, Some(statistics), y).unwrap();
+            let epilogue = Epilogue { statistics: Some(statistics), ..Epilogue::default() };
+            conv_forward(device, &shape, x, w.view().into(), epilogue, y).unwrap();
         };
         self.counts.iter().flat_map(|&count| self.agrees(device, label, tile, count, &forward)).collect()
     }
@@ -169,7 +170,8 @@ impl Summed {
         weights.gather(device, w.view()).unwrap();
         let tile = weights.statistics_tile(device).unwrap();
         let forward = |x: Reals, statistics: TileStatistics, y: RealsMut| {
-            conv_sparse_forward(device, &weights, x, None, Some(statistics), y).unwrap();
+            let epilogue = Epilogue { statistics: Some(statistics), ..Epilogue::default() };
+            conv_sparse_forward(device, &weights, x, epilogue, y).unwrap();
         };
         self.counts.iter().flat_map(|&count| self.agrees(device, label, tile, count, &forward)).collect()
     }
@@ -263,7 +265,8 @@ fn statistics_that_nothing_makes_are_refused() {
         let columns = Columns::tokens(1, 8).unwrap();
         let bias = tokens.then(|| Bias { bias: bias.view(), columns, count: count.view() });
         let statistics = TileStatistics { count: count.view(), tiles: tiles.view_mut() };
-        conv_forward(&device, &shape, x.view(), w.view(), bias, Some(statistics), y.view_mut()).unwrap_err().to_string()
+        let epilogue = Epilogue { bias, statistics: Some(statistics), beside: None };
+        conv_forward(&device, &shape, x.view(), w.view(), epilogue, y.view_mut()).unwrap_err().to_string()
     };
     for error in [refused(Precision::F32, len, false), refused(Precision::Bf16, len, true)] {
         assert!(error.contains("conv_forward: statistics: expected none but of images that tensor cores"), "{error}");

@@ -285,6 +285,16 @@ impl Storage {
     }
 }
 
+/// Demands that no element is further off than `tolerance` of the largest.
+pub fn close_within(tolerance: f32, got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let largest = want.iter().fold(1e-3f32, |most, value| most.max(value.abs()));
+    let worst = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
+    // Not a comparison that a NaN would pass.
+    assert!(worst <= tolerance * largest, "{what}: off by {worst} where the largest is {largest}");
+    assert!(got.iter().all(|value| value.is_finite()), "{what}: not finite");
+}
+
 /// A result of an operation that is judged: name, values, and what they should be.
 pub type Judged = (&'static str, Vec<f32>, Vec<f32>);
 

@@ -2,7 +2,7 @@
 
 use dilt::device::{Device, Precision, Reals};
 use dilt::ops::Columns;
-use dilt::ops::conv::{Bias, ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{Bias, ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
 
 use dilt::ops::tokens::{
     EmbedGradients, EmbedParameters, EmbedShape, PatchShape, TokenPool, TokenPoolShape, embed_backward, embed_forward,
@@ -59,7 +59,7 @@ fn linear_layers_over_token_columns_agree_with_pytorch() {
             let bias = golden.find(&case, "bias").map(|bias| bias.f32());
             let layer = Layer { shape, columns, count: n, x: &x, w: &w, bias: bias.as_deref(), dy: &dy };
 
-            let Passes { y, dx, twice, dw, dbias } = layer.passes(device, Storage::F32);
+            let Passes { y, gelu, dx, twice, before_gelu, dw, dbias } = layer.passes(device, Storage::F32);
             check_tokens_last(&tensor("y"), &y, TOLERANCE, &format!("{label}: y"));
             check_tokens_last(&tensor("dx"), &dx, TOLERANCE, &format!("{label}: dx"));
             let half: Vec<f32> = twice.iter().map(|value| value / 2.0).collect();
@@ -68,7 +68,7 @@ fn linear_layers_over_token_columns_agree_with_pytorch() {
             if let Some(want) = golden.find(&case, "dbias") {
                 want.check(&dbias, TOLERANCE, &format!("{label}: dbias"));
             }
-            results.extend([y, dx, twice, dw, dbias]);
+            results.extend([y, gelu, dx, twice, before_gelu, dw, dbias]);
 
             let [y, dx] = ["y", "dx"].map(|name| tokens_last(&tensor(name)));
             results.extend(layer.judge_bf16(device, &format!("{label}: bf16"), &y, &dx, &tensor("dw").f32()));
@@ -98,10 +98,20 @@ fn linear_layers_of_any_size_sum_every_product_once() {
             let (mut y, mut dw) = (unwritten(device, k * n), unwritten(device, k * c));
             let mut dx = device.upload(&old).unwrap();
             let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
-            conv_forward(device, &shape, x.view().into(), w.view().into(), None, None, y.view_mut().into()).unwrap();
-            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), true, dx.view_mut().into()).unwrap();
-            conv_weight_gradient(device, &shape, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
+            conv_forward(device, &shape, x.view().into(), w.view().into(), Epilogue::default(), y.view_mut().into())
                 .unwrap();
+            conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), Dx::Add, dx.view_mut().into())
+                .unwrap();
+            conv_weight_gradient(
+                device,
+                &shape,
+                x.view().into(),
+                dy.view().into(),
+                scratch.view_mut(),
+                dw.view_mut(),
+                None,
+            )
+            .unwrap();
             let got = [y, dx, dw].map(|buffer| read(device, buffer.view()));
             for (name, got, want) in [("y", &got[0], &y_want), ("dx", &got[1], &dx_want), ("dw", &got[2], &dw_want)] {
                 assert_eq!(got, want, "{label}: {c} to {k}, {n} columns: {name}");
@@ -119,7 +129,7 @@ fn columns_that_are_not_those_of_the_layer_are_refused_by_name() {
     let (bias, count) = (device.alloc(4).unwrap(), device.alloc(1).unwrap());
     let mut y = device.alloc::<f32>(shape.output_len()).unwrap();
     let bias = Bias { bias: bias.view(), columns: Columns::samples(5).unwrap(), count: count.view() };
-    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), Some(bias), None, y.view_mut().into())
+    let error = conv_forward(&device, &shape, x.view().into(), w.view().into(), Some(bias).into(), y.view_mut().into())
         .unwrap_err()
         .to_string();
     assert!(error.contains("elements of columns: expected 192, got 8"), "{error}");
@@ -158,9 +168,18 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
             let (mut y, mut dw) = (unwritten(device, linear.output_len()), unwritten(device, linear.weight_len()));
             let mut scratch = unwritten(device, linear.gradient_scratch_len(device, Precision::F32));
-            conv_forward(device, &linear, x.view().into(), w.view().into(), None, None, y.view_mut().into()).unwrap();
-            conv_weight_gradient(device, &linear, x.view().into(), dy.view().into(), scratch.view_mut(), dw.view_mut())
+            conv_forward(device, &linear, x.view().into(), w.view().into(), Epilogue::default(), y.view_mut().into())
                 .unwrap();
+            conv_weight_gradient(
+                device,
+                &linear,
+                x.view().into(),
+                dy.view().into(),
+                scratch.view_mut(),
+                dw.view_mut(),
+                None,
+            )
+            .unwrap();
             let (y, dw) = (read(device, y.view()), read(device, dw.view()));
             check_tokens_last(&tensor("embedded"), &y, TOLERANCE, &format!("{label}: embedded"));
             tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));

@@ -6,9 +6,10 @@ use dilt::device::{Device, HostOptions, Policy, Precision};
 use dilt::mask::Mask;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::layout::Layout;
+use dilt::nn::model::Layer;
 use dilt::nn::paths::Planning;
 use dilt::nn::plan::{OptimizerKind, Use};
-use dilt::nn::traffic::{LayerWork, Work, evaluation, training_step};
+use dilt::nn::traffic::{LayerWork, Work, conv_weight_gradient, evaluation, training_step};
 
 fn step_of(model: &str, set: &[&str], batch: usize, masks: &BTreeMap<String, Mask>) -> Vec<LayerWork> {
     let set: Vec<String> = set.iter().map(|&field| field.into()).collect();
@@ -116,6 +117,37 @@ fn a_vision_transformer_multiplies_what_is_counted_by_hand() {
     // The sum's gradient is that of both summands.
     let sum = step.iter().find(|layer| layer.name.ends_with(".ls1")).unwrap();
     assert_eq!((sum.forward.read, sum.backward), (2 * sum.forward.written, Work::default()));
+}
+
+#[test]
+fn what_stands_in_an_epilogue_moves_what_the_product_does_not_have() {
+    let mut config = ModelConfig::load("vit_digits", &[]).unwrap();
+    config.precision = Precision::Bf16;
+    let staged = HostOptions { policy: Policy::Staged, ..HostOptions::default() };
+    let train = Use::Train(OptimizerKind::Adamw);
+    let [alone, fused] = [HostOptions::default(), staged].map(|options| {
+        let (device, model) = (Device::host(options).unwrap(), config.build().unwrap());
+        let layout = Layout::new(&device, &model, &BTreeMap::new(), 16, train, &Planning::Table).unwrap();
+        training_step(&device, &layout, 16, train, false).unwrap()
+    });
+    let of = |name: &str| [&alone, &fused].map(|step| layer(step, name));
+    let [alone, fused] = of("blocks.0.mlp.act");
+    let h = alone.forward.written;
+    assert_eq!((alone.forward.read, alone.backward.read, alone.backward.written), (h, 2 * h, h));
+    assert_eq!((fused.forward.read, fused.forward.written), (0, h));
+    assert_eq!((fused.backward.read, fused.backward.written), (h, 0));
+    let [alone, fused] = of("blocks.0.ls1");
+    assert_eq!((alone.forward.read, fused.forward.read), (2 * alone.forward.written, fused.forward.written));
+    // The gradient of a bias reads dy once more; partial sums are others.
+    let [alone, fused] = of("blocks.0.attn.proj");
+    let y = fused.forward.written;
+    let model = config.build().unwrap();
+    let is_projection = |layer: &&Layer| model.values[layer.output()].name == "blocks.0.attn.proj";
+    let shape = model.conv_shape(model.layers.iter().find(is_projection).unwrap(), 16).unwrap();
+    let [others, own] = [HostOptions::default(), staged].map(|options| {
+        conv_weight_gradient(&Device::host(options).unwrap(), &shape, shape.output_len(), Precision::Bf16).read
+    });
+    assert_eq!(alone.backward.read - others, fused.backward.read - own + y);
 }
 
 /// SPEED: 24.3 GFLOP an image in three passes, as others count ResNet-50.

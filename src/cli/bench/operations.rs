@@ -5,7 +5,7 @@ use dilt::device::{Buffer, Device, Precision, RealBuffer};
 use dilt::nn::traffic::{self, Work};
 use dilt::ops::Columns;
 use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
-use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::gelu::{gelu_backward, gelu_forward};
 use dilt::ops::gw::{Couplings, Layers, MOST_COUPLED, Start, Step};
 use dilt::ops::layer_norm::{
@@ -130,14 +130,14 @@ fn time_conv_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let (shape, _) = conv_shape(sizes)?;
     let (x, w) = (timer.reals(shape.input_len())?, timer.reals(shape.read_weight_len(timer.precision))?);
     let mut y = timer.real_zeros(shape.output_len())?;
-    timer.time(|device| conv_forward(device, &shape, x.view(), w.view(), None, None, y.view_mut()))
+    timer.time(|device| conv_forward(device, &shape, x.view(), w.view(), Epilogue::default(), y.view_mut()))
 }
 
 fn time_conv_input_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let (shape, _) = conv_shape(sizes)?;
     let (dy, w) = (timer.reals(shape.output_len())?, timer.reals(shape.read_weight_len(timer.precision))?);
     let mut dx = timer.real_zeros(shape.input_len())?;
-    timer.time(|device| conv_input_gradient(device, &shape, dy.view(), w.view(), false, dx.view_mut()))
+    timer.time(|device| conv_input_gradient(device, &shape, dy.view(), w.view(), Dx::Set, dx.view_mut()))
 }
 
 fn time_conv_weight_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
@@ -145,7 +145,9 @@ fn time_conv_weight_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<(
     let (x, dy) = (timer.reals(shape.input_len())?, timer.reals(shape.output_len())?);
     let mut dw = timer.zeros(shape.weight_len())?;
     let mut scratch = timer.zeros(shape.gradient_scratch_len(&timer.device.clone(), timer.precision))?;
-    timer.time(|device| conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut()))
+    timer.time(|device| {
+        conv_weight_gradient(device, &shape, x.view(), dy.view(), scratch.view_mut(), dw.view_mut(), None)
+    })
 }
 
 fn norm_shape(sizes: &Sizes) -> dilt::Result<NormShape> {
@@ -322,8 +324,9 @@ fn time_gelu_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
 
 fn time_gelu_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let elements = sizes.get("elements");
-    let (x, dy, mut dx) = (timer.reals(elements)?, timer.reals(elements)?, timer.real_zeros(elements)?);
-    timer.time(|device| gelu_backward(device, x.view(), dy.view(), dx.view_mut()))
+    // Run after run over what it has written, others would become numbers too small to be normal.
+    let (x, mut dx) = (timer.reals(elements)?, timer.real_zeros(elements)?);
+    timer.time(|device| gelu_backward(device, x.view(), dx.view_mut()))
 }
 
 /// With momentum, over weights of which none is pruned and all decay.

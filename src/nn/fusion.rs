@@ -1,0 +1,108 @@
+//! What layers do of their neighbours' work, in kernels that hold what it needs.
+
+use super::layout::PlannedLayer;
+use super::model::{Layer, Model, ValueId};
+use super::plan::Use;
+use super::ways::Way;
+use crate::device::Device;
+use crate::error::Result;
+use crate::ops::SAMPLE_ALIGNMENT;
+use crate::ops::kept::Pass;
+
+/// What of it a layer does, or has done for it.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Fusion {
+    /// Of a convolution and the batch norm that alone reads it, in training: the first sums what it writes.
+    pub norm: Option<FusedNorm>,
+    /// Of a convolution: a second value, which it writes too.
+    pub beside: Option<Beside>,
+    /// Of a convolution: what it reads is GELU of this value, whose gradient it writes instead of that of what it reads.
+    pub gelu_before: Option<ValueId>,
+    /// Of a GELU, both of whose passes are the convolutions' around it, and of a residual sum, whose forward pass is that of the
+    /// convolution before it.
+    pub elsewhere: bool,
+}
+
+/// What a convolution writes beside its own value.
+#[derive(Clone, Copy)]
+pub(super) enum Beside {
+    /// GELU of it.
+    Gelu(ValueId),
+    /// Its sum with `x`.
+    Sum {
+        /// What is added.
+        x: ValueId,
+        /// What is written.
+        to: ValueId,
+    },
+}
+
+impl Beside {
+    /// What is written.
+    pub fn to(self) -> ValueId {
+        match self {
+            Beside::Gelu(to) | Beside::Sum { to, .. } => to,
+        }
+    }
+}
+
+/// A convolution that sums its result, tile by tile, for a batch norm.
+#[derive(Clone, Copy)]
+pub(super) struct FusedNorm {
+    /// Columns of a tile.
+    pub tile: usize,
+    /// Index of the norm's statistics.
+    pub statistics: usize,
+}
+
+/// What is fused, by layer.
+pub(super) fn fusions(
+    device: &Device,
+    computed: &Model,
+    layers: &[Option<PlannedLayer>],
+    batch: usize,
+    memory_for: Use,
+) -> Result<Vec<Fusion>> {
+    let mut fusions = vec![Fusion::default(); computed.layers.len()];
+    for (index, layer) in computed.layers.iter().enumerate() {
+        match *layer {
+            Layer::Conv { output, .. } if memory_for != Use::Evaluate => {
+                let Some((norm, statistics)) = computed.norm_of(output) else { continue };
+                let tile = statistics_tile(device, computed, index, layers[index].as_ref(), batch)?;
+                fusions[index].norm = tile.map(|tile| FusedNorm { tile, statistics });
+                fusions[norm].norm = fusions[index].norm;
+            }
+            Layer::Gelu { input, output } => {
+                let Some([before, after]) = computed.around_gelu(index) else { continue };
+                fusions[before].beside = Some(Beside::Gelu(output));
+                fusions[after].gelu_before = Some(input);
+                fusions[index].elsewhere = true;
+            }
+            Layer::Residual { input, output, .. } => {
+                let before = computed.before_sum(index).filter(|&before| fusions[before].beside.is_none());
+                let Some(before) = before else { continue };
+                fusions[before].beside = Some(Beside::Sum { x: input, to: output });
+                fusions[index].elsewhere = true;
+            }
+            _ => {}
+        }
+    }
+    Ok(fusions)
+}
+
+/// Columns of the tiles whose statistics a convolution's forward pass can write.
+fn statistics_tile(
+    device: &Device,
+    computed: &Model,
+    index: usize,
+    planned: Option<&PlannedLayer>,
+    batch: usize,
+) -> Result<Option<usize>> {
+    let shape = computed.conv_shape(&computed.layers[index], batch.next_multiple_of(SAMPLE_ALIGNMENT))?;
+    let tile = |groups: Option<usize>| shape.statistics_tile(device, computed.precision, groups);
+    Ok(match planned.map(|planned| (planned.choice.ways[Pass::Forward as usize], &planned.layer)) {
+        None | Some((Way::Dense, _)) => tile(None),
+        Some((Way::Groups, masked)) => tile(Some(masked.output_groups())),
+        Some((Way::Direct, _)) => None,
+    })
+}
