@@ -13,9 +13,10 @@ use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, atten
 use dilt::ops::augment::{
     Augment, Colours, Crop, GatherInto, GatherShape, GatherSource, RandomCrop, draw, gather, grey_means, resample,
 };
-use dilt::ops::conv::{ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use dilt::ops::distances::{DistanceShape, Metric, distance_matrix, pitch};
+use dilt::ops::epilogue::{Dx, Epilogue};
 use dilt::ops::gw::{Couplings, Layers, Start, Step};
 use dilt::ops::kept::{Kept, KeptWeights, Pass};
 use dilt::ops::layer_norm::{

@@ -97,19 +97,25 @@ struct Taps {
     }
 };
 
-// Forward: x to y. Input gradient: dy to dx; bias is null.
+// What becomes of a product's sums before they are stored, and beside that. All but bias and accumulate is for tensor cores alone
+// (conv_mma.cuh), and null or not read elsewhere.
+struct EpilogueArgs {
+    const float* bias;      // forward: [K], or null
+    const uint32_t* count;  // number of true samples; read for a bias, since padded columns stay zero, and for statistics
+    Moments* statistics;    // forward: [K, tiles of a row] of what is stored, for a batch norm of samples; or null
+    Real* beside;           // forward: a sum with what is stored, or GELU of it, written too; or null
+    const Real* operand;    // forward: what that adds, null for GELU; input gradient: x of the GELU that it goes through, or null
+    Columns columns;        // what the shape's N is made of; read as the count is
+    int32_t accumulate;     // add to what is there
+};
+
+// Forward: x to y. Input gradient: dy to dx.
 struct ConvArgs {
     const Real* from;
     const Real* w;
-    const float* bias;     // [K], or null
     Real* to;
-    const uint32_t* count; // number of true samples; read for a bias, since padded columns stay zero, and for statistics
-    Moments* statistics;   // [K, tiles of a row] of what is stored, for a batch norm of samples; null elsewhere
-    Real* beside;          // forward: a sum with what is stored, or GELU of it, written too; or null
-    const Real* operand;   // forward: what that adds, null for GELU; input gradient: x of the GELU that it goes through, or null
     ConvShape shape;
-    Columns columns;       // what the shape's N is made of; read as the count is
-    int32_t accumulate;    // add to what `to` holds
+    EpilogueArgs end;
 };
 
 struct ConvWeightGradientArgs {

@@ -3,7 +3,7 @@
 #pragma once
 #include "kernels/conv.cuh"
 
-// Forward: x to y. Input gradient: dy to dx; bias is null.
+// Forward: x to y. Input gradient: dy to dx.
 struct ConvSparseArgs {
     const Real* from;
     const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
@@ -12,17 +12,11 @@ struct ConvSparseArgs {
     const uint32_t* shifts;  // [entries], R = 32: the same in rows and columns; above every image where an entry fills up 16
     const float* values;     // [entries, R], rounded as products read weights; R = 32: null
     const bf16* left_tiles;  // R = 32: [entries / 16, 2, 32, 8]
-    const float* bias;       // [K], or null
     Real* to;
-    const uint32_t* count;   // number of true samples; read for a bias, since padded columns stay zero, and for statistics
-    Moments* statistics;     // R = 32: [K, tiles of a row] of what is stored, for a batch norm of samples; null elsewhere
-    Real* beside;            // R = 32: as in conv.cuh; null elsewhere
-    const Real* operand;     // the same
     ConvShape shape;
-    Columns columns;         // what the shape's N is made of; read as the count is
     int32_t groups;
     int32_t classes;         // of pixels, R = 32
-    int32_t accumulate;      // add to what `to` holds
+    EpilogueArgs end;
 };
 
 struct ConvSparseGradientArgs {

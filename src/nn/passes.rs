@@ -10,11 +10,10 @@ use super::ways::Lists;
 use crate::device::{Buffer, Precision, RealBuffer, Reals, RealsMut};
 use crate::error::Result;
 use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, attention_forward};
-use crate::ops::conv::{
-    Beside, Bias, Dx, Epilogue, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient,
-};
+use crate::ops::conv::{conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
+use crate::ops::epilogue::{Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::kept::{KeptWeights, Pass};
 use crate::ops::layer_norm::{

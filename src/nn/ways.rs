@@ -7,8 +7,9 @@ use crate::device::{Buffer, Device, Precision, RealBuffer, Slice};
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::mask::groups::group_rows;
-use crate::ops::conv::{ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
+use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
+use crate::ops::epilogue::{Dx, Epilogue};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
 
 /// A way to multiply with the weights of a layer under a mask.

@@ -1,4 +1,5 @@
-//! The gradient of a bias (`kernels/bias.cu`), where no weight gradient makes it ([`conv`](super::conv)).
+//! The gradient of a bias (`kernels/bias.cu`), where no weight gradient makes it
+//! ([`conv_weight_gradient`](super::conv::conv_weight_gradient)).
 
 use super::{check_len, layouts_of};
 use crate::device::{Device, Launch, Ptr, Real, RealKernel, Reals, SliceMut, kernel_args, real_kernel};

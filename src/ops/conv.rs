@@ -1,15 +1,15 @@
 //! Convolution, `Y = W X` (`kernels/conv.cu`, in bf16 `conv_mma.cu`; on the host `conv_direct.cu`, 1x1 ones of stride 1 in f32
-//! `linear.cu`). A linear layer is the 1x1 case on a 1x1 image: of tokens with `n` the number of their columns, [`Columns::len`].
+//! `linear.cu`). A linear layer is the 1x1 case on a 1x1 image: of tokens with `n` the number of their columns,
+//! [`Columns::len`](super::Columns::len). What is done with the sums: [`epilogue`](super::epilogue).
 //!
 //! Weights are `[k, c, r, s]` in f32; in bf16 `[k, r, s, c]` with channels and filters padded, as [`round`](super::round) writes
 //! them. Their gradient is `[k, c, r, s]` in f32.
 
 use super::bias::bias_gradient;
-use super::dropout::{ResidualShape, residual_forward};
-use super::gelu::{gelu_backward, gelu_forward};
+use super::epilogue::{Dx, Epilogue, EpilogueArgs};
 use super::linear::{self, LinearShape};
 use super::tiles::{self, FORWARD, GROUPS_FORWARD, INPUT_GRADIENT, Product, Tile};
-use super::{Columns, SAMPLE_ALIGNMENT, check_len, check_precision, conv_wgmma, layouts_of};
+use super::{SAMPLE_ALIGNMENT, check_len, check_precision, conv_wgmma, layouts_of};
 use crate::device::{
     Device, Kernel, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
     real_kernel,
@@ -24,8 +24,8 @@ kernel_args! {
         pub(super) n: i32,
     }
     pub(super) struct ConvArgs {
-        pub(super) from: Ptr<Real>, pub(super) w: Ptr<Real>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>,
-        statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>, pub(super) shape: ConvShape, columns: Columns, accumulate: i32,
+        pub(super) from: Ptr<Real>, pub(super) w: Ptr<Real>, to: Ptr<Real>, pub(super) shape: ConvShape,
+        end: EpilogueArgs,
     }
     pub(super) struct ConvWeightGradientArgs {
         pub(super) x: Ptr<Real>, pub(super) dy: Ptr<Real>, partial: Ptr<f32>, row_sums: Ptr<f32>,
@@ -196,7 +196,7 @@ impl ConvShape {
     }
 
     /// Columns of y: pixels times samples.
-    fn output_columns(&self) -> usize {
+    pub(super) fn output_columns(&self) -> usize {
         [self.p, self.q, self.n].map(|x| x as usize).iter().product()
     }
 
@@ -265,173 +265,6 @@ fn product(
     unsafe { device.launch(kernel, Launch::new(grid.map(|x| x as u32), block), args) }
 }
 
-/// A bias `[k]` and which columns get it: padded columns of y are set to zero.
-#[derive(Clone, Copy)]
-pub struct Bias<'a> {
-    /// One value per output channel.
-    pub bias: Slice<'a, f32>,
-    /// What the shape's `n` is made of: [`Columns::samples`] in a layer of images, [`Columns::tokens`] in one of tokens.
-    pub columns: Columns,
-    /// Number of true samples, on the device.
-    pub count: Slice<'a, u32>,
-}
-
-impl Bias<'_> {
-    pub(super) fn check(&self, op: &'static str, shape: &ConvShape) -> Result<()> {
-        check_len(op, "bias", self.bias.len(), shape.k as usize)?;
-        check_len(op, "columns", self.columns.len(), shape.n as usize)?;
-        check_len(op, "count", self.count.len(), 1)
-    }
-}
-
-/// Where a forward pass on tensor cores writes the mean and the squared deviations of y as it is stored, over the true samples
-/// of each row of a tile: for [`norm_join`](super::norm::norm_join).
-pub struct TileStatistics<'a> {
-    /// Number of true samples, on the device.
-    pub count: Slice<'a, u32>,
-    /// `[k, tiles of a row, 2]`: [`ConvShape::statistics_len`] elements or more of tiles of [`ConvShape::statistics_tile`]
-    /// columns.
-    pub tiles: SliceMut<'a, f32>,
-}
-
-impl TileStatistics<'_> {
-    /// Checks what is written of tiles of so many columns; there are none where no tensor cores multiply.
-    pub(super) fn check(
-        &self,
-        op: &'static str,
-        shape: &ConvShape,
-        bias: Option<Bias>,
-        tile: Option<usize>,
-    ) -> Result<()> {
-        let tile = tile.filter(|_| bias.is_none_or(|b| b.columns.row == 1));
-        let Some(tile) = tile else {
-            let (what, expected) = ("statistics".into(), "none but of images that tensor cores multiply".into());
-            return Err(Error::Shape { op, what, expected, got: shape.to_string() });
-        };
-        let needed = shape.statistics_len(tile);
-        if self.tiles.len() < needed {
-            check_len(op, "statistics", self.tiles.len(), needed)?;
-        }
-        check_len(op, "count", self.count.len(), 1)
-    }
-}
-
-/// The number of true samples, where an epilogue reads it.
-pub(super) fn count_of(bias: Option<Bias>, statistics: Option<&TileStatistics>) -> Ptr<u32> {
-    bias.map(|b| b.count).or(statistics.map(|s| s.count)).map_or(Ptr::null(), |count| count.ptr())
-}
-
-/// What a forward pass does beside storing `y = w * x`; nothing by default.
-#[derive(Default)]
-pub struct Epilogue<'a> {
-    /// Added to each row before it is stored.
-    pub bias: Option<Bias<'a>>,
-    /// What is summed of y as it is stored.
-    pub statistics: Option<TileStatistics<'a>>,
-    /// What is written of y as it is stored; by a kernel of its own where no tensor cores multiply.
-    pub beside: Option<Beside<'a>>,
-}
-
-/// What a forward pass writes beside y: a second tensor `[k, p, q, n]`, overwritten.
-pub enum Beside<'a> {
-    /// [GELU](super::gelu::gelu_forward) of y.
-    Gelu(RealsMut<'a>),
-    /// `to = x + y`, a residual sum.
-    Sum {
-        /// `[k, p, q, n]`.
-        x: Reals<'a>,
-        /// What is written.
-        to: RealsMut<'a>,
-    },
-}
-
-impl<'a> Beside<'a> {
-    fn check(&self, op: &'static str, shape: &ConvShape, x: Reals) -> Result<()> {
-        match self {
-            Beside::Gelu(to) => {
-                check_len(op, "GELU", to.len(), shape.output_len())?;
-                check_precision(op, x, &[("GELU", to.view())])?;
-            }
-            Beside::Sum { x: added, to } => {
-                check_len(op, "x of the sum", added.len(), shape.output_len())?;
-                check_len(op, "sum", to.len(), shape.output_len())?;
-                check_precision(op, x, &[("x of the sum", *added), ("sum", to.view())])?;
-            }
-        }
-        Ok(())
-    }
-
-    /// For a kernel's argument struct: `beside` and `operand`.
-    pub(super) fn parts(this: Option<&Self>) -> [Ptr<Real>; 2] {
-        match this {
-            None => [Ptr::null(); 2],
-            Some(Beside::Gelu(to)) => [to.ptr(), Ptr::null()],
-            Some(Beside::Sum { x, to }) => [to.ptr(), x.ptr()],
-        }
-    }
-
-    /// By a kernel of its own.
-    pub(super) fn write(self, device: &Device, shape: &ConvShape, y: Reals) -> Result<()> {
-        match self {
-            Beside::Gelu(to) => gelu_forward(device, y, to),
-            Beside::Sum { x, to } => {
-                let shape = ResidualShape::new(shape.filters(), Columns::samples(shape.output_columns())?)?;
-                residual_forward(device, &shape, x, y, None, None, to)
-            }
-        }
-    }
-}
-
-impl<'a> From<Option<Bias<'a>>> for Epilogue<'a> {
-    fn from(bias: Option<Bias<'a>>) -> Self {
-        Epilogue { bias, ..Epilogue::default() }
-    }
-}
-
-impl<'a> Epilogue<'a> {
-    /// Checks it against the shape; statistics are those of tiles of so many columns.
-    pub(super) fn check(&self, op: &'static str, shape: &ConvShape, x: Reals, tile: Option<usize>) -> Result<()> {
-        if let Some(bias) = self.bias {
-            bias.check(op, shape)?;
-        }
-        if let Some(statistics) = &self.statistics {
-            statistics.check(op, shape, self.bias, tile)?;
-        }
-        self.beside.as_ref().map_or(Ok(()), |beside| beside.check(op, shape, x))
-    }
-}
-
-/// What an input gradient does with its sums.
-#[derive(Clone, Copy)]
-pub enum Dx<'a> {
-    /// Overwrites dx.
-    Set,
-    /// Adds them to what dx holds.
-    Add,
-    /// Overwrites dx with them through [GELU](super::gelu::gelu_backward), whose result the layer has read: of this x,
-    /// `[c, h, w, n]`. By a kernel of its own where no tensor cores multiply.
-    BeforeGelu(Reals<'a>),
-}
-
-impl<'a> Dx<'a> {
-    pub(super) fn check(self, op: &'static str, shape: &ConvShape, dy: Reals) -> Result<()> {
-        let Some(x) = self.gelu() else { return Ok(()) };
-        check_len(op, "x of GELU", x.len(), shape.input_len())?;
-        check_precision(op, dy, &[("x of GELU", x)])?;
-        Ok(())
-    }
-
-    /// Whether it adds to dx.
-    pub(super) fn accumulate(self) -> bool {
-        matches!(self, Dx::Add)
-    }
-
-    /// The x of GELU.
-    pub(super) fn gelu(self) -> Option<Reals<'a>> {
-        if let Dx::BeforeGelu(x) = self { Some(x) } else { None }
-    }
-}
-
 /// Forward: `y = w * x [+ bias]`. x `[c, h, w, n]`, y `[k, p, q, n]`, overwritten, and what the epilogue says.
 ///
 /// # Errors
@@ -450,30 +283,18 @@ pub fn conv_forward(
     check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "y", y.len(), shape.output_len())?;
     epilogue.check(op, shape, x, shape.statistics_tile(device, precision, None))?;
-    let Epilogue { bias, statistics, mut beside } = epilogue;
-    let in_epilogue = beside.take_if(|_| on_tensor_cores(device, precision));
-    let [written_beside, operand] = Beside::parts(in_epilogue.as_ref());
+    let tensor_cores = on_tensor_cores(device, precision);
+    let bias = epilogue.bias;
     // The columns of a bias are those of one pixel.
     let one_pixel = shape.h * shape.w == 1;
     if let Some(linear) = shape.linear(device.policy(), precision).filter(|_| bias.is_none() || one_pixel) {
         linear::forward(device, linear, x.f32(op)?, w.f32(op)?, bias, y.reborrow().f32(op)?)?;
     } else {
-        let args = ConvArgs {
-            from: x.ptr(),
-            w: w.ptr(),
-            bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
-            to: y.ptr(),
-            count: count_of(bias, statistics.as_ref()),
-            statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
-            beside: written_beside,
-            operand,
-            shape: *shape,
-            columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
-            accumulate: 0,
-        };
+        let end = epilogue.args(shape, tensor_cores)?;
+        let args = ConvArgs { from: x.ptr(), w: w.ptr(), to: y.ptr(), shape: *shape, end };
         product(device, precision, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)?;
     }
-    beside.map_or(Ok(()), |beside| beside.write(device, shape, y.view()))
+    epilogue.finish(device, shape, tensor_cores, y.view())
 }
 
 /// Input gradient: dy `[k, p, q, n]`, dx `[c, h, w, n]`, as `how` says.
@@ -494,28 +315,16 @@ pub fn conv_input_gradient(
     check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
     how.check(op, shape, dy)?;
-    let accumulate = how.accumulate();
-    let mut gelu = how.gelu();
-    let in_epilogue = gelu.take_if(|_| on_tensor_cores(device, precision));
+    let tensor_cores = on_tensor_cores(device, precision);
     if let Some(linear) = shape.linear(device.policy(), precision) {
-        linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, accumulate, dx.reborrow().f32(op)?)?;
+        let add = matches!(how, Dx::Add);
+        linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, add, dx.reborrow().f32(op)?)?;
     } else {
-        let args = ConvArgs {
-            from: dy.ptr(),
-            w: w.ptr(),
-            bias: Ptr::null(),
-            to: dx.ptr(),
-            count: Ptr::null(),
-            statistics: Ptr::null(),
-            beside: Ptr::null(),
-            operand: in_epilogue.map_or(Ptr::null(), |x| x.ptr()),
-            shape: *shape,
-            columns: Columns::samples(shape.n as usize)?,
-            accumulate: i32::from(accumulate),
-        };
+        let end = how.args(shape, tensor_cores)?;
+        let args = ConvArgs { from: dy.ptr(), w: w.ptr(), to: dx.ptr(), shape: *shape, end };
         product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)?;
     }
-    gelu.map_or(Ok(()), |x| gelu_backward(device, x, dx))
+    how.finish(device, tensor_cores, dx)
 }
 
 /// Weight gradient: x `[c, h, w, n]`, dy `[k, p, q, n]`, dw `[k, c, r, s]`, overwritten, and so is dbias `[k]` where there is

@@ -5,11 +5,11 @@
 use half::bf16;
 
 use super::bias::bias_gradient;
-use super::conv::{Beside, Bias, ConvShape, Dx, Epilogue, TileStatistics, count_of, sum_places};
-use super::gelu::gelu_backward;
+use super::conv::{ConvShape, sum_places};
+use super::epilogue::{Dx, Epilogue, EpilogueArgs};
 use super::kept::{BLOCK_CHUNKS, BLOCK_SAMPLES, Form, KeptWeights, List, Pass};
 use super::tiles::{self, GROUPS_FORWARD, GROUPS_INPUT_GRADIENT, Tile};
-use super::{Columns, check_len, check_precision, layouts_of};
+use super::{check_len, check_precision, layouts_of};
 use crate::device::{
     Device, Kernel, Launch, Policy, Ptr, Real, RealKernel, Reals, RealsMut, SliceMut, kernel_args, real_kernel,
 };
@@ -18,8 +18,7 @@ use crate::error::Result;
 kernel_args! {
     pub(super) struct ConvSparseArgs {
         from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, values: Ptr<f32>,
-        left_tiles: Ptr<bf16>, bias: Ptr<f32>, to: Ptr<Real>, count: Ptr<u32>, statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>,
-        shape: ConvShape, columns: Columns, groups: i32, classes: i32, accumulate: i32,
+        left_tiles: Ptr<bf16>, to: Ptr<Real>, shape: ConvShape, groups: i32, classes: i32, end: EpilogueArgs,
     }
     pub(super) struct ConvSparseGradientArgs {
         x: Ptr<Real>, dy: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>,
@@ -78,14 +77,10 @@ impl<A> Kernels<A> {
 /// directions.
 struct Operands<'a> {
     from: Reals<'a>,
-    bias: Option<Bias<'a>>,
-    statistics: Option<TileStatistics<'a>>,
-    beside: Ptr<Real>,
-    operand: Ptr<Real>,
     to: Ptr<Real>,
     to_image: [i32; 2],
     classes: i32,
-    accumulate: bool,
+    end: EpilogueArgs,
 }
 
 /// The product of a list; the lengths of the operands are checked.
@@ -97,7 +92,7 @@ fn product(
     kernels: &'static Kernels<ConvSparseArgs>,
     tiles: &'static [Tile<ConvSparseArgs>; 2],
 ) -> Result<()> {
-    let Operands { from, bias, statistics, beside, operand, to, to_image, classes, accumulate } = operands;
+    let Operands { from, to, to_image, classes, end } = operands;
     let shape = weights.shape;
     let args = ConvSparseArgs {
         from: from.ptr(),
@@ -107,17 +102,11 @@ fn product(
         shifts: list.shifts.view().ptr(),
         values: list.values.view().ptr(),
         left_tiles: list.left_tiles.view().ptr(),
-        bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
         to,
-        count: count_of(bias, statistics.as_ref()),
-        statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
-        beside,
-        operand,
         shape,
-        columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
         groups: list.groups as i32,
         classes: classes * classes,
-        accumulate: i32::from(accumulate),
+        end,
     };
     let [height, width, classes, n] = [to_image[0], to_image[1], classes, shape.n].map(|x| x as usize);
     let (kernel, grid, block) = match (list.form, device.policy()) {
@@ -170,22 +159,11 @@ pub fn conv_sparse_forward(
     check_len(op, "y", y.len(), shape.output_len())?;
     let list = weights.list(op, Pass::Forward)?;
     epilogue.check(op, &shape, x, weights.statistics_tile(device))?;
-    let Epilogue { bias, statistics, mut beside } = epilogue;
-    let in_epilogue = beside.take_if(|_| list.form == Form::Tiles);
-    let [written_beside, operand] = Beside::parts(in_epilogue.as_ref());
-    let operands = Operands {
-        from: x,
-        bias,
-        statistics,
-        beside: written_beside,
-        operand,
-        to: y.ptr(),
-        to_image: [shape.p, shape.q],
-        classes: 1,
-        accumulate: false,
-    };
+    let (to_image, tensor_cores) = ([shape.p, shape.q], list.form == Form::Tiles);
+    let end = epilogue.args(&shape, tensor_cores)?;
+    let operands = Operands { from: x, to: y.ptr(), to_image, classes: 1, end };
     product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)?;
-    beside.map_or(Ok(()), |beside| beside.write(device, &shape, y.view()))
+    epilogue.finish(device, &shape, tensor_cores, y.view())
 }
 
 /// Input gradient, as [`conv_input_gradient`](super::conv::conv_input_gradient), with the values that
@@ -207,21 +185,11 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
     how.check(op, &shape, dy)?;
-    let mut gelu = how.gelu();
-    let in_epilogue = gelu.take_if(|_| list.form == Form::Tiles);
-    let operands = Operands {
-        from: dy,
-        bias: None,
-        statistics: None,
-        beside: Ptr::null(),
-        operand: in_epilogue.map_or(Ptr::null(), |x| x.ptr()),
-        to: dx.ptr(),
-        to_image: [shape.h, shape.w],
-        classes: shape.stride,
-        accumulate: how.accumulate(),
-    };
+    let (to_image, tensor_cores) = ([shape.h, shape.w], list.form == Form::Tiles);
+    let end = how.args(&shape, tensor_cores)?;
+    let operands = Operands { from: dy, to: dx.ptr(), to_image, classes: shape.stride, end };
     product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)?;
-    gelu.map_or(Ok(()), |x| gelu_backward(device, x, dx))
+    how.finish(device, tensor_cores, dx)
 }
 
 /// Weight gradient, as [`conv_weight_gradient`](super::conv::conv_weight_gradient), of kept weights: the others' places

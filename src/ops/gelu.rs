@@ -1,5 +1,5 @@
 //! The exact GELU, `x Phi(x)` (`kernels/gelu.cu`; Hendrycks and Gimpel 2016). Products on tensor cores have it in
-//! their epilogue ([`conv`](super::conv)).
+//! their epilogue ([`epilogue`](super::epilogue)).
 
 use super::{check_elementwise, check_precision, layouts_of};
 use crate::device::{Device, Ptr, Real, RealKernel, Reals, RealsMut, kernel_args, real_kernel};

@@ -1,6 +1,6 @@
 //! Linear layers and 1x1 convolutions on the host (`kernels/linear.cu`), behind the functions of [`conv`](super::conv).
 
-use super::conv::Bias;
+use super::epilogue::Bias;
 use super::{Columns, layouts_of};
 use crate::device::{Device, Kernel, Launch, Ptr, Slice, SliceMut, kernel_args};
 use crate::error::Result;

@@ -11,6 +11,7 @@ pub mod conv_sparse;
 mod conv_wgmma;
 pub mod distances;
 pub mod dropout;
+pub mod epilogue;
 #[cfg(dilt_sanitize)]
 #[doc(hidden)]
 #[path = "../../tests/faults/faults.rs"]
@@ -89,6 +90,7 @@ pub fn layouts() -> Vec<Layout> {
         conv_wgmma::layouts(),
         distances::layouts(),
         dropout::layouts(),
+        epilogue::layouts(),
         #[cfg(dilt_sanitize)]
         faults::layouts(),
         gelu::layouts(),

@@ -236,7 +236,7 @@ pub fn norm_forward(
     }
 }
 
-/// The statistics of x from those of its tiles, which [`TileStatistics`](super::conv::TileStatistics) were given, each of `tile`
+/// The statistics of x from those of its tiles, which [`TileStatistics`](super::epilogue::TileStatistics) were given, each of `tile`
 /// columns of a row, pixels times samples: `saved` for [`norm_apply`], and the running ones.
 ///
 /// # Errors

@@ -7,10 +7,9 @@ use crate::device::{Buffer, Precision, RealBuffer};
 use crate::error::Result;
 use crate::ops::Columns;
 use crate::ops::bias::bias_gradient;
-use crate::ops::conv::{
-    Beside, Bias, ConvShape, Dx, Epilogue, TileStatistics, conv_forward, conv_input_gradient, conv_weight_gradient,
-};
+use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
+use crate::ops::epilogue::{Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use crate::ops::norm::{NormAffine, NormInput, NormRunning, NormSaved, NormShape, norm_forward, norm_join};
 use crate::ops::round::{RoundPlan, round_weights};

@@ -2,7 +2,8 @@
 
 use dilt::device::{Buffer, Device, HostOptions, Precision, Reals, RealsMut};
 use dilt::ops::Columns;
-use dilt::ops::conv::{Beside, Bias, ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::epilogue::{Beside, Bias, Dx, Epilogue};
 use dilt::ops::gelu::{gelu_backward, gelu_forward};
 use dilt::ops::round::{RoundPlan, round_weights};
 use half::bf16;

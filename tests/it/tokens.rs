@@ -2,7 +2,8 @@
 
 use dilt::device::{Device, Precision, Reals};
 use dilt::ops::Columns;
-use dilt::ops::conv::{Bias, ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::epilogue::{Bias, Dx, Epilogue};
 
 use dilt::ops::tokens::{
     EmbedGradients, EmbedParameters, EmbedShape, PatchShape, TokenPool, TokenPoolShape, embed_backward, embed_forward,

@@ -5,7 +5,8 @@ use dilt::device::{Buffer, Device, Precision, RealBuffer};
 use dilt::nn::traffic::{self, Work};
 use dilt::ops::Columns;
 use dilt::ops::attention::{AttentionInput, AttentionSaved, AttentionShape, attention_backward, attention_forward};
-use dilt::ops::conv::{ConvShape, Dx, Epilogue, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
+use dilt::ops::epilogue::{Dx, Epilogue};
 use dilt::ops::gelu::{gelu_backward, gelu_forward};
 use dilt::ops::gw::{Couplings, Layers, MOST_COUPLED, Start, Step};
 use dilt::ops::layer_norm::{

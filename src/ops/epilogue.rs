@@ -1,0 +1,189 @@
+//! What a product does with its sums beside storing them: the epilogues of tensor cores (`kernels/conv_mma.cuh`), or what kernels
+//! of their own do after it.
+
+use super::conv::ConvShape;
+use super::dropout::{ResidualShape, residual_forward};
+use super::gelu::{gelu_backward, gelu_forward};
+use super::{Columns, check_len, check_precision, layouts_of};
+use crate::device::{Device, Ptr, Real, Reals, RealsMut, Slice, SliceMut, kernel_args};
+use crate::error::{Error, Result};
+
+kernel_args! {
+    pub(super) struct EpilogueArgs {
+        bias: Ptr<f32>, count: Ptr<u32>, statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>, columns: Columns,
+        accumulate: i32,
+    }
+}
+layouts_of!(EpilogueArgs);
+
+/// What a forward pass does beside storing `y = w * x`; nothing by default.
+#[derive(Default)]
+pub struct Epilogue<'a> {
+    /// Added to each row before it is stored.
+    pub bias: Option<Bias<'a>>,
+    /// What is summed of y as it is stored.
+    pub statistics: Option<TileStatistics<'a>>,
+    /// What is written of y as it is stored; by a kernel of its own where no tensor cores multiply.
+    pub beside: Option<Beside<'a>>,
+}
+
+/// A bias `[k]` and which columns get it: padded columns of y are set to zero.
+#[derive(Clone, Copy)]
+pub struct Bias<'a> {
+    /// One value per output channel.
+    pub bias: Slice<'a, f32>,
+    /// What the shape's `n` is made of: [`Columns::samples`] in a layer of images, [`Columns::tokens`] in one of tokens.
+    pub columns: Columns,
+    /// Number of true samples, on the device.
+    pub count: Slice<'a, u32>,
+}
+
+/// Where a forward pass on tensor cores writes the mean and the squared deviations of y as it is stored, over the true samples
+/// of each row of a tile: for [`norm_join`](super::norm::norm_join).
+pub struct TileStatistics<'a> {
+    /// Number of true samples, on the device.
+    pub count: Slice<'a, u32>,
+    /// `[k, tiles of a row, 2]`: [`ConvShape::statistics_len`] elements or more of tiles of [`ConvShape::statistics_tile`]
+    /// columns.
+    pub tiles: SliceMut<'a, f32>,
+}
+
+/// What a forward pass writes beside y: a second tensor `[k, p, q, n]`, overwritten.
+pub enum Beside<'a> {
+    /// [GELU](super::gelu::gelu_forward) of y.
+    Gelu(RealsMut<'a>),
+    /// `to = x + y`, a residual sum.
+    Sum {
+        /// `[k, p, q, n]`.
+        x: Reals<'a>,
+        /// What is written.
+        to: RealsMut<'a>,
+    },
+}
+
+/// What an input gradient does with its sums.
+#[derive(Clone, Copy)]
+pub enum Dx<'a> {
+    /// Overwrites dx.
+    Set,
+    /// Adds them to what dx holds.
+    Add,
+    /// Overwrites dx with them through [GELU](super::gelu::gelu_backward), whose result the layer has read: of this x,
+    /// `[c, h, w, n]`. By a kernel of its own where no tensor cores multiply.
+    BeforeGelu(Reals<'a>),
+}
+
+impl<'a> From<Option<Bias<'a>>> for Epilogue<'a> {
+    fn from(bias: Option<Bias<'a>>) -> Self {
+        Epilogue { bias, ..Epilogue::default() }
+    }
+}
+
+impl Epilogue<'_> {
+    /// Checks it against the shape of a layer that reads x; statistics are those of tiles of so many columns.
+    pub(super) fn check(&self, op: &'static str, shape: &ConvShape, x: Reals, tile: Option<usize>) -> Result<()> {
+        if let Some(Bias { bias, columns, count }) = self.bias {
+            check_len(op, "bias", bias.len(), shape.k as usize)?;
+            check_len(op, "columns", columns.len(), shape.n as usize)?;
+            check_len(op, "count", count.len(), 1)?;
+        }
+        if let Some(statistics) = &self.statistics {
+            statistics.check(op, shape, self.bias, tile)?;
+        }
+        match &self.beside {
+            None => {}
+            Some(Beside::Gelu(to)) => {
+                check_len(op, "GELU", to.len(), shape.output_len())?;
+                check_precision(op, x, &[("GELU", to.view())])?;
+            }
+            Some(Beside::Sum { x: added, to }) => {
+                check_len(op, "x of the sum", added.len(), shape.output_len())?;
+                check_len(op, "sum", to.len(), shape.output_len())?;
+                check_precision(op, x, &[("x of the sum", *added), ("sum", to.view())])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// For a kernel, on tensor cores or not.
+    pub(super) fn args(&self, shape: &ConvShape, tensor_cores: bool) -> Result<EpilogueArgs> {
+        let (bias, statistics) = (self.bias.as_ref(), self.statistics.as_ref());
+        let count = bias.map(|b| b.count).or(statistics.map(|s| s.count));
+        let (beside, operand) = match self.beside.as_ref().filter(|_| tensor_cores) {
+            None => (Ptr::null(), Ptr::null()),
+            Some(Beside::Gelu(to)) => (to.ptr(), Ptr::null()),
+            Some(Beside::Sum { x, to }) => (to.ptr(), x.ptr()),
+        };
+        Ok(EpilogueArgs {
+            bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
+            count: count.map_or(Ptr::null(), |count| count.ptr()),
+            statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
+            beside,
+            operand,
+            columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
+            accumulate: 0,
+        })
+    }
+
+    /// Does what that kernel has left.
+    pub(super) fn finish(self, device: &Device, shape: &ConvShape, tensor_cores: bool, y: Reals) -> Result<()> {
+        match self.beside.filter(|_| !tensor_cores) {
+            None => Ok(()),
+            Some(Beside::Gelu(to)) => gelu_forward(device, y, to),
+            Some(Beside::Sum { x, to }) => {
+                let shape = ResidualShape::new(shape.filters(), Columns::samples(shape.output_columns())?)?;
+                residual_forward(device, &shape, x, y, None, None, to)
+            }
+        }
+    }
+}
+
+impl TileStatistics<'_> {
+    /// Checks what is written of tiles of so many columns; there are none where no tensor cores multiply.
+    fn check(&self, op: &'static str, shape: &ConvShape, bias: Option<Bias>, tile: Option<usize>) -> Result<()> {
+        let tile = tile.filter(|_| bias.is_none_or(|b| b.columns.row == 1));
+        let Some(tile) = tile else {
+            let (what, expected) = ("statistics".into(), "none but of images that tensor cores multiply".into());
+            return Err(Error::Shape { op, what, expected, got: shape.to_string() });
+        };
+        let needed = shape.statistics_len(tile);
+        if self.tiles.len() < needed {
+            check_len(op, "statistics", self.tiles.len(), needed)?;
+        }
+        check_len(op, "count", self.count.len(), 1)
+    }
+}
+
+impl Dx<'_> {
+    /// Checks it against the shape of a layer that is given dy.
+    pub(super) fn check(self, op: &'static str, shape: &ConvShape, dy: Reals) -> Result<()> {
+        let Dx::BeforeGelu(x) = self else { return Ok(()) };
+        check_len(op, "x of GELU", x.len(), shape.input_len())?;
+        check_precision(op, dy, &[("x of GELU", x)]).map(|_| ())
+    }
+
+    /// For a kernel, on tensor cores or not.
+    pub(super) fn args(self, shape: &ConvShape, tensor_cores: bool) -> Result<EpilogueArgs> {
+        let operand = match self {
+            Dx::BeforeGelu(x) if tensor_cores => x.ptr(),
+            _ => Ptr::null(),
+        };
+        Ok(EpilogueArgs {
+            bias: Ptr::null(),
+            count: Ptr::null(),
+            statistics: Ptr::null(),
+            beside: Ptr::null(),
+            operand,
+            columns: Columns::samples(shape.n as usize)?,
+            accumulate: i32::from(matches!(self, Dx::Add)),
+        })
+    }
+
+    /// Does what that kernel has left.
+    pub(super) fn finish(self, device: &Device, tensor_cores: bool, dx: RealsMut) -> Result<()> {
+        match self {
+            Dx::BeforeGelu(x) if !tensor_cores => gelu_backward(device, x, dx),
+            _ => Ok(()),
+        }
+    }
+}
