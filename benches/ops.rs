@@ -24,7 +24,7 @@ use dilt::ops::layer_norm::{
 };
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
 };
 use dilt::ops::optimizer::{OptimizerInput, Sgd, sgd_step};
 use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
@@ -151,7 +151,7 @@ impl Bench<'_> {
                 map: None,
                 x: x.view().into(),
                 y: None,
-                dy: dy.view().into(),
+                dy: NormGradient::Kept(dy.view().into()),
                 relu: true,
                 gamma: gamma.view(),
                 beta: beta.view(),
@@ -161,7 +161,7 @@ impl Bench<'_> {
                 count: count.view(),
             };
             let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-            norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, None, dx.view_mut().into())
+            norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut().into())
         });
         Ok(())
     }

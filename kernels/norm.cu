@@ -16,8 +16,8 @@
 // them, and norm_eval normalises with what came of it.
 //
 // Limit: bytes. Training reads x twice (and once more from cache), or once where its statistics are given, and writes y;
-// backward reads x and dy twice, and y too where a residual was added; of a residual that has a gradient, the first kernel
-// writes dz there, and the second reads it instead.
+// backward reads x and dy twice, and y too where a residual was added; where a residual has a gradient, the first
+// kernel writes that, dz, over dy, and the second reads it instead.
 #include "kernels/moments.cuh"
 
 struct NormShape {
@@ -67,6 +67,7 @@ struct NormBackwardArgs {
     const Real* x;
     const Real* y;     // read with relu only; null where nothing was added before it: then x says where y is above 0
     const Real* dy;
+    Real* dz;          // where dy is, if dz shall replace it: rows of x once they are summed; or null
     const float* gamma;
     const float* beta;
     const float* mean;
@@ -74,7 +75,6 @@ struct NormBackwardArgs {
     float* partial;    // [C, splits, 2]: sums of dz and of dz xhat over a chunk
     float* dgamma;
     float* dbeta;
-    Real* dresidual;   // dz of the rows of x once they are summed; or null
     Real* dx;
     const uint32_t* count;
     const uint32_t* source;
@@ -214,7 +214,7 @@ DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 bloc
         const Samples<L> off = load<L>(a.x + i) - mean, dz = above<L>(a, i + to_y, off, scale, beta);
         sum.chain[chain] += dz;
         dot.chain[chain] += dz * (off * invstd);
-        if (a.dresidual) store<L>(a.dresidual + i + to_y, first_lanes<L>(dz, live));
+        if (a.dz) store<L>(a.dz + i + to_y, first_lanes<L>(dz, live));
     });
     const float sums = sum.over_block(shared, thread, threads);
     const float dots = dot.over_block(shared, thread, threads);
@@ -230,9 +230,9 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     const NormShape& d = a.shape;
     const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
     if (feature < 0) {
-        if (!a.dresidual) return;
+        if (!a.dz) return;
         each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-            store<L>(a.dresidual + i, first_lanes<L>(above<L>(a, i, splat<L>(0.0f), 0.0f, 0.0f), live));
+            store<L>(a.dz + i, first_lanes<L>(above<L>(a, i, splat<L>(0.0f), 0.0f, 0.0f), live));
         });
         return;
     }
@@ -253,7 +253,7 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     const int64_t to_x = behind(d, feature, block.y);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
         const Samples<L> off = load<L>(a.x + i + to_x) - mean;
-        const Samples<L> dz = a.dresidual ? load<L>(a.dresidual + i) : above<L>(a, i, off, scale, beta);
+        const Samples<L> dz = a.dz ? load<L>(a.dz + i) : above<L>(a, i, off, scale, beta);
         const Samples<L> dx = (dz - mean_dz - off * slope) * scale;
         store<L>(a.dx + i + to_x, first_lanes<L>(dx, live));
     });

@@ -20,8 +20,8 @@ use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, norm_apply, norm_backward, norm_eval, norm_forward,
-    norm_join,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, norm_apply, norm_backward, norm_eval,
+    norm_forward, norm_join,
 };
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
@@ -291,18 +291,15 @@ impl Network {
                 let (x, gamma, beta) = (value(input), parameter(scale), parameter(shift));
                 let y = residual.filter(|_| relu).map(|_| value(output));
                 let map = maps[index].as_ref();
+                // The residual's gradient lies where this one does.
+                let dy = match residual.and_then(slot) {
+                    Some(_) => NormGradient::OfResidual(gradient.view_mut()),
+                    None => NormGradient::Kept(dy),
+                };
                 let norm = NormBackward { x, y, dy, relu, gamma, beta, mean, invstd, training: true, map, count };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
-                let x = slot(input).expect("a norm comes after a convolution");
-                let (dx, dresidual) = match residual.and_then(slot) {
-                    Some(residual) => {
-                        let two = value_gradients.get_disjoint_mut([x, residual]).expect("two values have two places");
-                        let [dx, dresidual] = two.map(|buffer| buffer.view_mut());
-                        (dx, Some(dresidual))
-                    }
-                    None => (value_gradients[x].view_mut(), None),
-                };
-                norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dresidual, dx)
+                let dx = at(value_gradients, slot(input));
+                norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dx)
             }
             Layer::Shortcut { input, .. } => {
                 let (map, dx) = (maps[index].as_ref(), at(value_gradients, slot(input)));

@@ -377,9 +377,10 @@ fn forward_lives(model: &Model) -> Vec<Life> {
     lives
 }
 
-/// The value whose memory holds each value's gradient: its own, that of a sum which passes its gradient on as it is, or that of
-/// GELU, which writes over it.
+/// The value whose memory holds each value's gradient: its own, or that of what reads it and writes its gradient over the one
+/// it is given: a sum, which passes it on as it is, GELU, a norm with a residual.
 fn gradient_owners(model: &Model) -> Vec<ValueId> {
+    let have = model.have_gradients();
     let mut owners: Vec<ValueId> = (0..model.values.len()).collect();
     for layer in model.layers.iter().rev() {
         match *layer {
@@ -389,6 +390,7 @@ fn gradient_owners(model: &Model) -> Vec<ValueId> {
                     owners[branch] = owners[output];
                 }
             }
+            Layer::Norm { residual: Some(residual), output, .. } if have[residual] => owners[residual] = owners[output],
             Layer::Embed { input, output, .. } | Layer::Gelu { input, output } => owners[input] = owners[output],
             _ => {}
         }

@@ -25,8 +25,8 @@ kernel_args! {
         count: Ptr<u32>, columns: i32, n: i32, width: i32, epsilon: f32, momentum: f32,
     }
     struct NormBackwardArgs {
-        x: Ptr<Real>, y: Ptr<Real>, dy: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
-        partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, dresidual: Ptr<Real>, dx: Ptr<Real>, count: Ptr<u32>,
+        x: Ptr<Real>, y: Ptr<Real>, dy: Ptr<Real>, dz: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>,
+        invstd: Ptr<f32>, partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, dx: Ptr<Real>, count: Ptr<u32>,
         source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
     }
 }
@@ -368,15 +368,31 @@ fn normalise(
     unsafe { device.launch(EVAL.of(precision), shape.launch(device, shape.outputs(input.map)), &args) }
 }
 
+/// The gradient that a backward pass is given, `dz` being what of it goes through ReLU.
+pub enum NormGradient<'a> {
+    /// dy, which stays as it is.
+    Kept(Reals<'a>),
+    /// dy, over which dz is written, its padded samples zeros: the gradient of the residual.
+    OfResidual(RealsMut<'a>),
+}
+
+impl NormGradient<'_> {
+    fn view(&self) -> Reals<'_> {
+        match self {
+            NormGradient::Kept(dy) => *dy,
+            NormGradient::OfResidual(dy) => dy.view(),
+        }
+    }
+}
+
 /// What the backward pass reads. Padded samples are zero.
-#[derive(Clone, Copy)]
 pub struct NormBackward<'a> {
     /// `[features, pixels, n]`, as in the forward pass.
     pub x: Reals<'a>,
     /// What the forward pass wrote, where it added a residual before ReLU; else x says as much.
     pub y: Option<Reals<'a>>,
-    /// Gradient of y.
-    pub dy: Reals<'a>,
+    /// Gradient of y, of its size.
+    pub dy: NormGradient<'a>,
     /// As in the forward pass.
     pub relu: bool,
     /// `[features]`.
@@ -395,12 +411,10 @@ pub struct NormBackward<'a> {
     pub count: Slice<'a, u32>,
 }
 
-/// Backward: dgamma and dbeta `[features]`, dresidual of the size of y and dx of x, all overwritten, padded samples
-/// with zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
+/// Backward: dgamma and dbeta `[features]`, and dx of the size of x, all overwritten, padded samples with zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
-#[expect(clippy::too_many_arguments, reason = "inputs are grouped already, and outputs are the callers' own")]
 pub fn norm_backward(
     device: &Device,
     shape: &NormShape,
@@ -408,7 +422,6 @@ pub fn norm_backward(
     scratch: SliceMut<f32>,
     dgamma: SliceMut<f32>,
     dbeta: SliceMut<f32>,
-    dresidual: Option<RealsMut>,
     dx: RealsMut,
 ) -> Result<()> {
     let op = "norm_backward";
@@ -420,26 +433,18 @@ pub fn norm_backward(
         ("dgamma", dgamma.len()),
         ("dbeta", dbeta.len()),
     ];
-    let len = input.dy.len();
-    let of_y = [
-        ("dy", len),
-        ("y", input.y.map_or(len, |y| y.len())),
-        ("dresidual", dresidual.as_ref().map_or(len, RealsMut::len)),
-    ];
+    let dy = input.dy.view();
+    let of_y = [("dy", dy.len()), ("y", input.y.map_or(dy.len(), |y| y.len()))];
     let of_x = [("x", input.x.len()), ("dx", dx.len())];
     shape.check(op, input.map, [&of_x, &of_y, &rows], input.count.len())?;
     shape.check_scratch(op, &scratch)?;
-    let others = [
-        ("y", input.y.unwrap_or(input.x)),
-        ("dy", input.dy),
-        ("dresidual", dresidual.as_ref().map_or(input.x, RealsMut::view)),
-        ("dx", dx.view()),
-    ];
+    let others = [("y", input.y.unwrap_or(input.x)), ("dy", dy), ("dx", dx.view())];
     let precision = check_precision(op, input.x, &others)?;
     let args = NormBackwardArgs {
         x: input.x.ptr(),
         y: input.y.map_or(Ptr::null(), |y| y.ptr()),
-        dy: input.dy.ptr(),
+        dy: dy.ptr(),
+        dz: if matches!(input.dy, NormGradient::OfResidual(_)) { dy.ptr() } else { Ptr::null() },
         gamma: input.gamma.ptr(),
         beta: input.beta.ptr(),
         mean: input.mean.ptr(),
@@ -447,7 +452,6 @@ pub fn norm_backward(
         partial: scratch.ptr(),
         dgamma: dgamma.ptr(),
         dbeta: dbeta.ptr(),
-        dresidual: dresidual.as_ref().map_or(Ptr::null(), RealsMut::ptr),
         dx: dx.ptr(),
         count: input.count.ptr(),
         source: input.map.map_or(Ptr::null(), RowMap::source),

@@ -18,7 +18,7 @@ use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics};
 use crate::ops::layer_norm::{layer_norm_backward, layer_norm_forward};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
-use crate::ops::norm::{NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape};
+use crate::ops::norm::{NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward, norm_join};
 use crate::ops::optimizer::{
     AdamW, Clip, GRADIENT_NORM_PARTIALS, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step,
@@ -254,17 +254,17 @@ fn norm_in_evaluation(t: &mut Trial) -> Result<()> {
 
 fn norm_gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
     let shape = norm_shape()?;
-    let (x, y, dy) = (t.real_samples(shape.len())?, t.real_samples(shape.len())?, t.real_samples(shape.len())?);
+    let (x, y, mut dy) = (t.real_samples(shape.len())?, t.real_samples(shape.len())?, t.real_samples(shape.len())?);
     let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
     let (mean, invstd) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
     let (mut scratch, count) = (t.unwritten(shape.scratch_len())?, t.count()?);
     let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    let (mut dresidual, mut dx) = (t.unwritten_reals(shape.len())?, t.unwritten_reals(shape.len())?);
+    let mut dx = t.unwritten_reals(shape.len())?;
     let input = NormBackward {
         map: None,
         x: x.view(),
         y: with_residual.then_some(y.view()),
-        dy: dy.view(),
+        dy: NormGradient::OfResidual(dy.view_mut()),
         relu: true,
         gamma: gamma.view(),
         beta: beta.view(),
@@ -273,11 +273,11 @@ fn norm_gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
         training: true,
         count: count.view(),
     };
-    let (dg, db, dr) = (dgamma.view_mut(), dbeta.view_mut(), Some(dresidual.view_mut()));
-    norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dr, dx.view_mut())?;
+    let (dg, db) = (dgamma.view_mut(), dbeta.view_mut());
+    norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dx.view_mut())?;
     t.close("dgamma", &dgamma)?;
     t.close("dbeta", &dbeta)?;
-    t.exact_reals("dresidual", &dresidual)?;
+    t.exact_reals("dresidual", &dy)?;
     t.close_reals("dx", &dx)
 }
 

@@ -2,8 +2,8 @@
 
 use dilt::device::{Device, RealBuffer};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward, norm_eval,
-    norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward,
+    norm_eval, norm_forward,
 };
 
 use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
@@ -26,7 +26,7 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
     let shape = NormShape::new(features, h * w, n).unwrap();
     let upload = |name: &str| storage.upload(device, &tensor(name).samples_last());
     let row = |name: &str| device.upload(&tensor(name).f32()).unwrap();
-    let (x, dy, gamma, beta) = (upload("x"), upload("dy"), row("gamma"), row("beta"));
+    let (x, mut dy, gamma, beta) = (upload("x"), upload("dy"), row("gamma"), row("beta"));
     let residual = flag("residual").then(|| upload("residual"));
     let (mut running_mean, mut running_var) = (row("running_mean"), row("running_var"));
     let count = device.upload(&[n as u32]).unwrap();
@@ -58,12 +58,15 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
     }
 
     let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
-    let (mut dx, mut dresidual) = (storage.unwritten(device, shape.len()), storage.unwritten(device, shape.len()));
+    let mut dx = storage.unwritten(device, shape.len());
     let backward = NormBackward {
         map: None,
         x: x.view(),
         y: residual.as_ref().map(|_| y.view()),
-        dy: dy.view(),
+        dy: match residual {
+            Some(_) => NormGradient::OfResidual(dy.view_mut()),
+            None => NormGradient::Kept(dy.view()),
+        },
         relu,
         gamma: gamma.view(),
         beta: beta.view(),
@@ -72,9 +75,8 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
         training,
         count: count.view(),
     };
-    let to_residual = residual.as_ref().map(|_| dresidual.view_mut());
     let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
-    norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, to_residual, dx.view_mut()).unwrap();
+    norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, dx.view_mut()).unwrap();
 
     let rows = [
         ("mean", mean),
@@ -84,7 +86,7 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
         ("dgamma", dgamma),
         ("dbeta", dbeta),
     ];
-    let tensors = [("y", Some(y)), ("dx", Some(dx)), ("dresidual", residual.map(|_| dresidual))];
+    let tensors = [("y", Some(y)), ("dx", Some(dx)), ("dresidual", residual.map(|_| dy))];
     let rows = rows.iter().map(|(name, row)| (*name, read(device, row.view()), false));
     let tensors = tensors.iter().filter_map(|(name, of)| Some((*name, storage.read(device, of.as_ref()?), true)));
     rows.chain(tensors).collect()
@@ -179,7 +181,8 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
             let row = || unwritten(device, features);
             let tensor = || unwritten(device, len);
             let (mut mean, mut invstd, mut dgamma, mut dbeta) = (row(), row(), row(), row());
-            let (mut y, mut dx, mut dresidual) = (tensor(), tensor(), tensor());
+            let (mut y, mut dx) = (tensor(), tensor());
+            let mut dresidual = device.upload(&read(device, dy.view())).unwrap();
             let mut scratch = unwritten(device, shape.scratch_len());
 
             let input = NormInput {
@@ -198,7 +201,7 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
                 map: None,
                 x: x.view().into(),
                 y: Some(y.view().into()),
-                dy: dy.view().into(),
+                dy: NormGradient::OfResidual(dresidual.view_mut().into()),
                 relu: true,
                 gamma: gamma.view(),
                 beta: beta.view(),
@@ -207,10 +210,8 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
                 training: true,
                 count: on_device.view(),
             };
-            let (of_gamma, of_beta, of_residual) =
-                (dgamma.view_mut(), dbeta.view_mut(), Some(dresidual.view_mut().into()));
-            let of_x = dx.view_mut().into();
-            norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, of_residual, of_x).unwrap();
+            let (of_gamma, of_beta, of_x) = (dgamma.view_mut(), dbeta.view_mut(), dx.view_mut().into());
+            norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, of_x).unwrap();
 
             let got = [&y, &dx, &dgamma, &dbeta, &mean, &invstd, &running_var].map(|b| read(device, b.view()));
             let names = ["y", "dx", "dgamma", "dbeta", "mean", "invstd", "running var"];
@@ -280,7 +281,7 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
         map: None,
         x: low.view(),
         y: Some(low.view()),
-        dy: x.view(),
+        dy: NormGradient::Kept(x.view()),
         relu: true,
         gamma: four.view(),
         beta: four.view(),
@@ -291,7 +292,7 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
     };
     let [mut scratch, mut dgamma, mut dbeta] = [shape.scratch_len(), 4, 4].map(|len| device.alloc(len).unwrap());
     let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
-    let mixed = norm_backward(&device, &shape, input, scratch.view_mut(), of_gamma, of_beta, None, y.view_mut());
+    let mixed = norm_backward(&device, &shape, input, scratch.view_mut(), of_gamma, of_beta, y.view_mut());
     refuses_precision(mixed, "norm_backward", "dy");
     assert!(NormShape::new(0, 9, 5).is_err() && NormShape::new(4, 1 << 20, 1 << 20).is_err());
     assert!(NormShape::new(4, 9, usize::MAX).is_err());

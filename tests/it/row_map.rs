@@ -2,8 +2,8 @@
 
 use dilt::device::{Buffer, Device};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward, norm_eval,
-    norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward,
+    norm_eval, norm_forward,
 };
 use dilt::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
 use dilt::ops::row_map::RowMap;
@@ -47,7 +47,7 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
             let map = RowMap::new(device, 3, &SOURCE).unwrap();
             // The same of the rows that x has, without a map; x in the order of its rows.
             let pass = |map: Option<&RowMap>, added: &[f32], dy: &[f32], eval: bool| {
-                let (x, added, dy) = (upload(&x), upload(added), upload(dy));
+                let (x, added, mut dy) = (upload(&x), upload(added), upload(dy));
                 let len = dy.len();
                 let input = NormInput {
                     x: x.view().into(),
@@ -75,7 +75,10 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 let backward = NormBackward {
                     x: x.view().into(),
                     y: input.residual.map(|_| y.view().into()),
-                    dy: dy.view().into(),
+                    dy: match residual {
+                        true => NormGradient::OfResidual(dy.view_mut().into()),
+                        false => NormGradient::Kept(dy.view().into()),
+                    },
                     relu,
                     gamma: gamma.view(),
                     beta: beta.view(),
@@ -85,7 +88,7 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                     map,
                     count: counted.view(),
                 };
-                let (mut dx, mut dadded) = (unwritten(device, 3 * row), unwritten(device, len));
+                let mut dx = unwritten(device, 3 * row);
                 let (mut dgamma, mut dbeta) = (unwritten(device, 3), unwritten(device, 3));
                 norm_backward(
                     device,
@@ -94,12 +97,11 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                     scratch.view_mut(),
                     dgamma.view_mut(),
                     dbeta.view_mut(),
-                    residual.then(|| dadded.view_mut().into()),
                     dx.view_mut().into(),
                 )
                 .unwrap();
                 let mut of = vec![y];
-                of.extend(residual.then_some(dadded));
+                of.extend(residual.then_some(dy));
                 of.extend([dx, dgamma, dbeta, mean, var, saved, invstd]);
                 of.iter().map(|buffer: &Buffer<f32>| read(device, buffer.view())).collect()
             };

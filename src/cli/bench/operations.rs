@@ -13,7 +13,7 @@ use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
 };
 use dilt::ops::optimizer::{AdamW, OptimizerInput, Sgd, adamw_step, sgd_step};
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
@@ -212,7 +212,7 @@ fn time_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
             map: None,
             x: norm.x.view(),
             y: None,
-            dy: dy.view(),
+            dy: NormGradient::Kept(dy.view()),
             relu: true,
             gamma: norm.gamma.view(),
             beta: norm.beta.view(),
@@ -222,7 +222,7 @@ fn time_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
             count: norm.count.view(),
         };
         let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-        norm_backward(device, &norm.shape, input, norm.scratch.view_mut(), dgamma, dbeta, None, dx.view_mut())
+        norm_backward(device, &norm.shape, input, norm.scratch.view_mut(), dgamma, dbeta, dx.view_mut())
     })
 }
 
