@@ -176,8 +176,9 @@ impl ConvShape {
         (kernel, [weights.div_ceil(taps), filters.div_ceil(rows), splits])
     }
 
-    /// Columns of the tiles of y whose statistics the forward pass writes ([`TileStatistics`]) that multiplies all weights, or
-    /// so many groups of rows; none where no tensor cores do.
+    /// Columns of the tiles of y whose statistics the forward pass writes
+    /// ([`TileStatistics`](super::epilogue::TileStatistics)) that multiplies all weights, or so many groups of rows; none where no
+    /// tensor cores do.
     pub fn statistics_tile(&self, device: &Device, precision: Precision, groups: Option<usize>) -> Option<usize> {
         if !on_tensor_cores(device, precision) {
             return None;

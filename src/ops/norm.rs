@@ -236,8 +236,8 @@ pub fn norm_forward(
     }
 }
 
-/// The statistics of x from those of its tiles, which [`TileStatistics`](super::epilogue::TileStatistics) were given, each of `tile`
-/// columns of a row, pixels times samples: `saved` for [`norm_apply`], and the running ones.
+/// The statistics of x from those of its tiles, which [`TileStatistics`](super::epilogue::TileStatistics) were given, each of
+/// `tile` columns of a row, pixels times samples: `saved` for [`norm_apply`], and the running ones.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
