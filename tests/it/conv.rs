@@ -232,6 +232,39 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
             .unwrap_err()
             .to_string();
     assert!(error.contains("elements of w: expected 108, got 107"), "{error}");
+
+    let w = device.alloc::<f32>(shape.weight_len()).unwrap();
+    let [mut short, low] = [Storage::F32, Storage::Bf16].map(|storage| storage.unwritten(&device, 8));
+    let all = Storage::F32.unwritten(&device, shape.output_len());
+    let mut forward = |beside: Beside| {
+        let epilogue = Epilogue { beside: Some(beside), ..Epilogue::default() };
+        conv_forward(&device, &shape, x.view().into(), w.view().into(), epilogue, y.view_mut().into()).unwrap_err()
+    };
+    for (error, says) in [
+        (forward(Beside::Gelu(short.view_mut())), "elements of GELU: expected 2048, got 8"),
+        (forward(Beside::Sum { x: all.view(), to: short.view_mut() }), "elements of sum: expected 2048, got 8"),
+        (
+            forward(Beside::Sum { x: low.view(), to: short.view_mut() }),
+            "elements of x of the sum: expected 2048, got 8",
+        ),
+    ] {
+        assert!(error.to_string().contains(says), "{error}");
+    }
+    let mut low_y = Storage::Bf16.unwritten(&device, shape.output_len());
+    let error = forward(Beside::Gelu(low_y.view_mut())).to_string();
+    assert!(error.contains("conv_forward: precision of GELU: expected f32, got bf16"), "{error}");
+
+    let mut dx = device.alloc::<f32>(shape.input_len()).unwrap();
+    let how = Dx::BeforeGelu(low.view());
+    let error = conv_input_gradient(&device, &shape, all.view(), w.view().into(), how, dx.view_mut().into());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("elements of x of GELU: expected 1536, got 8"), "{error}");
+    let scratch_len = shape.gradient_scratch_len(&device, Precision::F32);
+    let [mut scratch, mut dw, mut dbias] = [scratch_len, shape.weight_len(), 3].map(|len| device.alloc(len).unwrap());
+    let (scratch, bias) = (scratch.view_mut(), Some(dbias.view_mut()));
+    let error = conv_weight_gradient(&device, &shape, x.view().into(), all.view(), scratch, dw.view_mut(), bias);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("elements of dbias: expected 4, got 3"), "{error}");
 }
 
 #[test]
