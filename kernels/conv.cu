@@ -171,13 +171,13 @@ DEVICE void staged(const ConvArgs& a, typename ProductTile<ROWS, COLUMNS, PER_RO
         const int n = column % d.n, at = column / d.n;
         const int down = own.first_h + at / own.width * own.step;
         const int across = own.first_w + at % own.width * own.step;
-        const uint32_t live = a.end.bias ? live_columns<4>(a.end.columns, int(*a.end.count), n) : 0;
+        const uint32_t live = a.epilogue.bias ? live_columns<4>(a.epilogue.columns, int(*a.epilogue.count), n) : 0;
         UNROLL for (int i = 0; i < PER_ROWS; ++i) {
             const int row = row0 + Tile::row(thread, i / 4) + i % 4;
             if (row >= rows) continue;
             float* to = a.to + row * pitch + (int64_t(down) * width + across) * d.n + n;
-            if (a.end.bias) sum[i][v] = kept<4>(sum[i][v] + splat<4>(a.end.bias[row]), live);
-            if (a.end.accumulate) sum[i][v] += load<4>(to);
+            if (a.epilogue.bias) sum[i][v] = kept<4>(sum[i][v] + splat<4>(a.epilogue.bias[row]), live);
+            if (a.epilogue.accumulate) sum[i][v] += load<4>(to);
             store<4>(to, sum[i][v]);
         }
     }

@@ -1,5 +1,5 @@
 // conv.cuh - what the kernels of convolutions share: the shape, where weights lie, which input a filter tap reads, and the
-// arguments of conv.cu, conv_mma.cu and conv_direct.cu, of which only conv_mma.cu has what conv_mma.cuh calls epilogues.
+// arguments of conv.cu, conv_mma.cu and conv_direct.cu.
 #pragma once
 #include "kernels/moments.cuh"
 
@@ -115,7 +115,7 @@ struct ConvArgs {
     const Real* w;
     Real* to;
     ConvShape shape;
-    EpilogueArgs end;
+    EpilogueArgs epilogue;
 };
 
 struct ConvWeightGradientArgs {

@@ -31,7 +31,7 @@ DEVICE void direct_tile(const ConvArgs& a, const Axis& down, const Axis& across,
     const Real* w = a.w + row * row_stride + down.first * strides.row + across.first * strides.column;
     Samples<L> sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < ROWS; ++i)
-        UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = splat<L>(a.end.bias ? a.end.bias[row + i] : 0.0f);
+        UNROLL for (int v = 0; v < VECTORS; ++v) sum[i][v] = splat<L>(a.epilogue.bias ? a.epilogue.bias[row + i] : 0.0f);
     for (int channel = 0; channel < Pass::channels(d); ++channel, from += plane, w += channel_stride) {
         for (int r = 0; r < down.count; ++r) {
             const Real* x = from + r * down.source_step * width * d.n;
@@ -48,8 +48,8 @@ DEVICE void direct_tile(const ConvArgs& a, const Axis& down, const Axis& across,
     UNROLL for (int i = 0; i < ROWS; ++i) {
         Real* to = a.to + ((row + i) * pixels + pixel) * d.n + n;
         UNROLL for (int v = 0; v < VECTORS; ++v) {
-            if (a.end.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
-            if (a.end.accumulate) sum[i][v] += load<L>(to + v * L);
+            if (a.epilogue.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
+            if (a.epilogue.accumulate) sum[i][v] += load<L>(to + v * L);
             store<L>(to + v * L, sum[i][v]);
         }
     }
@@ -59,7 +59,7 @@ template <bool GRADIENT, int VECTORS, int L>
 DEVICE void direct_rows(const ConvArgs& a, const Axis& down, const Axis& across, int row, int end, int pixel, int n) {
     uint32_t live[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; ++v)
-        live[v] = a.end.bias ? live_columns<L>(a.end.columns, int(*a.end.count), n + v * L) : 0;
+        live[v] = a.epilogue.bias ? live_columns<L>(a.epilogue.columns, int(*a.epilogue.count), n + v * L) : 0;
     for (; row + DIRECT_ROWS <= end; row += DIRECT_ROWS)
         direct_tile<GRADIENT, DIRECT_ROWS, VECTORS, L>(a, down, across, row, pixel, n, live);
     for (; row + 2 <= end; row += 2) direct_tile<GRADIENT, 2, VECTORS, L>(a, down, across, row, pixel, n, live);

@@ -16,7 +16,7 @@ struct ConvSparseArgs {
     ConvShape shape;
     int32_t groups;
     int32_t classes;         // of pixels, R = 32
-    EpilogueArgs end;
+    EpilogueArgs epilogue;
 };
 
 struct ConvSparseGradientArgs {

@@ -114,7 +114,7 @@ DEVICE Moments row_moments(Samples<8> y, uint32_t live, float items) {
 // True samples among a row's columns `first` to first + width, of which those from `columns` on are none.
 template <class Args>
 DEVICE float true_samples(const Args& a, int first, int width, int columns) {
-    const int n = a.shape.n, count = int(min64(*a.end.count, n));
+    const int n = a.shape.n, count = int(min64(*a.epilogue.count, n));
     return float(true_columns(min32(first + width, columns), n, count) - true_columns(min32(first, columns), n, count));
 }
 
@@ -153,6 +153,7 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
     using Pass = Taps<GRADIENT>;
     constexpr int LANES_ACROSS = Warp::WIDTH / 8, LANES_DOWN = 32 / LANES_ACROSS;
     const ConvShape& d = a.shape;
+    const EpilogueArgs& end = a.epilogue;
     auto& slab = shared.slab[warp];
     const int across_slab = lane % LANES_ACROSS * 8, down_slab = lane / LANES_ACROSS;
     const int warp_column = first_column + Warp::column(warp), column = warp_column + across_slab;
@@ -162,8 +163,8 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
     const int down = own.first_h + at / own.width * own.step, across = own.first_w + at % own.width * own.step;
     const int64_t pitch = int64_t(Pass::to_height(d)) * to_width * d.n;
     const int64_t place = (int64_t(down) * to_width + across) * d.n + n;
-    const bool summed = !GRADIENT && a.end.statistics;
-    const uint32_t live = inside && (a.end.bias || summed) ? live_columns<8>(a.end.columns, int(*a.end.count), n) : 0;
+    const bool summed = !GRADIENT && end.statistics;
+    const uint32_t live = inside && (end.bias || summed) ? live_columns<8>(end.columns, int(*end.count), n) : 0;
     const float items = summed ? larger(1.0f, true_samples(a, warp_column, Warp::WIDTH, columns)) : 1.0f;
     UNROLL for (int i = 0; i < Warp::LEFTS; ++i) {
         UNROLL for (int j = 0; j < Warp::RIGHTS; ++j)
@@ -176,18 +177,19 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
             Samples<8> y = splat<8>(0.0f);
             if (inside && row != NONE) {
                 y = load<8>(&slab[r + down_slab][across_slab]);
-                if (a.end.bias) y = kept<8>(y + splat<8>(a.end.bias[row]), live);
+                if (end.bias) y = kept<8>(y + splat<8>(end.bias[row]), live);
                 const int64_t own_place = place + row * pitch;
-                if (GRADIENT && a.end.operand) y = y * gelu_slope<8>(load<8>(a.end.operand + own_place));
-                if (a.end.accumulate) y += load<8>(a.to + own_place);
+                if (GRADIENT && end.operand) y = y * gelu_slope<8>(load<8>(end.operand + own_place));
+                if (end.accumulate) y += load<8>(a.to + own_place);
                 store<8>(a.to + own_place, y);
-                if (!GRADIENT && a.end.beside) {
+                if (!GRADIENT && end.beside) {
                     const Samples<8> stored = as_stored(y);
-                    store<8>(a.end.beside + own_place, a.end.operand ? load<8>(a.end.operand + own_place) + stored : gelu<8>(stored));
+                    store<8>(end.beside + own_place,
+                             end.operand ? load<8>(end.operand + own_place) + stored : gelu<8>(stored));
                 }
             }
             if constexpr (!GRADIENT)
-                if (a.end.statistics) {
+                if (end.statistics) {
                     const Moments own_part = row_moments<LANES_ACROSS>(y, live, items);
                     if (across_slab == 0) shared.moments[tile_row][Warp::column(warp) / Warp::WIDTH] = own_part;
                 }
@@ -201,7 +203,7 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
 template <class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
 DEVICE void write_moments(const Args& a, const Epilogue<Warp, ROWS, COLUMNS>& shared, int thread, int column_tile,
                           RowOf row_of) {
-    if (!a.end.statistics) return;
+    if (!a.epilogue.statistics) return;
     __syncthreads();
     const uint32_t row = thread < ROWS ? row_of(thread) : NONE;
     if (row == NONE) return;
@@ -209,5 +211,5 @@ DEVICE void write_moments(const Args& a, const Epilogue<Warp, ROWS, COLUMNS>& sh
     const auto items_of = [&](int part) { return true_samples(a, first + part * Warp::WIDTH, Warp::WIDTH, columns); };
     const float items = larger(1.0f, true_samples(a, first, COLUMNS, columns));
     const int64_t tile = row * ceil_div(columns, COLUMNS) + column_tile;
-    a.end.statistics[tile] = join(shared.moments[thread], COLUMNS / Warp::WIDTH, items, items_of, nullptr, 0, 1);
+    a.epilogue.statistics[tile] = join(shared.moments[thread], COLUMNS / Warp::WIDTH, items, items_of, nullptr, 0, 1);
 }

@@ -31,7 +31,7 @@ DEVICE void staged_rows(const ConvSparseArgs& a, int thread, int column_tile, in
     const int taps = d.r * d.s, piece = int(max64(1, PIECE_BYTES / (int64_t(Pass::channels(d)) * 512)));
     Samples<4> sum[WARP_ROWS];
     UNROLL for (int i = 0; i < WARP_ROWS; ++i)
-        sum[i] = splat<4>(a.end.bias ? a.end.bias[min32(row + i, a.groups - 1)] : 0.0f);
+        sum[i] = splat<4>(a.epilogue.bias ? a.epilogue.bias[min32(row + i, a.groups - 1)] : 0.0f);
     for (int run = 0; run < at.runs; ++run) {
         for (int tap = 0; tap < at.taps; tap += piece) {
             const int last = min32(tap + piece, at.taps);
@@ -44,12 +44,12 @@ DEVICE void staged_rows(const ConvSparseArgs& a, int thread, int column_tile, in
             }
         }
     }
-    const uint32_t live = a.end.bias ? live_columns<4>(a.end.columns, int(*a.end.count), place.n) : 0;
+    const uint32_t live = a.epilogue.bias ? live_columns<4>(a.epilogue.columns, int(*a.epilogue.count), place.n) : 0;
     UNROLL for (int i = 0; i < WARP_ROWS; ++i) {
         if (row + i >= a.groups) break;
         Real* to = a.to + ((int64_t(row + i) * Pass::to_height(d) * Pass::to_width(d) + place.pixel) * d.n + place.n);
-        if (a.end.bias) sum[i] = kept<4>(sum[i], live);
-        if (a.end.accumulate) sum[i] += load<4>(to);
+        if (a.epilogue.bias) sum[i] = kept<4>(sum[i], live);
+        if (a.epilogue.accumulate) sum[i] += load<4>(to);
         store<4>(to, sum[i]);
     }
 }

@@ -59,7 +59,7 @@ DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pi
     Samples<L> sum[R][V];
     UNROLL for (int i = 0; i < R; ++i) {
         const uint32_t row = row_of<R>(a, group, i);
-        UNROLL for (int v = 0; v < V; ++v) sum[i][v] = splat<L>(a.end.bias && row != NONE ? a.end.bias[row] : 0.0f);
+        UNROLL for (int v = 0; v < V; ++v) sum[i][v] = splat<L>(a.epilogue.bias && row != NONE ? a.epilogue.bias[row] : 0.0f);
     }
     for (int run = 0; run < at.runs; ++run, starts += d.s) {
         for (uint32_t entry = starts[0]; entry < starts[at.taps]; ++entry) {
@@ -76,8 +76,8 @@ DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pi
         if (row == NONE) break;
         Real* to = a.to + (int64_t(row) * Pass::to_height(d) * Pass::to_width(d) + pixel) * d.n + n;
         UNROLL for (int v = 0; v < V; ++v) {
-            if (a.end.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
-            if (a.end.accumulate) sum[i][v] += load<L>(to + v * L);
+            if (a.epilogue.bias) sum[i][v] = kept<L>(sum[i][v], live[v]);
+            if (a.epilogue.accumulate) sum[i][v] += load<L>(to + v * L);
             store<L>(to + v * L, sum[i][v]);
         }
     }
@@ -86,8 +86,8 @@ DEVICE void product(const ConvSparseArgs& a, const Window& at, int group, int pi
 template <bool GRADIENT, int R, int V, int L>
 DEVICE void groups(const ConvSparseArgs& a, const Window& at, int group, int end, int pixel, int n) {
     uint32_t live[V] = {};
-    if (a.end.bias)
-        UNROLL for (int v = 0; v < V; ++v) live[v] = live_columns<L>(a.end.columns, int(*a.end.count), n + v * L);
+    if (a.epilogue.bias)
+        UNROLL for (int v = 0; v < V; ++v) live[v] = live_columns<L>(a.epilogue.columns, int(*a.epilogue.count), n + v * L);
     for (; group < end; ++group) product<GRADIENT, R, V, L>(a, at, group, pixel, n, live);
 }
 

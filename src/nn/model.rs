@@ -492,47 +492,6 @@ impl Model {
         tokens - self.layers.iter().find_map(prefix).unwrap_or(0)
     }
 
-    /// The layer that is all that reads a value.
-    fn only_reader(&self, value: ValueId) -> Option<usize> {
-        let mut readers =
-            (0..self.layers.len()).filter(|&index| self.layers[index].inputs().any(|input| input == value));
-        readers.next().filter(|_| readers.next().is_none())
-    }
-
-    /// The batch norm that is all that reads a value, and the index of its statistics.
-    pub(super) fn norm_of(&self, value: ValueId) -> Option<(usize, usize)> {
-        let reader = self.only_reader(value)?;
-        match self.layers[reader] {
-            Layer::Norm { input, statistics, .. } if input == value => Some((reader, statistics)),
-            _ => None,
-        }
-    }
-
-    /// The layer that writes a value; none of the input.
-    fn writer(&self, value: ValueId) -> Option<usize> {
-        self.layers.iter().position(|layer| layer.output() == value)
-    }
-
-    fn is_convolution(&self, index: usize) -> bool {
-        matches!(self.layers[index], Layer::Conv { .. })
-    }
-
-    /// The convolutions (linear layers) before and after a GELU, if nothing else reads what the first or the GELU writes.
-    pub(super) fn around_gelu(&self, gelu: usize) -> Option<[usize; 2]> {
-        let Layer::Gelu { input, output } = self.layers[gelu] else { return None };
-        let before = self.writer(input).filter(|&index| self.is_convolution(index))?;
-        let after = self.only_reader(output).filter(|&index| self.is_convolution(index))?;
-        (self.only_reader(input) == Some(gelu)).then_some([before, after])
-    }
-
-    /// The convolution that writes the branch of a plain residual sum, if what is added to that is there before.
-    pub(super) fn before_sum(&self, sum: usize) -> Option<usize> {
-        let Layer::Residual { input, branch, .. } = self.layers[sum] else { return None };
-        let before =
-            self.writer(branch).filter(|&index| self.is_convolution(index) && self.layers[sum].adds_plainly())?;
-        (self.writer(input) < Some(before)).then_some(before)
-    }
-
     pub(super) fn norm_shape(&self, value: ValueId, n: usize) -> Result<NormShape> {
         let [channels, height, width] = self.values[value].image();
         NormShape::new(channels, height * width, n)

@@ -165,7 +165,7 @@ pub fn conv_input_gradient(shape: &ConvShape, columns: usize, precision: Precisi
 
 /// Weight gradient of a convolution with all weights.
 pub fn conv_weight_gradient(device: &Device, shape: &ConvShape, columns: usize, precision: Precision) -> Work {
-    let partial = shape.gradient_scratch(device, precision, false);
+    let partial = shape.partial_sums_len(device, precision, false);
     Multiplied::all(shape, columns, precision).weight_gradient(shape, partial)
 }
 
@@ -322,7 +322,7 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             let columns = batch * model.true_tokens(input);
             let [forward, dx, dw] = Multiplied::of(&shape, columns, precision, layout.layers[index].as_ref());
             let dense = dw.count == shape.weight_len();
-            let partial = if dense { shape.gradient_scratch(device, precision, false) } else { 0 };
+            let partial = if dense { shape.partial_sums_len(device, precision, false) } else { 0 };
             let mut backward = dw.weight_gradient(&shape, partial);
             if bias.is_some() && !(dense && on_tensor_cores(device, precision)) {
                 backward = backward + reals(y, 0);
@@ -372,7 +372,12 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             )
         }
         Layer::Residual { .. } if layer.adds_plainly() => {
-            let read = if in_epilogue(model.before_sum(index), Pass::Forward) { y } else { 2 * y };
+            let read =
+                if in_epilogue(model.before_sum(index).filter(|_| layout.fusions[index].elsewhere), Pass::Forward) {
+                    y
+                } else {
+                    2 * y
+                };
             (reals(read, y), Work::default())
         }
         Layer::Residual { scale, .. } => {

@@ -25,7 +25,7 @@ kernel_args! {
     }
     pub(super) struct ConvArgs {
         pub(super) from: Ptr<Real>, pub(super) w: Ptr<Real>, to: Ptr<Real>, pub(super) shape: ConvShape,
-        end: EpilogueArgs,
+        epilogue: EpilogueArgs,
     }
     pub(super) struct ConvWeightGradientArgs {
         pub(super) x: Ptr<Real>, pub(super) dy: Ptr<Real>, partial: Ptr<f32>, row_sums: Ptr<f32>,
@@ -208,11 +208,11 @@ impl ConvShape {
 
     /// Elements of scratch memory that [`conv_weight_gradient`] needs on this device.
     pub fn gradient_scratch_len(&self, device: &Device, precision: Precision) -> usize {
-        self.gradient_scratch(device, precision, on_tensor_cores(device, precision))
+        self.partial_sums_len(device, precision, on_tensor_cores(device, precision))
     }
 
     /// Elements of partial sums that it writes, those for the gradient of a bias included or not.
-    pub(crate) fn gradient_scratch(&self, device: &Device, precision: Precision, row_sums: bool) -> usize {
+    pub(crate) fn partial_sums_len(&self, device: &Device, precision: Precision, row_sums: bool) -> usize {
         match self.gradient_splits(device, precision) {
             1 => 0,
             splits => splits * self.split_len(row_sums),
@@ -291,8 +291,8 @@ pub fn conv_forward(
     if let Some(linear) = shape.linear(device.policy(), precision).filter(|_| bias.is_none() || one_pixel) {
         linear::forward(device, linear, x.f32(op)?, w.f32(op)?, bias, y.reborrow().f32(op)?)?;
     } else {
-        let end = epilogue.args(shape, tensor_cores)?;
-        let args = ConvArgs { from: x.ptr(), w: w.ptr(), to: y.ptr(), shape: *shape, end };
+        let epilogue = epilogue.args(shape, tensor_cores)?;
+        let args = ConvArgs { from: x.ptr(), w: w.ptr(), to: y.ptr(), shape: *shape, epilogue };
         product(device, precision, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)?;
     }
     epilogue.finish(device, shape, tensor_cores, y.view())
@@ -321,8 +321,8 @@ pub fn conv_input_gradient(
         let add = matches!(how, Dx::Add);
         linear::input_gradient(device, linear, dy.f32(op)?, w.f32(op)?, add, dx.reborrow().f32(op)?)?;
     } else {
-        let end = how.args(shape, tensor_cores)?;
-        let args = ConvArgs { from: dy.ptr(), w: w.ptr(), to: dx.ptr(), shape: *shape, end };
+        let epilogue = how.args(shape, tensor_cores)?;
+        let args = ConvArgs { from: dy.ptr(), w: w.ptr(), to: dx.ptr(), shape: *shape, epilogue };
         product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)?;
     }
     how.finish(device, tensor_cores, dx)

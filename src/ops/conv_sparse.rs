@@ -18,7 +18,7 @@ use crate::error::Result;
 kernel_args! {
     pub(super) struct ConvSparseArgs {
         from: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>, values: Ptr<f32>,
-        left_tiles: Ptr<bf16>, to: Ptr<Real>, shape: ConvShape, groups: i32, classes: i32, end: EpilogueArgs,
+        left_tiles: Ptr<bf16>, to: Ptr<Real>, shape: ConvShape, groups: i32, classes: i32, epilogue: EpilogueArgs,
     }
     pub(super) struct ConvSparseGradientArgs {
         x: Ptr<Real>, dy: Ptr<Real>, rows: Ptr<u32>, starts: Ptr<u32>, offsets: Ptr<i32>, shifts: Ptr<u32>,
@@ -80,7 +80,7 @@ struct Operands<'a> {
     to: Ptr<Real>,
     to_image: [i32; 2],
     classes: i32,
-    end: EpilogueArgs,
+    epilogue: EpilogueArgs,
 }
 
 /// The product of a list; the lengths of the operands are checked.
@@ -92,7 +92,7 @@ fn product(
     kernels: &'static Kernels<ConvSparseArgs>,
     tiles: &'static [Tile<ConvSparseArgs>; 2],
 ) -> Result<()> {
-    let Operands { from, to, to_image, classes, end } = operands;
+    let Operands { from, to, to_image, classes, epilogue } = operands;
     let shape = weights.shape;
     let args = ConvSparseArgs {
         from: from.ptr(),
@@ -106,7 +106,7 @@ fn product(
         shape,
         groups: list.groups as i32,
         classes: classes * classes,
-        end,
+        epilogue,
     };
     let [height, width, classes, n] = [to_image[0], to_image[1], classes, shape.n].map(|x| x as usize);
     let (kernel, grid, block) = match (list.form, device.policy()) {
@@ -160,8 +160,8 @@ pub fn conv_sparse_forward(
     let list = weights.list(op, Pass::Forward)?;
     epilogue.check(op, &shape, x, weights.statistics_tile(device))?;
     let (to_image, tensor_cores) = ([shape.p, shape.q], list.form == Form::Tiles);
-    let end = epilogue.args(&shape, tensor_cores)?;
-    let operands = Operands { from: x, to: y.ptr(), to_image, classes: 1, end };
+    let args = epilogue.args(&shape, tensor_cores)?;
+    let operands = Operands { from: x, to: y.ptr(), to_image, classes: 1, epilogue: args };
     product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)?;
     epilogue.finish(device, &shape, tensor_cores, y.view())
 }
@@ -186,8 +186,8 @@ pub fn conv_sparse_input_gradient(
     let list = weights.list(op, Pass::InputGradient)?;
     how.check(op, &shape, dy)?;
     let (to_image, tensor_cores) = ([shape.h, shape.w], list.form == Form::Tiles);
-    let end = how.args(&shape, tensor_cores)?;
-    let operands = Operands { from: dy, to: dx.ptr(), to_image, classes: shape.stride, end };
+    let epilogue = how.args(&shape, tensor_cores)?;
+    let operands = Operands { from: dy, to: dx.ptr(), to_image, classes: shape.stride, epilogue };
     product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)?;
     how.finish(device, tensor_cores, dx)
 }

@@ -1,6 +1,6 @@
 //! Token columns against float64 goldens of PyTorch's: linear layers, patches, embedding and pooling.
 
-use dilt::device::{Device, Precision, Reals};
+use dilt::device::{Buffer, Device, Precision, Reals};
 use dilt::ops::Columns;
 use dilt::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use dilt::ops::epilogue::{Bias, Dx, Epilogue};
@@ -78,6 +78,17 @@ fn linear_layers_over_token_columns_agree_with_pytorch() {
     });
 }
 
+/// y and dw of a layer of f32 without a bias.
+fn forward_and_weight_gradient(device: &Device, shape: &ConvShape, tensors: [&Buffer<f32>; 3]) -> [Vec<f32>; 2] {
+    let [x, w, dy] = tensors.map(|tensor| Reals::from(tensor.view()));
+    let scratch_len = shape.gradient_scratch_len(device, Precision::F32);
+    let [mut y, mut dw, mut scratch] =
+        [shape.output_len(), shape.weight_len(), scratch_len].map(|len| unwritten(device, len));
+    conv_forward(device, shape, x, w, Epilogue::default(), y.view_mut().into()).unwrap();
+    conv_weight_gradient(device, shape, x, dy, scratch.view_mut(), dw.view_mut(), None).unwrap();
+    [y, dw].map(|buffer| read(device, buffer.view()))
+}
+
 /// More input features, output features and columns than a block takes at a time; whole numbers, so that every sum is
 /// exact and every order of it gives the same.
 #[test]
@@ -96,24 +107,11 @@ fn linear_layers_of_any_size_sum_every_product_once() {
         }
         on_devices(|device, label| {
             let [x, w, dy] = [&x, &w, &dy].map(|values| device.upload(values).unwrap());
-            let (mut y, mut dw) = (unwritten(device, k * n), unwritten(device, k * c));
             let mut dx = device.upload(&old).unwrap();
-            let mut scratch = unwritten(device, shape.gradient_scratch_len(device, Precision::F32));
-            conv_forward(device, &shape, x.view().into(), w.view().into(), Epilogue::default(), y.view_mut().into())
-                .unwrap();
+            let [y, dw] = forward_and_weight_gradient(device, &shape, [&x, &w, &dy]);
             conv_input_gradient(device, &shape, dy.view().into(), w.view().into(), Dx::Add, dx.view_mut().into())
                 .unwrap();
-            conv_weight_gradient(
-                device,
-                &shape,
-                x.view().into(),
-                dy.view().into(),
-                scratch.view_mut(),
-                dw.view_mut(),
-                None,
-            )
-            .unwrap();
-            let got = [y, dx, dw].map(|buffer| read(device, buffer.view()));
+            let got = [y, read(device, dx.view()), dw];
             for (name, got, want) in [("y", &got[0], &y_want), ("dx", &got[1], &dx_want), ("dw", &got[2], &dw_want)] {
                 assert_eq!(got, want, "{label}: {c} to {k}, {n} columns: {name}");
             }
@@ -167,21 +165,7 @@ fn images_become_patches_and_patches_tokens_as_in_pytorch() {
             let linear = ConvShape::new([shape.features(), 1, 1], features, [1, 1], 1, 0, columns).unwrap();
             let (x, w) = (device.upload(&patches).unwrap(), uploaded("w").unwrap());
             let dy = device.upload(&tokens_last(&tensor("dy"))).unwrap();
-            let (mut y, mut dw) = (unwritten(device, linear.output_len()), unwritten(device, linear.weight_len()));
-            let mut scratch = unwritten(device, linear.gradient_scratch_len(device, Precision::F32));
-            conv_forward(device, &linear, x.view().into(), w.view().into(), Epilogue::default(), y.view_mut().into())
-                .unwrap();
-            conv_weight_gradient(
-                device,
-                &linear,
-                x.view().into(),
-                dy.view().into(),
-                scratch.view_mut(),
-                dw.view_mut(),
-                None,
-            )
-            .unwrap();
-            let (y, dw) = (read(device, y.view()), read(device, dw.view()));
+            let [y, dw] = forward_and_weight_gradient(device, &linear, [&x, &w, &dy]);
             check_tokens_last(&tensor("embedded"), &y, TOLERANCE, &format!("{label}: embedded"));
             tensor("dw").check(&dw, TOLERANCE, &format!("{label}: dw"));
             results.extend([y, dw]);
