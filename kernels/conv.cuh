@@ -1,7 +1,7 @@
 // conv.cuh - what the kernels of convolutions share: the shape, where weights lie, which input a filter tap reads, and the
 // arguments of conv.cu, conv_mma.cu and conv_direct.cu.
 #pragma once
-#include "kernels/moments.cuh"
+#include "kernels/norm.cuh"
 
 // The row of a group that has no more rows, and the place of a weight that is not kept.
 constexpr uint32_t NONE = 0xffffffffu;
@@ -97,6 +97,19 @@ struct Taps {
     }
 };
 
+// The batch norm whose result a layer reads, for an input gradient that begins its backward pass (norm.cu): arguments as there.
+struct NormBeforeArgs {
+    const Real* x;
+    const Real* y;
+    const float* gamma;
+    const float* beta;
+    const float* mean;
+    const float* invstd;
+    const uint32_t* source;
+    GradientSums* sums;     // [features of x, tiles of a row]; null where there is no norm
+    int32_t relu;
+};
+
 // What becomes of a product's sums before they are stored, and beside that. All but bias and accumulate is for tensor cores alone
 // (conv_mma.cuh), and null or not read elsewhere.
 struct EpilogueArgs {
@@ -105,6 +118,7 @@ struct EpilogueArgs {
     Moments* statistics;    // forward: [K, tiles of a row] of what is stored, for a batch norm of samples; or null
     Real* beside;           // forward: a sum with what is stored, or GELU of it, written too; or null
     const Real* operand;    // forward: what that adds, null for GELU; input gradient: x of the GELU that it goes through, or null
+    NormBeforeArgs norm;    // input gradient: of what is stored, of all that comes to a norm's result
     Columns columns;        // what the shape's N is made of; read as the count is
     int32_t accumulate;     // add to what is there
 };

@@ -117,7 +117,7 @@ struct GroupProduct {
         const uint32_t* rows = a.rows + int64_t(group) * GROUP_ROWS;
         const auto row_of = [&](int row) { return rows[row]; };
         write_sums<GRADIENT>(a, shared.pixels, shared.epilogue, lane, warp, column_tile * COLUMNS, sum, row_of);
-        if constexpr (!GRADIENT) write_moments(a, shared.epilogue, thread, column_tile, row_of);
+        write_tile<GRADIENT>(a, shared.pixels, shared.epilogue, thread, column_tile, number, row_of);
     }
 };
 

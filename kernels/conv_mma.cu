@@ -119,7 +119,7 @@ struct Product {
         __syncthreads();
         const auto row_of = [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; };
         write_sums<GRADIENT>(a, shared.pixels, shared.epilogue, lane, warp, column_tile * COLUMNS, sum, row_of);
-        if constexpr (!GRADIENT) write_moments(a, shared.epilogue, thread, column_tile, row_of);
+        write_tile<GRADIENT>(a, shared.pixels, shared.epilogue, thread, column_tile, number, row_of);
     }
 };
 

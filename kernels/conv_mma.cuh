@@ -9,7 +9,8 @@
 // Epilogues do what would read the result again. A forward product adds a bias, and writes GELU of what it stores, or a residual
 // sum with it, beside it. Where a batch norm asks for it (norm_join.cu), it sums what it stores: mean and squared deviations of
 // the true samples of each row of a block's tile, 8 bytes instead of the 128 to 512 that reading the row again would take. An
-// input gradient goes through GELU's, a weight gradient sums the rows of dy for a bias.
+// input gradient goes through GELU's, or through ReLU after a batch norm, whose gradient it then sums in the same way (norm.cu has
+// the formulas); a weight gradient sums the rows of dy for a bias.
 #pragma once
 #include "kernels/conv.cuh"
 #include "kernels/gelu.cuh"
@@ -85,8 +86,10 @@ DEVICE Copied copied_column(const ConvShape& d, const PixelClass& pixels, int co
 // What a block's warps write at the end, where its stages were.
 template <class Warp, int ROWS, int COLUMNS>
 struct Epilogue {
-    float slab[WARPS][16][Warp::WIDTH + 4];  // of a warp's sums at a time, to turn them into rows of the result
-    Moments moments[ROWS][COLUMNS / Warp::WIDTH];
+    static constexpr int PARTS = COLUMNS / Warp::WIDTH;  // of a row, of a warp each
+    float slab[WARPS][16][Warp::WIDTH + 4];              // of a warp's sums at a time, to turn them into rows of the result
+    Moments moments[ROWS][PARTS];
+    GradientSums gradient[ROWS][PARTS];
 };
 
 // The sum of a value over the LANES lanes beside each other that have a row together.
@@ -109,6 +112,22 @@ DEVICE Moments row_moments(Samples<8> y, uint32_t live, float items) {
     const Samples<8> off = kept<8>(y - mean, live);
     const float left = row_sum<LANES>(lane_sum<8>(off)), squares = row_sum<LANES>(lane_sum<8>(off * off));
     return corrected(mean, left, squares, items);
+}
+
+// dz of 8 values of the gradient of a row of a norm's result, as they are stored, and its sums over them. The row lies at `place`
+// of column 0; its feature's, in x, `pitch` elements for each row further up or down.
+DEVICE Samples<8> before_norm(const NormBeforeArgs& norm, uint32_t row, int64_t place, int64_t pitch, const Samples<8>& dy,
+                              GradientSums& sums) {
+    const uint32_t feature = norm.source ? norm.source[row] : row;
+    Samples<8> dz = as_stored(dy), off = splat<8>(0.0f);
+    float invstd = 0.0f, scale = 0.0f, beta = 0.0f;
+    if (feature != NONE) {
+        invstd = norm.invstd[feature], scale = norm.gamma[feature] * invstd, beta = norm.beta[feature];
+        off = load<8>(norm.x + place + feature * pitch) - norm.mean[feature];
+    }
+    if (norm.relu) dz = through_relu<8>(dz, norm.y ? load<8>(norm.y + place + row * pitch) : off * scale + beta);
+    sums = {lane_sum<8>(dz), lane_sum<8>(dz * (off * invstd))};
+    return dz;
 }
 
 // True samples among a row's columns `first` to first + width, of which those from `columns` on are none.
@@ -145,8 +164,8 @@ struct RowSums {
 };
 
 // Writes a warp's sums, 16 rows at a time, to the pixels of a class: each lane rows of 8 samples, 16 bytes. `row_of` is the
-// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row, and writes what
-// stands beside it, if they are asked for; a gradient goes through GELU before it is rounded.
+// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row, or the sums of a norm's
+// gradient, and writes what stands beside it, if they are asked for; a gradient goes through GELU before it is rounded.
 template <bool GRADIENT, class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
 DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS, COLUMNS>& shared, int lane, int warp,
                        int first_column, const SumTile (&sum)[Warp::LEFTS][Warp::RIGHTS], RowOf row_of) {
@@ -175,12 +194,14 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
             const int tile_row = Warp::row(warp) + i * 16 + r + down_slab;
             const uint32_t row = row_of(tile_row);
             Samples<8> y = splat<8>(0.0f);
+            GradientSums gradient = {0.0f, 0.0f};
             if (inside && row != NONE) {
                 y = load<8>(&slab[r + down_slab][across_slab]);
                 if (end.bias) y = kept<8>(y + splat<8>(end.bias[row]), live);
                 const int64_t own_place = place + row * pitch;
                 if (GRADIENT && end.operand) y = y * gelu_slope<8>(load<8>(end.operand + own_place));
                 if (end.accumulate) y += load<8>(a.to + own_place);
+                if (GRADIENT && end.norm.sums) y = before_norm(end.norm, row, place, pitch, y, gradient);
                 store<8>(a.to + own_place, y);
                 if (!GRADIENT && end.beside) {
                     const Samples<8> stored = as_stored(y);
@@ -188,28 +209,41 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
                              end.operand ? load<8>(end.operand + own_place) + stored : gelu<8>(stored));
                 }
             }
-            if constexpr (!GRADIENT)
-                if (end.statistics) {
-                    const Moments own_part = row_moments<LANES_ACROSS>(y, live, items);
-                    if (across_slab == 0) shared.moments[tile_row][Warp::column(warp) / Warp::WIDTH] = own_part;
-                }
+            const int part = Warp::column(warp) / Warp::WIDTH;
+            if (summed) {
+                const Moments moments = row_moments<LANES_ACROSS>(y, live, items);
+                if (across_slab == 0) shared.moments[tile_row][part] = moments;
+            }
+            if (GRADIENT && end.norm.sums) {
+                gradient = {row_sum<LANES_ACROSS>(gradient.dz), row_sum<LANES_ACROSS>(gradient.dz_xhat)};
+                if (across_slab == 0) shared.gradient[tile_row][part] = gradient;
+            }
         }
         __syncwarp();
     }
 }
 
-// Writes the moments of each row of a block's tile, of whose parts its warps have kept theirs; all threads of the block call
-// this after that.
-template <class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
-DEVICE void write_moments(const Args& a, const Epilogue<Warp, ROWS, COLUMNS>& shared, int thread, int column_tile,
-                          RowOf row_of) {
-    if (!a.epilogue.statistics) return;
+// Writes the moments of each row of a block's tile, or the sums of a norm's gradient, of whose parts its warps have kept theirs;
+// all threads of the block call this after that. Tiles of one class of pixels after those of another: all classes have as many.
+template <bool GRADIENT, class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
+DEVICE void write_tile(const Args& a, const PixelClass& own, const Epilogue<Warp, ROWS, COLUMNS>& shared, int thread,
+                       int column_tile, int number, RowOf row_of) {
+    constexpr int PARTS = Epilogue<Warp, ROWS, COLUMNS>::PARTS;
+    const EpilogueArgs& end = a.epilogue;
+    if (GRADIENT ? !end.norm.sums : !end.statistics) return;
     __syncthreads();
     const uint32_t row = thread < ROWS ? row_of(thread) : NONE;
     if (row == NONE) return;
-    const int first = column_tile * COLUMNS, columns = a.shape.p * a.shape.q * a.shape.n;
-    const auto items_of = [&](int part) { return true_samples(a, first + part * Warp::WIDTH, Warp::WIDTH, columns); };
-    const float items = larger(1.0f, true_samples(a, first, COLUMNS, columns));
-    const int64_t tile = row * ceil_div(columns, COLUMNS) + column_tile;
-    a.epilogue.statistics[tile] = join(shared.moments[thread], COLUMNS / Warp::WIDTH, items, items_of, nullptr, 0, 1);
+    const int columns = own.height * own.width * a.shape.n, first = column_tile * COLUMNS;
+    const int64_t tiles = ceil_div(columns, COLUMNS);
+    if constexpr (GRADIENT) {
+        const uint32_t feature = end.norm.source ? end.norm.source[row] : row;
+        if (feature == NONE) return;
+        const int64_t tile = (int64_t(feature) * a.shape.stride * a.shape.stride + number) * tiles + column_tile;
+        end.norm.sums[tile] = join(shared.gradient[thread], PARTS, nullptr, 0, 1);
+    } else {
+        const auto items_of = [&](int part) { return true_samples(a, first + part * Warp::WIDTH, Warp::WIDTH, columns); };
+        const float items = larger(1.0f, true_samples(a, first, COLUMNS, columns));
+        end.statistics[row * tiles + column_tile] = join(shared.moments[thread], PARTS, items, items_of, nullptr, 0, 1);
+    }
 }

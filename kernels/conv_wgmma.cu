@@ -135,7 +135,7 @@ struct BoxProduct {
         const auto row_of = [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; };
         if (warp < WARPS)
             write_sums<GRADIENT>(a.conv, shared.pixels, shared.epilogue, thread % 32, warp, column_tile * COLUMNS, sum, row_of);
-        if constexpr (!GRADIENT) write_moments(a.conv, shared.epilogue, thread, column_tile, row_of);
+        write_tile<GRADIENT>(a.conv, shared.pixels, shared.epilogue, thread, column_tile, number, row_of);
     }
 };
 

@@ -13,12 +13,13 @@
 // writes its chunk. The variance is that of deviations from the chunk's own mean, joined by Chan's formula: nothing is
 // lost where the mean is large. Statistics are those of x as stored. Sums are f32, in an order that depends on the shape
 // and the threads of a block. Where tensor cores make x, their epilogue sums its tiles (conv_mma.cuh), norm_join.cu joins
-// them, and norm_eval normalises with what came of it.
+// them, and norm_eval normalises with what came of it. Where they make dy, their epilogue writes dz instead and sums that, and
+// norm_backward has no other kernel before it.
 //
 // Limit: bytes. Training reads x twice (and once more from cache), or once where its statistics are given, and writes y;
 // backward reads x and dy twice, and y too where a residual was added; where a residual has a gradient, the first
-// kernel writes that, dz, over dy, and the second reads it instead.
-#include "kernels/moments.cuh"
+// kernel writes that, dz, over dy, and the second reads it instead; where dz was summed before, it reads x and dz once.
+#include "kernels/norm.cuh"
 
 struct NormShape {
     int32_t features;
@@ -72,7 +73,7 @@ struct NormBackwardArgs {
     const float* beta;
     const float* mean;
     const float* invstd;
-    float* partial;    // [C, splits, 2]: sums of dz and of dz xhat over a chunk
+    GradientSums* partial;  // [C, splits]: of the chunks; null where dz, dgamma and dbeta are there
     float* dgamma;
     float* dbeta;
     Real* dx;
@@ -146,9 +147,8 @@ DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t 
 // which is cheaper than reading it.
 template <int L>
 DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i, const Samples<L>& off, float scale, float beta) {
-    const Samples<L> dy = load<L>(a.dy + i), zero = splat<L>(0.0f);
-    if (!a.relu) return dy;
-    return where_at_most<L>(a.y ? load<L>(a.y + i) : off * scale + beta, zero, zero, dy);
+    const Samples<L> dy = load<L>(a.dy + i);
+    return a.relu ? through_relu<L>(dy, a.y ? load<L>(a.y + i) : off * scale + beta) : dy;
 }
 
 template <int L>
@@ -218,11 +218,7 @@ DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 bloc
     });
     const float sums = sum.over_block(shared, thread, threads);
     const float dots = dot.over_block(shared, thread, threads);
-    if (thread == 0) {
-        float* partial = a.partial + (int64_t(block.y) * d.splits + block.x) * 2;
-        partial[0] = sums;
-        partial[1] = dots;
-    }
+    if (thread == 0) a.partial[int64_t(block.y) * d.splits + block.x] = {sums, dots};
 }
 
 template <int L>
@@ -230,26 +226,22 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     const NormShape& d = a.shape;
     const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
     if (feature < 0) {
-        if (!a.dz) return;
+        if (!a.dz || !a.partial) return;
         each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
             store<L>(a.dz + i, first_lanes<L>(above<L>(a, i, splat<L>(0.0f), 0.0f, 0.0f), live));
         });
         return;
     }
-    const float* partial = a.partial + int64_t(feature) * d.splits * 2;
-    float sum = 0.0f, dot = 0.0f;
-    for (int s = thread; s < d.splits; s += threads) {
-        sum += partial[2 * s];
-        dot += partial[2 * s + 1];
-    }
-    sum = block_sum(sum, shared.scratch, thread, threads);
-    dot = block_sum(dot, shared.scratch, thread, threads);
-
+    GradientSums sums;
+    if (a.partial)
+        sums = join(a.partial + int64_t(feature) * d.splits, d.splits, shared.scratch, thread, threads);
+    else
+        sums = {a.dbeta[feature], a.dgamma[feature]};
     const float mean = a.mean[feature], invstd = a.invstd[feature], scale = a.gamma[feature] * invstd;
     const float beta = a.beta[feature];
     const float items = float(max64(1, int64_t(d.pixels) * count));
-    const float mean_dz = a.training ? sum / items : 0.0f;
-    const float slope = a.training ? dot / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
+    const float mean_dz = a.training ? sums.dz / items : 0.0f;
+    const float slope = a.training ? sums.dz_xhat / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
     const int64_t to_x = behind(d, feature, block.y);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
         const Samples<L> off = load<L>(a.x + i + to_x) - mean;
@@ -257,9 +249,9 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
         const Samples<L> dx = (dz - mean_dz - off * slope) * scale;
         store<L>(a.dx + i + to_x, first_lanes<L>(dx, live));
     });
-    if (block.x == 0 && thread == 0) {
-        a.dgamma[feature] = dot;
-        a.dbeta[feature] = sum;
+    if (a.partial && block.x == 0 && thread == 0) {
+        a.dgamma[feature] = sums.dz_xhat;
+        a.dbeta[feature] = sums.dz;
     }
 }
 

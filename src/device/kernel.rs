@@ -74,6 +74,12 @@ impl Launch {
 #[repr(transparent)]
 pub struct Ptr<T>(u64, PhantomData<fn() -> T>);
 
+impl<T> Default for Ptr<T> {
+    fn default() -> Self {
+        Ptr::null()
+    }
+}
+
 impl<T> Ptr<T> {
     pub(super) fn new(address: u64) -> Self {
         Ptr(address, PhantomData)

@@ -1,7 +1,7 @@
 //! What layers do of their neighbours' work, in kernels that hold what it needs.
 
 use super::layout::PlannedLayer;
-use super::model::{Layer, Model, ValueId};
+use super::model::{Layer, Model, ParameterId, ValueId};
 use super::plan::Use;
 use super::ways::Way;
 use crate::device::Device;
@@ -14,6 +14,11 @@ use crate::ops::kept::Pass;
 pub(super) struct Fusion {
     /// Of a convolution and the batch norm that alone reads it, in training: the first sums what it writes.
     pub norm: Option<FusedNorm>,
+    /// Of a convolution whose gradient of what it reads is the last that comes to it: it takes it through the ReLU of the batch
+    /// norm which has made that, and sums it for the norm.
+    pub norm_before: Option<NormBefore>,
+    /// Of that norm.
+    pub gradient_is_summed: bool,
     /// Of a convolution: a second value, which it writes too.
     pub beside: Option<Beside>,
     /// Of a convolution: what it reads is GELU of this value, whose gradient it writes instead of that of what it reads.
@@ -55,6 +60,17 @@ pub(super) struct FusedNorm {
     pub statistics: usize,
 }
 
+/// A batch norm whose gradient is summed, tile by tile, by a convolution that reads what it has made.
+#[derive(Clone, Copy)]
+pub(super) struct NormBefore {
+    /// The norm.
+    pub layer: usize,
+    /// Its γ and β.
+    pub affine: [ParameterId; 2],
+    /// Tiles of a row.
+    pub tiles: usize,
+}
+
 impl Model {
     /// The layer that is all that reads a value.
     fn only_reader(&self, value: ValueId) -> Option<usize> {
@@ -70,6 +86,16 @@ impl Model {
             Layer::Norm { input, statistics, .. } if input == value => Some((reader, statistics)),
             _ => None,
         }
+    }
+
+    /// The batch norm that has made what a convolution reads, and its γ and β, if this is the first layer that reads it: the last
+    /// from which a gradient comes to it.
+    pub(super) fn norm_before(&self, convolution: usize) -> Option<(usize, [ParameterId; 2])> {
+        let Layer::Conv { input, .. } = self.layers[convolution] else { return None };
+        let norm = self.writer(input)?;
+        let Layer::Norm { scale, shift, .. } = self.layers[norm] else { return None };
+        let first = self.layers.iter().position(|layer| layer.inputs().any(|read| read == input));
+        (first == Some(convolution)).then_some((norm, [scale, shift]))
     }
 
     /// The layer that writes a value; none of the input.
@@ -110,10 +136,21 @@ pub(super) fn fusions(
     for (index, layer) in computed.layers.iter().enumerate() {
         match *layer {
             Layer::Conv { output, .. } if memory_for != Use::Evaluate => {
-                let Some((norm, statistics)) = computed.norm_of(output) else { continue };
-                let tile = statistics_tile(device, computed, index, layers[index].as_ref(), batch)?;
-                fusions[index].norm = tile.map(|tile| FusedNorm { tile, statistics });
-                fusions[norm].norm = fusions[index].norm;
+                let shape = computed.conv_shape(layer, batch.next_multiple_of(SAMPLE_ALIGNMENT))?;
+                let multiplied = |pass| groups_of(layers[index].as_ref(), pass);
+                if let (Some((norm, statistics)), Some(groups)) = (computed.norm_of(output), multiplied(Pass::Forward))
+                {
+                    let tile = shape.statistics_tile(device, computed.precision, groups);
+                    fusions[index].norm = tile.map(|tile| FusedNorm { tile, statistics });
+                    fusions[norm].norm = fusions[index].norm;
+                }
+                if let (Some((norm, affine)), Some(groups)) =
+                    (computed.norm_before(index), multiplied(Pass::InputGradient))
+                {
+                    let tiles = shape.gradient_tiles(device, computed.precision, groups);
+                    fusions[index].norm_before = tiles.map(|tiles| NormBefore { layer: norm, affine, tiles });
+                    fusions[norm].gradient_is_summed = tiles.is_some();
+                }
             }
             Layer::Gelu { input, output } => {
                 let Some([before, after]) = computed.around_gelu(index) else { continue };
@@ -133,19 +170,12 @@ pub(super) fn fusions(
     Ok(fusions)
 }
 
-/// Columns of the tiles whose statistics a convolution's forward pass can write.
-fn statistics_tile(
-    device: &Device,
-    computed: &Model,
-    index: usize,
-    planned: Option<&PlannedLayer>,
-    batch: usize,
-) -> Result<Option<usize>> {
-    let shape = computed.conv_shape(&computed.layers[index], batch.next_multiple_of(SAMPLE_ALIGNMENT))?;
-    let tile = |groups: Option<usize>| shape.statistics_tile(device, computed.precision, groups);
-    Ok(match planned.map(|planned| (planned.choice.ways[Pass::Forward as usize], &planned.layer)) {
-        None | Some((Way::Dense, _)) => tile(None),
-        Some((Way::Groups, masked)) => tile(Some(masked.output_groups())),
+/// The groups of rows that a pass multiplies, none where it takes all weights; or nothing, where it takes rows by themselves.
+fn groups_of(planned: Option<&PlannedLayer>, pass: Pass) -> Option<Option<usize>> {
+    match planned.map(|planned| (planned.choice.ways[pass as usize], &planned.layer)) {
+        None | Some((Way::Dense, _)) => Some(None),
+        Some((Way::Groups, masked)) if pass == Pass::InputGradient => Some(Some(masked.input_groups())),
+        Some((Way::Groups, masked)) => Some(Some(masked.output_groups())),
         Some((Way::Direct, _)) => None,
-    })
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::fusion::{self, FusedNorm};
+use super::fusion::{self, FusedNorm, NormBefore};
 use super::model::{Layer, ParameterId, ValueId};
 use super::network::{Mode, Network};
 use super::plan::aligned;
@@ -13,15 +13,15 @@ use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, 
 use crate::ops::conv::{conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
-use crate::ops::epilogue::{Beside, Bias, Dx, Epilogue, TileStatistics};
+use crate::ops::epilogue::{BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::kept::{KeptWeights, Pass};
 use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, norm_apply, norm_backward, norm_eval,
-    norm_forward, norm_join,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, Normed, norm_apply, norm_backward,
+    norm_eval, norm_forward, norm_join, norm_join_gradient,
 };
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
@@ -257,6 +257,15 @@ impl Network {
         let slot = |id: ValueId| plan.gradient_slots[id];
         let count = count.view();
         let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };
+        let normed = |index: usize| {
+            let Layer::Norm { scale, shift, statistics, input, residual, relu, output } = model.layers[index] else {
+                unreachable!("a batch norm");
+            };
+            let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
+            let (x, y) = (value(input), residual.filter(|_| relu).map(|_| value(output)));
+            let (gamma, beta, map) = (parameter(scale), parameter(shift), maps[index].as_ref());
+            Normed { x, y, relu, gamma, beta, mean, invstd, map }
+        };
         match *layer {
             Layer::Conv { weight, bias, input, .. } => {
                 let (shape, x) = (model.conv_shape(layer, n)?, value(input));
@@ -274,31 +283,35 @@ impl Network {
                 if slot(input).is_none() {
                     return Ok(());
                 }
-                let how = match fusions[index].gelu_before {
-                    Some(x) => Dx::BeforeGelu(value(x)),
-                    None if accumulate => Dx::Add,
-                    None => Dx::Set,
+                let norm_before = fusions[index].norm_before;
+                let how = match (fusions[index].gelu_before, norm_before) {
+                    (Some(x), _) => Dx::BeforeGelu(value(x)),
+                    (None, Some(NormBefore { layer, .. })) => {
+                        let (normed, sums) = (normed(layer), scratch.view_mut());
+                        Dx::BeforeNorm(BeforeNorm { normed, add: accumulate, sums })
+                    }
+                    (None, None) if accumulate => Dx::Add,
+                    (None, None) => Dx::Set,
                 };
                 let dx = at(value_gradients, slot(input));
                 match lists_of(paths, index, Pass::InputGradient) {
-                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, how, dx),
-                    None => conv_input_gradient(device, &shape, dy, read_weight(weight), how, dx),
+                    Some(kept) => conv_sparse_input_gradient(device, kept, dy, how, dx)?,
+                    None => conv_input_gradient(device, &shape, dy, read_weight(weight), how, dx)?,
                 }
+                let Some(NormBefore { affine: [scale, shift], tiles, .. }) = norm_before else { return Ok(()) };
+                let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
+                norm_join_gradient(device, scratch.view(), tiles, dgamma, dbeta)
             }
-            Layer::Norm { scale, shift, statistics, input, residual, relu, output } => {
-                let shape = model.norm_shape(input, n)?;
-                let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
-                let (x, gamma, beta) = (value(input), parameter(scale), parameter(shift));
-                let y = residual.filter(|_| relu).map(|_| value(output));
-                let map = maps[index].as_ref();
-                // The residual's gradient lies where this one does.
+            Layer::Norm { scale, shift, input, residual, .. } => {
                 let dy = match residual.and_then(slot) {
+                    _ if fusions[index].gradient_is_summed => NormGradient::Summed(dy),
+                    // The residual's gradient lies where this one does.
                     Some(_) => NormGradient::OfResidual(gradient.view_mut()),
                     None => NormGradient::Kept(dy),
                 };
-                let norm = NormBackward { x, y, dy, relu, gamma, beta, mean, invstd, training: true, map, count };
+                let norm = NormBackward { normed: normed(index), dy, training: true, count };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
-                let dx = at(value_gradients, slot(input));
+                let (shape, dx) = (model.norm_shape(input, n)?, at(value_gradients, slot(input)));
                 norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dx)
             }
             Layer::Shortcut { input, .. } => {

@@ -303,16 +303,19 @@ fn round_plan(model: &Model, parameters: &[usize], lengths: &[usize], n: usize) 
 /// Elements of scratch memory that a pass of the largest of the layers needs.
 fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
     let mut most = 0;
-    for layer in &model.layers {
+    for (index, layer) in model.layers.iter().enumerate() {
         most = most.max(match layer {
             Layer::Conv { output, .. } => {
                 let shape = model.conv_shape(layer, n)?;
-                // Tiles whose statistics a norm takes; of groups the smallest, since other masks may come.
+                // Tiles that are summed for norms; of groups the smallest, since other masks may come.
+                let smallest = [None, Some(0)];
                 let tile = |groups| shape.statistics_tile(device, model.precision, groups);
-                let tiles =
-                    [None, Some(0)].into_iter().filter_map(tile).min().filter(|_| model.norm_of(*output).is_some());
+                let tiles = smallest.into_iter().filter_map(tile).min().filter(|_| model.norm_of(*output).is_some());
                 let statistics = tiles.map_or(0, |tile| shape.statistics_len(tile));
-                statistics.max(shape.gradient_scratch_len(device, model.precision))
+                let tiles = |groups| shape.gradient_tiles(device, model.precision, groups);
+                let tiles = smallest.into_iter().filter_map(tiles).max().filter(|_| model.norm_before(index).is_some());
+                let sums = tiles.map_or(0, |tiles| 2 * shape.channels() * tiles);
+                statistics.max(sums).max(shape.gradient_scratch_len(device, model.precision))
             }
             Layer::Norm { output, .. } => model.norm_shape(*output, n)?.scratch_len(),
             Layer::LayerNorm { output, .. } => model.layer_norm_shape(*output, n)?.scratch_len(),

@@ -4,7 +4,7 @@
 //! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
 //! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
 //! the norm) and writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of
-//! tiles, written and read again. Padded samples and tokens are moved as others are, but what is multiplied with them counts for
+//! tiles, written and read again; and so backwards, where the convolution that makes dy sums that with x. Padded samples and tokens are moved as others are, but what is multiplied with them counts for
 //! nothing. A residual sum, and GELU, in the epilogues of products move what these do not have: elsewhere also what these leave
 //! them. Left out are vectors of an element a feature (biases, γ, β, statistics), embeddings, and labels. An operation is half a
 //! multiply-add of a convolution, a linear layer or attention; what attention computes again in its backward pass is not counted
@@ -13,6 +13,7 @@
 use std::iter::Sum;
 use std::ops::Add;
 
+use super::fusion::{Fusion, NormBefore};
 use super::layout::{Layout, PlannedLayer};
 use super::model::{Layer, ValueId};
 use super::plan::Use;
@@ -316,6 +317,13 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             way != Some(&Way::Direct) && on_tensor_cores(device, precision)
         })
     };
+    // What a convolution reads beside, to sum the gradient of this norm in so many tiles of a row, and these sums.
+    let norm_before = |norm: usize, tiles: usize| {
+        let Layer::Norm { input, output, residual, relu, .. } = model.layers[norm] else { unreachable!("a norm") };
+        let of_y = if relu && residual.is_some() { elements(output) } else { 0 };
+        let sums = 2 * tiles * model.values[input].features();
+        reals(elements(input) + of_y, 0) + Work::elements(sums, sums)
+    };
     Ok(match *layer {
         Layer::Conv { bias, input, .. } => {
             let shape = model.conv_shape(layer, n)?;
@@ -330,6 +338,9 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             if has_gradient(input) {
                 backward = backward + dx.input_gradient(&shape, accumulate);
             }
+            if let Some(NormBefore { layer, tiles, .. }) = layout.fusions[index].norm_before {
+                backward = backward + norm_before(layer, tiles);
+            }
             let tiles = layout.fusions[index].norm.map_or(0, |norm| shape.statistics_len(norm.tile));
             (forward.forward(&shape) + Work::elements(tiles, tiles), backward)
         }
@@ -337,8 +348,14 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             let x = elements(input);
             let gradient = residual.is_some_and(has_gradient);
             let relu_of_sum = relu && residual.is_some();
-            let forward = if layout.fusions[index].norm.is_some() { norm_apply } else { norm_forward };
-            (forward(precision, x, y, residual.is_some()), norm_backward(precision, x, y, relu_of_sum, gradient))
+            let Fusion { norm, gradient_is_summed, .. } = layout.fusions[index];
+            let forward = if norm.is_some() { norm_apply } else { norm_forward };
+            let backward = if gradient_is_summed {
+                reals(x + y, x)
+            } else {
+                norm_backward(precision, x, y, relu_of_sum, gradient)
+            };
+            (forward(precision, x, y, residual.is_some()), backward)
         }
         // Pixels between strides are not read, but their gradient is written.
         Layer::Shortcut { input, output, .. } => {

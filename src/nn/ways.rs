@@ -100,6 +100,11 @@ impl MaskedLayer {
         self.groups.outputs.len()
     }
 
+    /// Groups of input channels.
+    pub fn input_groups(&self) -> usize {
+        self.groups.inputs.len()
+    }
+
     /// Number of weights that each pass multiplies in a way, in the order of [`Pass::ALL`].
     pub fn multiplied(&self, way: Way) -> [usize; 3] {
         match way {

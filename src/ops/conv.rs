@@ -8,7 +8,7 @@
 use super::bias::bias_gradient;
 use super::epilogue::{Dx, Epilogue, EpilogueArgs};
 use super::linear::{self, LinearShape};
-use super::tiles::{self, FORWARD, GROUPS_FORWARD, INPUT_GRADIENT, Product, Tile};
+use super::tiles::{self, FORWARD, INPUT_GRADIENT, Product, Tile};
 use super::{SAMPLE_ALIGNMENT, check_len, check_precision, conv_wgmma, layouts_of};
 use crate::device::{
     Device, Kernel, Launch, Policy, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
@@ -180,14 +180,42 @@ impl ConvShape {
     /// ([`TileStatistics`](super::epilogue::TileStatistics)) that multiplies all weights, or so many groups of rows; none where no
     /// tensor cores do.
     pub fn statistics_tile(&self, device: &Device, precision: Precision, groups: Option<usize>) -> Option<usize> {
+        self.tile_columns(device, precision, &FORWARD, groups)
+    }
+
+    /// Tiles of a row of dx, all classes of pixels together, that the input gradient sums for a batch norm
+    /// ([`BeforeNorm`](super::epilogue::BeforeNorm)) where it multiplies all weights, or so many groups of rows; none where no
+    /// tensor cores do, or where classes differ in size.
+    pub fn gradient_tiles(&self, device: &Device, precision: Precision, groups: Option<usize>) -> Option<usize> {
+        let tile = self.tile_columns(device, precision, &INPUT_GRADIENT, groups)?;
+        let [h, w, n, stride] = [self.h, self.w, self.n, self.stride].map(|x| x as usize);
+        let alike = h.is_multiple_of(stride) && w.is_multiple_of(stride);
+        alike.then(|| stride * stride * (h * w / stride / stride * n).div_ceil(tile))
+    }
+
+    /// Columns of the tiles of a product that multiplies all weights, or so many groups of rows; none where no tensor cores do.
+    fn tile_columns(
+        &self,
+        device: &Device,
+        precision: Precision,
+        kernels: &'static Product,
+        groups: Option<usize>,
+    ) -> Option<usize> {
         if !on_tensor_cores(device, precision) {
             return None;
         }
-        let (rows, columns) = (self.k as usize, self.output_columns());
+        let [rows, height, width, classes] = match kernels.gradient {
+            false => [self.k, self.p, self.q, 1],
+            true => [self.c, self.h, self.w, self.stride],
+        }
+        .map(|x| x as usize);
+        // Of the largest class of pixels.
+        let columns = height.div_ceil(classes) * width.div_ceil(classes) * self.n as usize;
+        let classes = classes * classes;
         Some(match groups {
-            Some(groups) => tiles::group_product(&GROUPS_FORWARD, groups, columns).columns,
-            None if self.by_wgmma(device, precision) => FORWARD.wgmma_tile(rows, columns).columns,
-            None => FORWARD.of(precision, rows, columns, self.r * self.s == 1).columns,
+            Some(groups) => kernels.group_tile(groups * classes, columns).columns,
+            None if self.by_wgmma(device, precision) => kernels.wgmma_tile(rows, columns * classes).columns,
+            None => kernels.of(precision, rows, columns * classes, self.r * self.s == 1).columns,
         })
     }
 
@@ -315,7 +343,7 @@ pub fn conv_input_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "w", w.len(), shape.read_weight_len(precision))?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
-    how.check(op, shape, dy)?;
+    how.check(op, shape, dy, shape.gradient_tiles(device, precision, None))?;
     let tensor_cores = on_tensor_cores(device, precision);
     if let Some(linear) = shape.linear(device.policy(), precision) {
         let add = matches!(how, Dx::Add);
@@ -369,7 +397,7 @@ pub fn conv_weight_gradient(
             x: x.ptr(),
             dy: dy.ptr(),
             partial,
-            row_sums: split_sums.unwrap_or(Ptr::null()),
+            row_sums: split_sums.unwrap_or_default(),
             shape: *shape,
             splits: splits as i32,
         };

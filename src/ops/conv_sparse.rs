@@ -8,7 +8,7 @@ use super::bias::bias_gradient;
 use super::conv::{ConvShape, sum_places};
 use super::epilogue::{Dx, Epilogue, EpilogueArgs};
 use super::kept::{BLOCK_CHUNKS, BLOCK_SAMPLES, Form, KeptWeights, List, Pass};
-use super::tiles::{self, GROUPS_FORWARD, GROUPS_INPUT_GRADIENT, Tile};
+use super::tiles::{self, Product};
 use super::{check_len, check_precision, layouts_of};
 use crate::device::{
     Device, Kernel, Launch, Policy, Ptr, Real, RealKernel, Reals, RealsMut, SliceMut, kernel_args, real_kernel,
@@ -90,7 +90,7 @@ fn product(
     list: &List,
     operands: Operands,
     kernels: &'static Kernels<ConvSparseArgs>,
-    tiles: &'static [Tile<ConvSparseArgs>; 2],
+    tiles: &'static Product,
 ) -> Result<()> {
     let Operands { from, to, to_image, classes, epilogue } = operands;
     let shape = weights.shape;
@@ -113,7 +113,7 @@ fn product(
         (Form::Tiles, _) => {
             // Of the largest class.
             let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
-            let tile = tiles::group_product(tiles, list.groups * classes * classes, columns);
+            let tile = tiles.group_tile(list.groups * classes * classes, columns);
             (&tile.kernel, [columns.div_ceil(tile.columns), list.groups, classes * classes], THREADS)
         }
         (form, Policy::Direct) => {
@@ -137,8 +137,19 @@ fn product(
 impl KeptWeights {
     /// Columns of the tiles of y whose statistics [`conv_sparse_forward`] writes; none where no tensor cores multiply.
     pub fn statistics_tile(&self, device: &Device) -> Option<usize> {
-        let list = self.list("statistics", Pass::Forward).ok().filter(|list| list.form == Form::Tiles)?;
-        self.shape.statistics_tile(device, self.precision, Some(list.groups))
+        self.shape.statistics_tile(device, self.precision, Some(self.groups_of(Pass::Forward)?))
+    }
+
+    /// Tiles of a row of dx that [`conv_sparse_input_gradient`] sums for a batch norm; none where no tensor cores multiply, and
+    /// where [`ConvShape::gradient_tiles`] has none.
+    pub fn gradient_tiles(&self, device: &Device) -> Option<usize> {
+        self.shape.gradient_tiles(device, self.precision, Some(self.groups_of(Pass::InputGradient)?))
+    }
+
+    /// Groups of rows that tensor cores multiply.
+    fn groups_of(&self, pass: Pass) -> Option<usize> {
+        let list = self.list("groups", pass).ok().filter(|list| list.form == Form::Tiles)?;
+        Some(list.groups)
     }
 }
 
@@ -162,7 +173,7 @@ pub fn conv_sparse_forward(
     let (to_image, tensor_cores) = ([shape.p, shape.q], list.form == Form::Tiles);
     let args = epilogue.args(&shape, tensor_cores)?;
     let operands = Operands { from: x, to: y.ptr(), to_image, classes: 1, epilogue: args };
-    product(device, weights, list, operands, &FORWARD, &GROUPS_FORWARD)?;
+    product(device, weights, list, operands, &FORWARD, &tiles::FORWARD)?;
     epilogue.finish(device, &shape, tensor_cores, y.view())
 }
 
@@ -184,11 +195,11 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
-    how.check(op, &shape, dy)?;
+    how.check(op, &shape, dy, weights.gradient_tiles(device))?;
     let (to_image, tensor_cores) = ([shape.h, shape.w], list.form == Form::Tiles);
     let epilogue = how.args(&shape, tensor_cores)?;
     let operands = Operands { from: dy, to: dx.ptr(), to_image, classes: shape.stride, epilogue };
-    product(device, weights, list, operands, &INPUT_GRADIENT, &GROUPS_INPUT_GRADIENT)?;
+    product(device, weights, list, operands, &INPUT_GRADIENT, &tiles::INPUT_GRADIENT)?;
     how.finish(device, tensor_cores, dx)
 }
 

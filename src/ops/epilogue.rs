@@ -4,17 +4,24 @@
 use super::conv::ConvShape;
 use super::dropout::{ResidualShape, residual_forward};
 use super::gelu::{gelu_backward, gelu_forward};
+use super::norm::{NormShape, Normed};
+use super::row_map::RowMap;
 use super::{Columns, check_len, check_precision, layouts_of};
 use crate::device::{Device, Ptr, Real, Reals, RealsMut, Slice, SliceMut, kernel_args};
 use crate::error::{Error, Result};
 
 kernel_args! {
+    #[derive(Default)]
+    struct NormBeforeArgs {
+        x: Ptr<Real>, y: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, source: Ptr<u32>,
+        sums: Ptr<f32>, relu: i32,
+    }
     pub(super) struct EpilogueArgs {
-        bias: Ptr<f32>, count: Ptr<u32>, statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>, columns: Columns,
-        accumulate: i32,
+        bias: Ptr<f32>, count: Ptr<u32>, statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>,
+        norm: NormBeforeArgs, columns: Columns, accumulate: i32,
     }
 }
-layouts_of!(EpilogueArgs);
+layouts_of!(NormBeforeArgs, EpilogueArgs);
 
 /// What a forward pass does beside storing `y = w * x`; nothing by default.
 #[derive(Default)]
@@ -62,7 +69,6 @@ pub enum Beside<'a> {
 }
 
 /// What an input gradient does with its sums.
-#[derive(Clone, Copy)]
 pub enum Dx<'a> {
     /// Overwrites dx.
     Set,
@@ -71,11 +77,41 @@ pub enum Dx<'a> {
     /// Overwrites dx with them through [GELU](super::gelu::gelu_backward), whose result the layer has read: of this x,
     /// `[c, h, w, n]`. By a kernel of its own where no tensor cores multiply.
     BeforeGelu(Reals<'a>),
+    /// With what dx holds or without, they are all that comes to the result of a batch norm, which the layer has read.
+    BeforeNorm(BeforeNorm<'a>),
+}
+
+/// What an input gradient on tensor cores does of a batch norm's backward pass: dx becomes dz, what of it goes through ReLU, as
+/// [`NormGradient::Summed`](super::norm::NormGradient::Summed) takes it.
+pub struct BeforeNorm<'a> {
+    /// What the norm did: its y is what the layer has read.
+    pub normed: Normed<'a>,
+    /// Whether dx holds what other layers have written of the gradient.
+    pub add: bool,
+    /// Where the sums of dz and of dz x̂ over each tile of a row are written, `[features, tiles, 2]`, for
+    /// [`norm_join_gradient`](super::norm::norm_join_gradient): with [`ConvShape::gradient_tiles`], or more elements.
+    pub sums: SliceMut<'a, f32>,
 }
 
 impl<'a> From<Option<Bias<'a>>> for Epilogue<'a> {
     fn from(bias: Option<Bias<'a>>) -> Self {
         Epilogue { bias, ..Epilogue::default() }
+    }
+}
+
+impl EpilogueArgs {
+    /// One that does nothing, of a shape of such columns.
+    fn of(columns: Columns) -> Self {
+        EpilogueArgs {
+            bias: Ptr::null(),
+            count: Ptr::null(),
+            statistics: Ptr::null(),
+            beside: Ptr::null(),
+            operand: Ptr::null(),
+            norm: NormBeforeArgs::default(),
+            columns,
+            accumulate: 0,
+        }
     }
 }
 
@@ -107,22 +143,20 @@ impl Epilogue<'_> {
 
     /// For a kernel, on tensor cores or not.
     pub(super) fn args(&self, shape: &ConvShape, tensor_cores: bool) -> Result<EpilogueArgs> {
-        let (bias, statistics) = (self.bias.as_ref(), self.statistics.as_ref());
-        let count = bias.map(|b| b.count).or(statistics.map(|s| s.count));
-        let (beside, operand) = match self.beside.as_ref().filter(|_| tensor_cores) {
-            None => (Ptr::null(), Ptr::null()),
-            Some(Beside::Gelu(to)) => (to.ptr(), Ptr::null()),
-            Some(Beside::Sum { x, to }) => (to.ptr(), x.ptr()),
-        };
-        Ok(EpilogueArgs {
-            bias: bias.map_or(Ptr::null(), |b| b.bias.ptr()),
-            count: count.map_or(Ptr::null(), |count| count.ptr()),
-            statistics: statistics.map_or(Ptr::null(), |s| s.tiles.ptr()),
-            beside,
-            operand,
-            columns: bias.map_or_else(|| Columns::samples(shape.n as usize), |b| Ok(b.columns))?,
-            accumulate: 0,
-        })
+        let columns = self.bias.map_or_else(|| Columns::samples(shape.n as usize), |bias| Ok(bias.columns))?;
+        let mut args = EpilogueArgs::of(columns);
+        if let Some(statistics) = &self.statistics {
+            (args.statistics, args.count) = (statistics.tiles.ptr(), statistics.count.ptr());
+        }
+        if let Some(bias) = &self.bias {
+            (args.bias, args.count) = (bias.bias.ptr(), bias.count.ptr());
+        }
+        match self.beside.as_ref().filter(|_| tensor_cores) {
+            None => {}
+            Some(Beside::Gelu(to)) => args.beside = to.ptr(),
+            Some(Beside::Sum { x, to }) => (args.beside, args.operand) = (to.ptr(), x.ptr()),
+        }
+        Ok(args)
     }
 
     /// Does what that kernel has left.
@@ -154,29 +188,63 @@ impl TileStatistics<'_> {
     }
 }
 
+impl BeforeNorm<'_> {
+    /// Checks it against the shape of a layer; so many tiles of a row are summed, none where no tensor cores multiply.
+    fn check(&self, op: &'static str, shape: &ConvShape, dy: Reals, tiles: Option<usize>) -> Result<()> {
+        let Some(tiles) = tiles else {
+            let (what, expected) =
+                ("sums for a norm".into(), "none but by tensor cores, of pixels that the stride divides");
+            return Err(Error::Shape { op, what, expected: expected.into(), got: shape.to_string() });
+        };
+        let features = self.normed.map.map_or(shape.channels(), RowMap::inputs);
+        let norm = NormShape::new(features, (shape.h * shape.w) as usize, shape.n as usize)?;
+        self.normed.check(op, &norm, shape.input_len())?;
+        let Normed { x, y, .. } = self.normed;
+        check_precision(op, dy, &[("x of the norm", x), ("y of the norm", y.unwrap_or(x))])?;
+        let needed = 2 * features * tiles;
+        if self.sums.len() < needed { check_len(op, "sums", self.sums.len(), needed) } else { Ok(()) }
+    }
+
+    fn args(&self) -> NormBeforeArgs {
+        let Normed { x, y, relu, gamma, beta, mean, invstd, .. } = self.normed;
+        NormBeforeArgs {
+            x: x.ptr(),
+            y: y.map_or(Ptr::null(), |y| y.ptr()),
+            gamma: gamma.ptr(),
+            beta: beta.ptr(),
+            mean: mean.ptr(),
+            invstd: invstd.ptr(),
+            source: self.normed.source(),
+            sums: self.sums.ptr(),
+            relu: i32::from(relu),
+        }
+    }
+}
+
 impl Dx<'_> {
-    /// Checks it against the shape of a layer that is given dy.
-    pub(super) fn check(self, op: &'static str, shape: &ConvShape, dy: Reals) -> Result<()> {
-        let Dx::BeforeGelu(x) = self else { return Ok(()) };
-        check_len(op, "x of GELU", x.len(), shape.input_len())?;
-        check_precision(op, dy, &[("x of GELU", x)]).map(|_| ())
+    /// Checks it against the shape of a layer that is given dy; so many tiles of a row can be summed.
+    pub(super) fn check(&self, op: &'static str, shape: &ConvShape, dy: Reals, tiles: Option<usize>) -> Result<()> {
+        match self {
+            Dx::Set | Dx::Add => Ok(()),
+            Dx::BeforeGelu(x) => {
+                check_len(op, "x of GELU", x.len(), shape.input_len())?;
+                check_precision(op, dy, &[("x of GELU", *x)]).map(|_| ())
+            }
+            Dx::BeforeNorm(norm) => norm.check(op, shape, dy, tiles),
+        }
     }
 
     /// For a kernel, on tensor cores or not.
-    pub(super) fn args(self, shape: &ConvShape, tensor_cores: bool) -> Result<EpilogueArgs> {
-        let operand = match self {
-            Dx::BeforeGelu(x) if tensor_cores => x.ptr(),
-            _ => Ptr::null(),
-        };
-        Ok(EpilogueArgs {
-            bias: Ptr::null(),
-            count: Ptr::null(),
-            statistics: Ptr::null(),
-            beside: Ptr::null(),
-            operand,
-            columns: Columns::samples(shape.n as usize)?,
-            accumulate: i32::from(matches!(self, Dx::Add)),
-        })
+    pub(super) fn args(&self, shape: &ConvShape, tensor_cores: bool) -> Result<EpilogueArgs> {
+        let mut args = EpilogueArgs::of(Columns::samples(shape.n as usize)?);
+        match self {
+            Dx::Set => {}
+            Dx::Add => args.accumulate = 1,
+            Dx::BeforeGelu(x) if tensor_cores => args.operand = x.ptr(),
+            Dx::BeforeGelu(_) => {}
+            Dx::BeforeNorm(norm) => (args.norm, args.accumulate) = (norm.args(), i32::from(norm.add)),
+        }
+        Ok(args)
     }
 
     /// Does what that kernel has left.

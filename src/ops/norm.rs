@@ -24,18 +24,20 @@ kernel_args! {
         tiles: Ptr<f32>, running_mean: Ptr<f32>, running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
         count: Ptr<u32>, columns: i32, n: i32, width: i32, epsilon: f32, momentum: f32,
     }
+    struct NormJoinGradientArgs { tiles: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, count: i32 }
     struct NormBackwardArgs {
         x: Ptr<Real>, y: Ptr<Real>, dy: Ptr<Real>, dz: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>,
         invstd: Ptr<f32>, partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, dx: Ptr<Real>, count: Ptr<u32>,
         source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
     }
 }
-layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormJoinArgs, NormBackwardArgs);
+layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormJoinArgs, NormJoinGradientArgs, NormBackwardArgs);
 
 static STATISTICS: RealKernel<NormForwardArgs> = real_kernel!("norm_statistics");
 static FORWARD: RealKernel<NormForwardArgs> = real_kernel!("norm_forward");
 static EVAL: RealKernel<NormEvalArgs> = real_kernel!("norm_eval");
 static JOIN: Kernel<NormJoinArgs> = Kernel::new("norm_join_f32");
+static JOIN_GRADIENT: Kernel<NormJoinGradientArgs> = Kernel::new("norm_join_gradient_f32");
 static BACKWARD_SUMS: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward_sums");
 static BACKWARD: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward");
 
@@ -91,14 +93,8 @@ impl NormShape {
         map.map_or(self.features as usize, RowMap::outputs)
     }
 
-    /// Checks tensors with the rows of x, those with the rows of y, values per feature, the sample count, and the map.
-    fn check(
-        &self,
-        op: &'static str,
-        map: Option<&RowMap>,
-        [of_x, of_y, rows]: [&[(&str, usize)]; 3],
-        count: usize,
-    ) -> Result<()> {
+    /// Checks tensors with the rows of x, those with the rows of y, values per feature, and the map.
+    fn check(&self, op: &'static str, map: Option<&RowMap>, [of_x, of_y, rows]: [&[(&str, usize)]; 3]) -> Result<()> {
         if let Some(map) = map {
             check_len(op, "the map's inputs", map.inputs(), self.features as usize)?;
             if !map.covers() || map.outputs() > 65_535 {
@@ -109,8 +105,7 @@ impl NormShape {
         let row = self.len() / self.features as usize;
         of_x.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.len()))?;
         of_y.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.outputs(map) * row))?;
-        rows.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.features as usize))?;
-        check_len(op, "count", count, 1)
+        rows.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.features as usize))
     }
 
     fn check_scratch(&self, op: &'static str, scratch: &SliceMut<f32>) -> Result<()> {
@@ -208,7 +203,8 @@ pub fn norm_forward(
         ("saved invstd", saved.invstd.len()),
     ];
     let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
-    shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
+    shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows])?;
+    check_len(op, "count", input.count.len(), 1)?;
     shape.check_scratch(op, &scratch)?;
     let precision = input.precision(op, &y)?;
     let args = NormForwardArgs {
@@ -259,7 +255,8 @@ pub fn norm_join(
         ("saved mean", saved.mean.len()),
         ("saved invstd", saved.invstd.len()),
     ];
-    shape.check(op, None, [&[], &[], &rows], count.len())?;
+    shape.check(op, None, [&[], &[], &rows])?;
+    check_len(op, "count", count.len(), 1)?;
     if tile == 0 || tile >= 1 << 30 {
         let (what, expected) = ("columns of a tile".into(), "1 or more, fewer than 2^30".into());
         return Err(Error::Shape { op, what, expected, got: tile.to_string() });
@@ -283,10 +280,39 @@ pub fn norm_join(
         epsilon,
         momentum: running.momentum,
     };
-    let threads = of_row.next_multiple_of(WARP).min(JOIN_THREADS) as u32;
-    let launch = Launch::new([shape.features as u32, 1, 1], device.threads(threads));
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
-    unsafe { device.launch(&JOIN, launch, &args) }
+    unsafe { device.launch(&JOIN, join_launch(device, shape.features as usize, of_row), &args) }
+}
+
+/// The launch of a kernel that joins so many tiles of each row.
+fn join_launch(device: &Device, features: usize, tiles: usize) -> Launch {
+    let threads = tiles.next_multiple_of(WARP).min(JOIN_THREADS) as u32;
+    Launch::new([features as u32, 1, 1], device.threads(threads))
+}
+
+/// dgamma and dbeta `[features]`, overwritten, from the sums of `of_row` tiles of each row of dz, which
+/// [`Dx::BeforeNorm`](super::epilogue::Dx::BeforeNorm) was given: for [`norm_backward`] of [`NormGradient::Summed`].
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+pub fn norm_join_gradient(
+    device: &Device,
+    tiles: Slice<f32>,
+    of_row: usize,
+    dgamma: SliceMut<f32>,
+    dbeta: SliceMut<f32>,
+) -> Result<()> {
+    let op = "norm_join_gradient";
+    let features = dgamma.len();
+    check_len(op, "dbeta", dbeta.len(), features)?;
+    let needed = 2 * features * of_row;
+    if tiles.len() < needed {
+        check_len(op, "tiles", tiles.len(), needed)?;
+    }
+    let args =
+        NormJoinGradientArgs { tiles: tiles.ptr(), dgamma: dgamma.ptr(), dbeta: dbeta.ptr(), count: of_row as i32 };
+    // SAFETY: as above.
+    unsafe { device.launch(&JOIN_GRADIENT, join_launch(device, features, of_row), &args) }
 }
 
 /// What a norm is given that has not to sum x.
@@ -347,7 +373,8 @@ fn normalise(
     };
     let rows = [("gamma", affine.gamma.len()), ("beta", affine.beta.len()), ("mean", mean.len()), (name, len)];
     let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
-    shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows], input.count.len())?;
+    shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows])?;
+    check_len(op, "count", input.count.len(), 1)?;
     let precision = input.precision(op, &y)?;
     let args = NormEvalArgs {
         x: input.x.ptr(),
@@ -368,32 +395,14 @@ fn normalise(
     unsafe { device.launch(EVAL.of(precision), shape.launch(device, shape.outputs(input.map)), &args) }
 }
 
-/// The gradient that a backward pass is given, `dz` being what of it goes through ReLU.
-pub enum NormGradient<'a> {
-    /// dy, which stays as it is.
-    Kept(Reals<'a>),
-    /// dy, over which dz is written, its padded samples zeros: the gradient of the residual.
-    OfResidual(RealsMut<'a>),
-}
-
-impl NormGradient<'_> {
-    fn view(&self) -> Reals<'_> {
-        match self {
-            NormGradient::Kept(dy) => *dy,
-            NormGradient::OfResidual(dy) => dy.view(),
-        }
-    }
-}
-
-/// What the backward pass reads. Padded samples are zero.
-pub struct NormBackward<'a> {
-    /// `[features, pixels, n]`, as in the forward pass.
+/// What a batch norm did in its forward pass. Padded samples are zero.
+#[derive(Clone, Copy)]
+pub struct Normed<'a> {
+    /// `[features, pixels, n]`.
     pub x: Reals<'a>,
-    /// What the forward pass wrote, where it added a residual before ReLU; else x says as much.
+    /// What it wrote, where it added a residual before ReLU; else x says as much.
     pub y: Option<Reals<'a>>,
-    /// Gradient of y, of its size.
-    pub dy: NormGradient<'a>,
-    /// As in the forward pass.
+    /// Whether negative results became zero.
     pub relu: bool,
     /// `[features]`.
     pub gamma: Slice<'a, f32>,
@@ -403,15 +412,62 @@ pub struct NormBackward<'a> {
     pub mean: Slice<'a, f32>,
     /// What normalised, `[features]`.
     pub invstd: Slice<'a, f32>,
+    /// As in [`NormInput`].
+    pub map: Option<&'a RowMap>,
+}
+
+impl Normed<'_> {
+    /// Checks it against a shape, and `y` elements of its result.
+    pub(super) fn check(&self, op: &'static str, shape: &NormShape, y: usize) -> Result<()> {
+        let rows = [
+            ("gamma", self.gamma.len()),
+            ("beta", self.beta.len()),
+            ("mean", self.mean.len()),
+            ("invstd", self.invstd.len()),
+        ];
+        let of_y = [("dy", y), ("y", self.y.map_or(y, |y| y.len()))];
+        shape.check(op, self.map, [&[("x of the norm", self.x.len())], &of_y, &rows])
+    }
+
+    /// The row of x that each row of y has.
+    pub(super) fn source(&self) -> Ptr<u32> {
+        self.map.map_or(Ptr::null(), RowMap::source)
+    }
+}
+
+/// The gradient that a backward pass is given, `dz` being what of it goes through ReLU.
+pub enum NormGradient<'a> {
+    /// dy, which stays as it is.
+    Kept(Reals<'a>),
+    /// dy, over which dz is written, its padded samples zeros: the gradient of the residual.
+    OfResidual(RealsMut<'a>),
+    /// dz, whose sums [`norm_join_gradient`] has written where dgamma and dbeta are to be.
+    Summed(Reals<'a>),
+}
+
+impl NormGradient<'_> {
+    fn view(&self) -> Reals<'_> {
+        match self {
+            NormGradient::Kept(dy) | NormGradient::Summed(dy) => *dy,
+            NormGradient::OfResidual(dy) => dy.view(),
+        }
+    }
+}
+
+/// What the backward pass reads.
+pub struct NormBackward<'a> {
+    /// What the forward pass did.
+    pub normed: Normed<'a>,
+    /// Gradient of y, of its size, padded samples zeros.
+    pub dy: NormGradient<'a>,
     /// Whether mean and invstd depend on x: true after [`norm_forward`], false after [`norm_eval`].
     pub training: bool,
-    /// As in the forward pass.
-    pub map: Option<&'a RowMap>,
     /// Number of true samples, `[1]`.
     pub count: Slice<'a, u32>,
 }
 
-/// Backward: dgamma and dbeta `[features]`, and dx of the size of x, all overwritten, padded samples with zeros. `scratch` has [`NormShape::scratch_len`] elements or more.
+/// Backward: dgamma and dbeta `[features]`, and dx of the size of x, all overwritten, padded samples with zeros, but for sums that
+/// are there. `scratch` has [`NormShape::scratch_len`] elements or more.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -425,44 +481,39 @@ pub fn norm_backward(
     dx: RealsMut,
 ) -> Result<()> {
     let op = "norm_backward";
-    let rows = [
-        ("gamma", input.gamma.len()),
-        ("beta", input.beta.len()),
-        ("mean", input.mean.len()),
-        ("invstd", input.invstd.len()),
-        ("dgamma", dgamma.len()),
-        ("dbeta", dbeta.len()),
-    ];
-    let dy = input.dy.view();
-    let of_y = [("dy", dy.len()), ("y", input.y.map_or(dy.len(), |y| y.len()))];
-    let of_x = [("x", input.x.len()), ("dx", dx.len())];
-    shape.check(op, input.map, [&of_x, &of_y, &rows], input.count.len())?;
+    let (normed, dy) = (input.normed, input.dy.view());
+    normed.check(op, shape, dy.len())?;
+    shape.check(op, None, [&[("dx", dx.len())], &[], &[("dgamma", dgamma.len()), ("dbeta", dbeta.len())]])?;
+    check_len(op, "count", input.count.len(), 1)?;
     shape.check_scratch(op, &scratch)?;
-    let others = [("y", input.y.unwrap_or(input.x)), ("dy", dy), ("dx", dx.view())];
-    let precision = check_precision(op, input.x, &others)?;
+    let others = [("y", normed.y.unwrap_or(normed.x)), ("dy", dy), ("dx", dx.view())];
+    let precision = check_precision(op, normed.x, &others)?;
+    let summed = matches!(input.dy, NormGradient::Summed(_));
     let args = NormBackwardArgs {
-        x: input.x.ptr(),
-        y: input.y.map_or(Ptr::null(), |y| y.ptr()),
+        x: normed.x.ptr(),
+        y: normed.y.map_or(Ptr::null(), |y| y.ptr()),
         dy: dy.ptr(),
-        dz: if matches!(input.dy, NormGradient::OfResidual(_)) { dy.ptr() } else { Ptr::null() },
-        gamma: input.gamma.ptr(),
-        beta: input.beta.ptr(),
-        mean: input.mean.ptr(),
-        invstd: input.invstd.ptr(),
-        partial: scratch.ptr(),
+        dz: if matches!(input.dy, NormGradient::Kept(_)) { Ptr::null() } else { dy.ptr() },
+        gamma: normed.gamma.ptr(),
+        beta: normed.beta.ptr(),
+        mean: normed.mean.ptr(),
+        invstd: normed.invstd.ptr(),
+        partial: if summed { Ptr::null() } else { scratch.ptr() },
         dgamma: dgamma.ptr(),
         dbeta: dbeta.ptr(),
         dx: dx.ptr(),
         count: input.count.ptr(),
-        source: input.map.map_or(Ptr::null(), RowMap::source),
-        target: input.map.map_or(Ptr::null(), RowMap::target),
+        source: normed.source(),
+        target: normed.map.map_or(Ptr::null(), RowMap::target),
         shape: *shape,
-        relu: i32::from(input.relu),
+        relu: i32::from(normed.relu),
         training: i32::from(input.training),
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
     unsafe {
-        device.launch(BACKWARD_SUMS.of(precision), shape.launch(device, shape.features as usize), &args)?;
-        device.launch(BACKWARD.of(precision), shape.launch(device, shape.outputs(input.map)), &args)
+        if !summed {
+            device.launch(BACKWARD_SUMS.of(precision), shape.launch(device, shape.features as usize), &args)?;
+        }
+        device.launch(BACKWARD.of(precision), shape.launch(device, shape.outputs(normed.map)), &args)
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Product {
     pointwise: Option<[Tile<ConvArgs>; 3]>,
     /// By wgmma; the last from as many blocks on as fill a GPU.
     wgmma: [Tile<ConvBoxesArgs>; 3],
+    /// Of groups of rows in bf16.
+    groups: [Tile<ConvSparseArgs>; 2],
     /// Whether it is the input gradient.
     pub gradient: bool,
     /// The host's.
@@ -65,12 +67,19 @@ macro_rules! wgmma_products {
         ]
     };
 }
+/// The tiles of a product of groups.
+macro_rules! group_products {
+    ($name:literal) => {
+        [tile(concat!($name, "_32x128_bf16"), 32, 128), tile(concat!($name, "_32x256_bf16"), 32, 256)]
+    };
+}
 
 pub(super) static FORWARD: Product = Product {
     f32: all_products!("conv_forward", "f32"),
     bf16: all_products!("conv_forward", "bf16"),
     pointwise: None,
     wgmma: wgmma_products!("conv_forward_wgmma"),
+    groups: group_products!("conv_groups_forward"),
     gradient: false,
     direct: real_kernel!("conv_forward_direct"),
 };
@@ -80,6 +89,7 @@ pub(super) static INPUT_GRADIENT: Product = Product {
     bf16: all_products!("conv_input_gradient", "bf16"),
     pointwise: Some(products!("conv_input_gradient_pointwise", "f32")),
     wgmma: wgmma_products!("conv_input_gradient_wgmma"),
+    groups: group_products!("conv_groups_input_gradient"),
     gradient: true,
     direct: real_kernel!("conv_input_gradient_direct"),
 };
@@ -104,11 +114,7 @@ static WGMMA_WEIGHT_GRADIENT: [Tile<ConvGradientBoxesArgs>; 2] = [
     tile("conv_weight_gradient_wgmma_128x128_bf16", 128, 128),
 ];
 
-/// The tilings of groups of rows in bf16, by the columns that one owns; of the weight gradient a group's entries.
-pub(super) static GROUPS_FORWARD: [Tile<ConvSparseArgs>; 2] =
-    [tile("conv_groups_forward_32x128_bf16", 32, 128), tile("conv_groups_forward_32x256_bf16", 32, 256)];
-pub(super) static GROUPS_INPUT_GRADIENT: [Tile<ConvSparseArgs>; 2] =
-    [tile("conv_groups_input_gradient_32x128_bf16", 32, 128), tile("conv_groups_input_gradient_32x256_bf16", 32, 256)];
+/// Of groups of rows in bf16, by a group's entries.
 pub(super) static GROUP_GRADIENT: Tile<ConvSparseGradientArgs> =
     tile("conv_groups_weight_gradient_32x128_bf16", 32, 128);
 
@@ -154,6 +160,12 @@ impl Product {
             _ => middle,
         }
     }
+
+    /// The tile for so many groups of rows, classes of pixels apart, with `columns` each.
+    pub(super) fn group_tile(&self, groups: usize, columns: usize) -> &Tile<ConvSparseArgs> {
+        let [narrow, wide] = &self.groups;
+        if groups * columns.div_ceil(wide.columns) >= PRODUCT_BLOCKS { wide } else { narrow }
+    }
 }
 
 /// The tile for the gradient of so many filters of so many weights, and the splits of its `columns`.
@@ -182,16 +194,6 @@ pub(super) fn wgmma_weight_gradient(
     let tile = if filters <= small.rows { small } else { large };
     let blocks = filters.div_ceil(tile.rows) * weights.div_ceil(tile.columns);
     (tile, (GRADIENT_BLOCKS / blocks).min(columns / 512).max(1))
-}
-
-/// The tile for a product of so many groups, classes of pixels apart, with `columns` each.
-pub(super) fn group_product(
-    tiles: &'static [Tile<ConvSparseArgs>; 2],
-    groups: usize,
-    columns: usize,
-) -> &'static Tile<ConvSparseArgs> {
-    let [narrow, wide] = tiles;
-    if groups * columns.div_ceil(wide.columns) >= PRODUCT_BLOCKS { wide } else { narrow }
 }
 
 /// The splits of the `columns` of a weight gradient of so many chunks of groups.

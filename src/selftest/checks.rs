@@ -18,7 +18,9 @@ use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics};
 use crate::ops::layer_norm::{layer_norm_backward, layer_norm_forward};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
-use crate::ops::norm::{NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape};
+use crate::ops::norm::{
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_join_gradient,
+};
 use crate::ops::norm::{norm_backward, norm_eval, norm_forward, norm_join};
 use crate::ops::optimizer::{
     AdamW, Clip, GRADIENT_NORM_PARTIALS, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step,
@@ -71,6 +73,7 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
 pub(super) const OTHERS: &[Check] = &[
     argument_layouts,
     ceilings,
+    norm_gradient_of_tiles,
     sgd,
     adamw,
     norm_of_gradients,
@@ -261,15 +264,17 @@ fn norm_gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
     let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
     let mut dx = t.unwritten_reals(shape.len())?;
     let input = NormBackward {
-        map: None,
-        x: x.view(),
-        y: with_residual.then_some(y.view()),
+        normed: Normed {
+            x: x.view(),
+            y: with_residual.then_some(y.view()),
+            relu: true,
+            gamma: gamma.view(),
+            beta: beta.view(),
+            mean: mean.view(),
+            invstd: invstd.view(),
+            map: None,
+        },
         dy: NormGradient::OfResidual(dy.view_mut()),
-        relu: true,
-        gamma: gamma.view(),
-        beta: beta.view(),
-        mean: mean.view(),
-        invstd: invstd.view(),
         training: true,
         count: count.view(),
     };
@@ -279,6 +284,16 @@ fn norm_gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
     t.close("dbeta", &dbeta)?;
     t.exact_reals("dresidual", &dy)?;
     t.close_reals("dx", &dx)
+}
+
+/// From the sums of more tiles than a block has threads.
+fn norm_gradient_of_tiles(t: &mut Trial) -> Result<()> {
+    const TILES: usize = 1100;
+    let sums = t.floats(2 * FEATURES * TILES)?;
+    let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
+    norm_join_gradient(t.device, sums.view(), TILES, dgamma.view_mut(), dbeta.view_mut())?;
+    t.close("dgamma", &dgamma)?;
+    t.close("dbeta", &dbeta)
 }
 
 /// Chunks and single rows of several tiles; columns of `PADDED` samples, of which a token is padding.

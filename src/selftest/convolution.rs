@@ -9,9 +9,12 @@ use crate::ops::Columns;
 use crate::ops::bias::bias_gradient;
 use crate::ops::conv::{ConvShape, conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
-use crate::ops::epilogue::{Beside, Bias, Dx, Epilogue, TileStatistics};
+use crate::ops::epilogue::{BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
-use crate::ops::norm::{NormAffine, NormInput, NormRunning, NormSaved, NormShape, norm_forward, norm_join};
+use crate::ops::norm::{
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_backward,
+    norm_forward, norm_join, norm_join_gradient,
+};
 use crate::ops::round::{RoundPlan, round_weights};
 
 /// The checks of operations of activations, each of as few kernels as its operation allows.
@@ -33,6 +36,9 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| convolution_input_gradient(t, &linear()?),
     |t| convolution_input_gradient(t, &ConvShape::new([50, 56, 58], 3, [1, 1], 1, 0, SAMPLES)?),
     |t| convolution_input_gradient(t, &ConvShape::new([100, 56, 58], 3, [1, 1], 1, 0, SAMPLES)?),
+    |t| summed_input_gradient(t, &ConvShape::new([5, 14, 10], 7, [3, 3], 2, 1, SAMPLES)?),
+    |t| summed_input_gradient(t, &many_channels()?),
+    |t| summed_input_gradient(t, &large_image(50, 3)?),
     |t| convolution_weight_gradient(t, &few_channels()?),
     |t| convolution_weight_gradient(t, &many_channels()?),
     |t| convolution_weight_gradient(t, &ConvShape::new([6, 5, 7], 20, [3, 3], 1, 1, SAMPLES)?),
@@ -56,6 +62,7 @@ pub(super) const BY_WGMMA: &[Check] = &[
     |t| convolution_input_gradient(t, &boxes(64, 72, 2)?),
     |t| convolution_input_gradient(t, &boxes(130, 70, 1)?),
     |t| convolution_input_gradient(t, &long(72, 64)?),
+    |t| summed_input_gradient(t, &boxes(130, 70, 1)?),
     |t| convolution_weight_gradient(t, &boxes(72, 64, 2)?),
     |t| convolution_weight_gradient(t, &boxes(70, 130, 1)?),
     |t| convolution_weight_gradient(t, &linear()?),
@@ -184,6 +191,45 @@ fn convolution_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let x = t.real_samples(shape.input_len())?;
     conv_input_gradient(t.device, shape, dy.view(), w.view(), Dx::BeforeGelu(x.view()), dx.view_mut())?;
     t.close_reals("dx before GELU", &dx)
+}
+
+/// The gradients of a norm whose result a convolution reads, summed by that where tensor cores multiply.
+fn summed_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
+    let (dy, w, len) = (t.real_samples(shape.output_len())?, weights(t, shape)?, shape.input_len());
+    let (x, y, mut dz) = (t.real_samples(len)?, t.real_samples(len)?, t.real_samples(len)?);
+    let (features, [p, q]) = (shape.channels(), shape.output_image());
+    let n = shape.output_len() / (shape.filters() * p * q);
+    let [gamma, beta, mean] = [t.floats(features)?, t.floats(features)?, t.floats(features)?];
+    // What is padded is zero as it comes.
+    let (invstd, count) = (t.positive(features)?, t.device.upload(&[n as u32])?);
+    let normed = Normed {
+        x: x.view(),
+        y: Some(y.view()),
+        relu: true,
+        gamma: gamma.view(),
+        beta: beta.view(),
+        mean: mean.view(),
+        invstd: invstd.view(),
+        map: None,
+    };
+    let (mut dgamma, mut dbeta) = (t.unwritten(features)?, t.unwritten(features)?);
+    if let Some(tiles) = shape.gradient_tiles(t.device, t.precision, None) {
+        let mut sums = t.unwritten(2 * features * tiles)?;
+        let how = Dx::BeforeNorm(BeforeNorm { normed, add: true, sums: sums.view_mut() });
+        conv_input_gradient(t.device, shape, dy.view(), w.view(), how, dz.view_mut())?;
+        norm_join_gradient(t.device, sums.view(), tiles, dgamma.view_mut(), dbeta.view_mut())?;
+    } else {
+        conv_input_gradient(t.device, shape, dy.view(), w.view(), Dx::Add, dz.view_mut())?;
+        let norm = NormShape::new(features, len / features / n, n)?;
+        let (mut scratch, mut dx) = (t.unwritten(norm.scratch_len())?, t.unwritten_reals(len)?);
+        let dy = NormGradient::OfResidual(dz.view_mut());
+        let input = NormBackward { normed, dy, training: true, count: count.view() };
+        let (to_gamma, to_beta) = (dgamma.view_mut(), dbeta.view_mut());
+        norm_backward(t.device, &norm, input, scratch.view_mut(), to_gamma, to_beta, dx.view_mut())?;
+    }
+    t.close_reals("dz", &dz)?;
+    t.close_as_reals("dgamma", &dgamma)?;
+    t.close_as_reals("dbeta", &dbeta)
 }
 
 fn convolution_weight_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {

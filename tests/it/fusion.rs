@@ -1,4 +1,4 @@
-//! What the products of a vision transformer do in their epilogues, beside kernels of their own: same values, same gradients.
+//! What the products of networks do in their epilogues, beside kernels of their own: same values, same gradients.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,12 @@ use dilt::nn::paths::Planning;
 use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::ways::Way;
 use dilt::nn::weights::Weights;
+use dilt::ops::kept::Pass;
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::compact::tickets;
 use crate::conv::gelu_of;
 use crate::support::{Case, by_wgmma, default_devices};
 
@@ -50,6 +52,7 @@ struct Passes {
     values: Vec<Vec<f32>>,
     gradients: BTreeMap<String, Vec<f32>>,
     launched: BTreeMap<&'static str, usize>,
+    summed: [usize; 2],
 }
 
 impl Passes {
@@ -71,10 +74,8 @@ fn network(device: &Device, model: &Model, weights: &Weights, memory: Use, way: 
     network
 }
 
-fn passes(device: &Device, precision: Precision, masked: bool, way: Way) -> Passes {
-    let model = model(precision);
-    let weights = weights(&model, masked);
-    let mut network = network(device, &model, &weights, Use::Train(OptimizerKind::Adamw), way);
+fn passes(device: &Device, model: &Model, weights: &Weights, way: Way) -> Passes {
+    let mut network = network(device, model, weights, Use::Train(OptimizerKind::Adamw), way);
     let outputs: Vec<usize> = network.computed().layers.iter().map(Layer::output).collect();
     let mut values = vec![Vec::new(); network.computed().values.len()];
     let (launches, done) = device.trace(|| {
@@ -92,23 +93,56 @@ fn passes(device: &Device, precision: Precision, masked: bool, way: Way) -> Pass
     let mut launched = BTreeMap::new();
     launches.iter().for_each(|launch| *launched.entry(launch.kernel).or_insert(0) += 1);
     let gradient = |name: &String| (name.clone(), network.parameter_gradient(name).unwrap().unwrap());
-    Passes { values, gradients: weights.tensors.keys().map(gradient).collect(), launched }
+    let gradients = model.parameters.iter().map(|parameter| gradient(&parameter.name)).collect();
+    Passes { values, gradients, launched, summed: norms_that_are_summed(&network) }
 }
 
-/// Distance of two gradients, by the length of the second.
+/// Batch norms with a convolution as their first reader that multiplies on tensor cores, where there are some, and all others.
+fn norms_that_are_summed(network: &Network) -> [usize; 2] {
+    let layers = &network.computed().layers;
+    let summed = |output: usize| {
+        let first = layers.iter().position(|layer| layer.inputs().any(|input| input == output)).unwrap();
+        let choice = network.choices()[first].as_ref();
+        let direct = choice.is_some_and(|choice| choice.ways[Pass::InputGradient as usize] == Way::Direct);
+        matches!(layers[first], Layer::Conv { .. }) && !direct
+    };
+    let norms: Vec<usize> =
+        layers.iter().filter(|layer| matches!(layer, Layer::Norm { .. })).map(Layer::output).collect();
+    let count = norms.iter().filter(|&&output| summed(output)).count();
+    [count, norms.len() - count]
+}
+
+/// Distance of two gradients, by the length of the second if it has one.
 fn apart(got: &[f32], want: &[f32]) -> f64 {
-    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>();
-    (squares(&mut got.iter().zip(want).map(|(got, want)| got - want)) / squares(&mut want.iter().copied())).sqrt()
+    let length = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let want_length = length(&mut want.iter().copied());
+    length(&mut got.iter().zip(want).map(|(got, want)| got - want)) / if want_length > 0.0 { want_length } else { 1.0 }
 }
 
-/// GELU and residual sums are those of what their convolutions have stored; gradients err as much as those of kernels of their
-/// own.
+/// Passes in bf16 whose gradients err as much as those of kernels of their own; models in f32 and in bf16.
+fn judged(device: &Device, label: &str, models: &[Model; 2], weights: &Weights, way: Way) -> Passes {
+    let direct = Device::host(HostOptions { policy: Policy::Direct, ..HostOptions::default() }).unwrap();
+    let [full, naive] = models.each_ref().map(|model| passes(&direct, model, weights, way));
+    let got = passes(device, &models[1], weights, way);
+    let mut squares = [0.0; 2];
+    for (name, want) in &full.gradients {
+        let errors = [&got, &naive].map(|passes| apart(&passes.gradients[name], want));
+        squares = [0, 1].map(|which| squares[which] + errors[which] * errors[which]);
+        let [error, most] = errors;
+        // Of a few elements, roundings that fall otherwise decide.
+        assert!(error <= 3.0 * most + 1e-3, "{label}: {name}: {error:.2e} off, by kernels of their own {most:.2e}");
+    }
+    let [error, most] = squares.map(f64::sqrt);
+    assert!(error <= 1.5 * most, "{label}: all gradients: {error:.2e} off, by kernels of their own {most:.2e}");
+    got
+}
+
+/// GELU and residual sums are those of what their convolutions have stored.
 fn agrees(device: &Device, label: &str, masked: bool, way: Way) -> Passes {
     let label = format!("{label}: {}, masked {masked}", way.name());
-    let direct = Device::host(HostOptions { policy: Policy::Direct, ..HostOptions::default() }).unwrap();
-    let [full, naive] = [Precision::F32, Precision::Bf16].map(|precision| passes(&direct, precision, masked, way));
-    let got = passes(device, Precision::Bf16, masked, way);
-    let model = model(Precision::Bf16);
+    let models = [Precision::F32, Precision::Bf16].map(model);
+    let got = judged(device, &label, &models, &weights(&models[1], masked), way);
+    let model = &models[1];
     let (mut gelus, mut sums) = (0, 0);
     for layer in &model.layers {
         match *layer {
@@ -129,10 +163,6 @@ fn agrees(device: &Device, label: &str, masked: bool, way: Way) -> Passes {
         }
     }
     assert_eq!((gelus, sums), (DEPTH, 2 * DEPTH), "{label}");
-    for (name, want) in &full.gradients {
-        let [error, most] = [&got, &naive].map(|passes| apart(&passes.gradients[name], want));
-        assert!(error <= 1.5 * most + 1e-3, "{label}: {name}: {error:.2e} off, by kernels of their own {most:.2e}");
-    }
     got
 }
 
@@ -163,6 +193,38 @@ fn a_transformers_products_do_in_their_epilogues_what_kernels_of_their_own_do() 
         if let Some(device) = by_wgmma(device) {
             let got = agrees(&device, &format!("{label}, wgmma"), false, Way::Dense);
             assert!(got.launched("conv_forward_wgmma") >= 4 * DEPTH, "{:?}", got.launched);
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(dilt_sanitize, ignore = "minutes, and the kernels are those of other tests")]
+fn a_residual_networks_products_begin_the_backward_passes_of_its_norms() {
+    let small = ["classes=3", "image=[2,16,16]", "widths=[8,16]", "stages=[2,2]"].map(String::from);
+    for Case { label, device } in cases() {
+        for name in ["resnet18", "resnet50", "resnet20"] {
+            let models = [Precision::F32, Precision::Bf16].map(|precision| {
+                let mut config = ModelConfig::load(name, &small).unwrap();
+                config.precision = precision;
+                config.build().unwrap()
+            });
+            let mut cases = tickets(&models[1]);
+            cases.retain(|(ticket, _)| *ticket != "nothing");
+            cases.push(("all", Weights { masks: BTreeMap::new(), ..cases[0].1.clone() }));
+            for (ticket, weights) in cases {
+                for way in Way::ALL {
+                    let label = format!("{label}: {name}: {ticket}: {}", way.name());
+                    let got = judged(&device, &label, &models, &weights, way);
+                    let [summed, others] = got.summed;
+                    let expected = if device.policy() == Policy::Direct { [0, summed + others] } else { got.summed };
+                    let counts = ["norm_join_gradient", "norm_backward_sums"].map(|kernel| got.launched(kernel));
+                    assert_eq!(counts, expected, "{label}");
+                    assert!(way == Way::Direct || summed >= 5, "{label}: {summed}");
+                    if weights.masks.is_empty() {
+                        break;
+                    }
+                }
+            }
         }
     }
 }

@@ -37,6 +37,7 @@ mod moments;
 mod names;
 mod network;
 mod norm;
+mod norm_before;
 mod optimizer;
 mod partition;
 mod peers;

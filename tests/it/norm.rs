@@ -2,8 +2,8 @@
 
 use dilt::device::{Device, RealBuffer};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward,
-    norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_apply,
+    norm_backward, norm_eval, norm_forward,
 };
 
 use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
@@ -60,18 +60,20 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
     let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
     let mut dx = storage.unwritten(device, shape.len());
     let backward = NormBackward {
-        map: None,
-        x: x.view(),
-        y: residual.as_ref().map(|_| y.view()),
+        normed: Normed {
+            x: x.view(),
+            y: residual.as_ref().map(|_| y.view()),
+            relu,
+            gamma: gamma.view(),
+            beta: beta.view(),
+            mean: mean.view(),
+            invstd: invstd.view(),
+            map: None,
+        },
         dy: match residual {
             Some(_) => NormGradient::OfResidual(dy.view_mut()),
             None => NormGradient::Kept(dy.view()),
         },
-        relu,
-        gamma: gamma.view(),
-        beta: beta.view(),
-        mean: mean.view(),
-        invstd: invstd.view(),
         training,
         count: count.view(),
     };
@@ -198,15 +200,17 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
             norm_forward(device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut().into())
                 .unwrap();
             let backward = NormBackward {
-                map: None,
-                x: x.view().into(),
-                y: Some(y.view().into()),
+                normed: Normed {
+                    x: x.view().into(),
+                    y: Some(y.view().into()),
+                    relu: true,
+                    gamma: gamma.view(),
+                    beta: beta.view(),
+                    mean: mean.view(),
+                    invstd: invstd.view(),
+                    map: None,
+                },
                 dy: NormGradient::OfResidual(dresidual.view_mut().into()),
-                relu: true,
-                gamma: gamma.view(),
-                beta: beta.view(),
-                mean: mean.view(),
-                invstd: invstd.view(),
                 training: true,
                 count: on_device.view(),
             };
@@ -278,15 +282,17 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
         refuses_precision(result, "norm_eval", tensor);
     }
     let input = NormBackward {
-        map: None,
-        x: low.view(),
-        y: Some(low.view()),
+        normed: Normed {
+            x: low.view(),
+            y: Some(low.view()),
+            relu: true,
+            gamma: four.view(),
+            beta: four.view(),
+            mean: four.view(),
+            invstd: four.view(),
+            map: None,
+        },
         dy: NormGradient::Kept(x.view()),
-        relu: true,
-        gamma: four.view(),
-        beta: four.view(),
-        mean: four.view(),
-        invstd: four.view(),
         training: true,
         count: count.view(),
     };

@@ -2,8 +2,8 @@
 
 use dilt::device::{Buffer, Device};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_apply, norm_backward,
-    norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_apply,
+    norm_backward, norm_eval, norm_forward,
 };
 use dilt::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
 use dilt::ops::row_map::RowMap;
@@ -73,19 +73,21 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 norm_apply(device, &shape, input, affine, mean_of_x, invstd.view(), to).unwrap();
                 assert_eq!(read(device, again.view()), read(device, y.view()), "{what}: by what was saved");
                 let backward = NormBackward {
-                    x: x.view().into(),
-                    y: input.residual.map(|_| y.view().into()),
+                    normed: Normed {
+                        x: x.view().into(),
+                        y: input.residual.map(|_| y.view().into()),
+                        relu,
+                        gamma: gamma.view(),
+                        beta: beta.view(),
+                        mean: saved.view(),
+                        invstd: invstd.view(),
+                        map,
+                    },
                     dy: match residual {
                         true => NormGradient::OfResidual(dy.view_mut().into()),
                         false => NormGradient::Kept(dy.view().into()),
                     },
-                    relu,
-                    gamma: gamma.view(),
-                    beta: beta.view(),
-                    mean: saved.view(),
-                    invstd: invstd.view(),
                     training: true,
-                    map,
                     count: counted.view(),
                 };
                 let mut dx = unwritten(device, 3 * row);

@@ -10,6 +10,7 @@ use dilt::nn::model::Layer;
 use dilt::nn::paths::Planning;
 use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::traffic::{LayerWork, Work, conv_weight_gradient, evaluation, training_step};
+use dilt::ops::conv::ConvShape;
 
 fn step_of(model: &str, set: &[&str], batch: usize, masks: &BTreeMap<String, Mask>) -> Vec<LayerWork> {
     let set: Vec<String> = set.iter().map(|&field| field.into()).collect();
@@ -79,7 +80,7 @@ fn in_bf16_activations_and_weights_move_half_as_many_bytes() {
 }
 
 #[test]
-fn a_norm_reads_once_what_tensor_cores_have_summed() {
+fn a_norm_reads_once_what_tensor_cores_have_summed_forward_and_backward() {
     let mut config = ModelConfig::load("resnet8", &["widths=[4,8,16]".into()]).unwrap();
     config.precision = Precision::Bf16;
     let staged = HostOptions { policy: Policy::Staged, ..HostOptions::default() };
@@ -90,8 +91,10 @@ fn a_norm_reads_once_what_tensor_cores_have_summed() {
         };
         let train = Use::Train(OptimizerKind::Sgd);
         let step = of(train, &|layout| training_step(&device, layout, 16, train, false).unwrap());
-        (step, of(Use::Evaluate, &|layout| evaluation(&device, layout, 16).unwrap()))
+        let evaluation = of(Use::Evaluate, &|layout| evaluation(&device, layout, 16).unwrap());
+        (step, evaluation, device)
     });
+    let shape = ConvShape::new([4, 8, 8], 4, [3, 3], 1, 1, 16).unwrap();
     // 4 features of 8 x 8 pixels and 16 samples, in tiles of 256 columns: mean and squared deviations of each, f32.
     let (y, tiles) = (2 * 4 * 8 * 8 * 16, 4 * (8 * 8 * 16 / 256) * 2 * 4);
     let forward = |step: &[LayerWork], name: &str| layer(step, name).forward;
@@ -104,6 +107,18 @@ fn a_norm_reads_once_what_tensor_cores_have_summed() {
         assert_eq!(forward(&staged.1, name), forward(&direct.1, name), "{name}");
     }
     assert_eq!(forward(&staged.1, "bn1"), summed);
+    // Backward: its ReLU and sums are the epilogue's of what comes last to its result, a convolution of 4 to 4 channels, which
+    // reads x and as many tiles of sums beside; so the norm reads x and dz alone.
+    let backward = [&staged.0, &direct.0].map(|step| layer(step, "bn1").backward);
+    assert_eq!(backward.map(|work| (work.read, work.written)), [(2 * y, y), (4 * y, y)]);
+    let [summed, plain] = [&staged.0, &direct.0].map(|step| layer(step, "layer1.0.conv1").backward);
+    let partial = |device: &Device| conv_weight_gradient(device, &shape, shape.output_len(), Precision::Bf16);
+    let [summed_dw, plain_dw] = [&staged.2, &direct.2].map(partial);
+    assert_eq!(summed.read - summed_dw.read, plain.read - plain_dw.read + y + tiles);
+    assert_eq!(summed.written - summed_dw.written, plain.written - plain_dw.written + tiles);
+    // And y, where ReLU follows a sum.
+    let backward = [&staged.0, &direct.0].map(|step| layer(step, "layer1.0.bn2").backward);
+    assert_eq!(backward.map(|work| (work.read, work.written)), [(2 * y, y), (5 * y, 2 * y)]);
 }
 
 #[test]

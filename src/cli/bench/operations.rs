@@ -13,7 +13,8 @@ use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, norm_backward, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_backward,
+    norm_forward,
 };
 use dilt::ops::optimizer::{AdamW, OptimizerInput, Sgd, adamw_step, sgd_step};
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
@@ -209,15 +210,17 @@ fn time_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let (mut dgamma, mut dbeta) = (timer.zeros(features)?, timer.zeros(features)?);
     timer.time(|device| {
         let input = NormBackward {
-            map: None,
-            x: norm.x.view(),
-            y: None,
+            normed: Normed {
+                x: norm.x.view(),
+                y: None,
+                relu: true,
+                gamma: norm.gamma.view(),
+                beta: norm.beta.view(),
+                mean: norm.saved[0].view(),
+                invstd: norm.saved[1].view(),
+                map: None,
+            },
             dy: NormGradient::Kept(dy.view()),
-            relu: true,
-            gamma: norm.gamma.view(),
-            beta: norm.beta.view(),
-            mean: norm.saved[0].view(),
-            invstd: norm.saved[1].view(),
             training: true,
             count: norm.count.view(),
         };

@@ -1,5 +1,6 @@
-// moments.cuh - mean and squared deviations of a feature's row, from those of the parts that it is cut into: of batch norm
-// (norm.cu, norm_join.cu), and of tiles of a convolution's result (conv_mma.cuh).
+// norm.cuh - what the kernels of batch norm (norm.cu, norm_join.cu) share with the epilogues of convolutions (conv_mma.cuh), which
+// sum for them what they store: mean and squared deviations of a feature's row, from those of the parts that it is cut into, and
+// the sums of its gradient.
 #pragma once
 #include "kernels/lib/device.cuh"
 
@@ -7,6 +8,19 @@ struct Moments {
     float mean;
     float squares;  // the sum of squared deviations from it
 };
+
+// What dbeta and dgamma are made of.
+struct GradientSums {
+    float dz;
+    float dz_xhat;
+};
+
+// dz of L values of dy, given what ReLU was applied to, or what it made of that.
+template <int L>
+DEVICE Samples<L> through_relu(const Samples<L>& dy, const Samples<L>& z) {
+    const Samples<L> zero = splat<L>(0.0f);
+    return where_at_most<L>(z, zero, zero, dy);
+}
 
 // How many of a row's first `columns`, of pixels of n samples each, are of one of `count` true samples.
 DEVICE int true_columns(int columns, int n, int count) { return columns / n * count + min32(columns % n, count); }
@@ -33,6 +47,15 @@ DEVICE Moments join(const Moments* parts, int count, float items, ItemsOf items_
         squares += parts[s].squares + items_of(s) * (off * off);
     }
     return {mean, block_sum(squares, scratch, thread, threads)};
+}
+
+// The sums of a row, of those of its parts.
+DEVICE GradientSums join(const GradientSums* parts, int count, float* scratch, uint32_t thread, uint32_t threads) {
+    GradientSums all = {0.0f, 0.0f};
+    for (int s = thread; s < count; s += threads) all.dz += parts[s].dz, all.dz_xhat += parts[s].dz_xhat;
+    all.dz = block_sum(all.dz, scratch, thread, threads);
+    all.dz_xhat = block_sum(all.dz_xhat, scratch, thread, threads);
+    return all;
 }
 
 // Writes what a batch norm keeps of its batch: what normalises, and the running statistics, which a batch without samples

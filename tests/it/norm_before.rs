@@ -1,0 +1,314 @@
+//! Input gradients that begin the backward pass of the batch norm which has made what their layer reads, against float64 of the
+//! gradient that they store by themselves.
+
+use dilt::device::{Device, HostOptions, Policy, Precision, RealsMut};
+use dilt::ops::conv::{ConvShape, conv_input_gradient};
+use dilt::ops::conv_sparse::conv_sparse_input_gradient;
+use dilt::ops::epilogue::{BeforeNorm, Dx};
+use dilt::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
+use dilt::ops::norm::{NormBackward, NormGradient, NormShape, Normed, norm_backward, norm_join_gradient};
+use dilt::ops::row_map::RowMap;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::conv::rounded;
+use crate::support::{Storage, by_wgmma, on_devices, read, unwritten};
+
+/// A few roundings of f32, 6e-8 each, of the root of the sum of squares.
+const TOLERANCE: f64 = 2e-6;
+/// Where what ReLU is applied to is so small, a rounding may decide.
+const UNDECIDED: f64 = 1e-5;
+
+/// What stands between the norm and the layer, and what else reads the norm's result.
+#[derive(Clone, Copy, Debug)]
+struct Norm {
+    add: bool,
+    residual: bool,
+    relu: bool,
+    mapped: bool,
+}
+
+const NORMS: [Norm; 5] = [
+    Norm { add: true, residual: true, relu: true, mapped: true },
+    Norm { add: false, residual: false, relu: true, mapped: false },
+    Norm { add: true, residual: true, relu: true, mapped: false },
+    Norm { add: false, residual: false, relu: true, mapped: true },
+    Norm { add: true, residual: false, relu: false, mapped: false },
+];
+
+/// A convolution after a norm of features around `offset`.
+struct Layer {
+    kernel: &'static str,
+    input: [usize; 3],
+    k: usize,
+    filter: usize,
+    stride: usize,
+    pad: usize,
+    n: usize,
+    count: usize,
+    offset: f32,
+}
+
+impl Layer {
+    fn shape(&self) -> ConvShape {
+        ConvShape::new(self.input, self.k, [self.filter; 2], self.stride, self.pad, self.n).unwrap()
+    }
+
+    /// The input gradient in so many tiles of a row, given what it does with its sums.
+    fn agrees(
+        &self,
+        device: &Device,
+        label: &str,
+        norm: Norm,
+        tiles: usize,
+        product: &dyn Fn(&[f32], Dx, RealsMut),
+    ) -> Vec<Vec<f32>> {
+        let (shape, storage, n, count) = (self.shape(), Storage::Bf16, self.n, self.count);
+        let label = format!("{label}: {shape}, {count} true, {norm:?}");
+        let [rows, pixels] = [self.input[0], self.input[1] * self.input[2]];
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let mut real = |len: usize, middle: f32| {
+            let value = |i| if i % n < count { middle + rng.random_range(-1.0..1.0) } else { 0.0 };
+            storage.rounded((0..len).map(value).collect())
+        };
+        // Every third row of the result has none of x; the others are in their order.
+        let source = |row: usize| if !norm.mapped { Some(row) } else { (row % 3 != 1).then_some(row - (row + 1) / 3) };
+        let features = (0..rows).filter_map(source).count();
+        let (dy, old) = (real(shape.output_len(), 0.0), real(shape.input_len(), 0.0));
+        let x = real(features * pixels * n, self.offset);
+        let y: Vec<f32> = real(shape.input_len(), 0.0).iter().map(|y| y.max(0.0)).collect();
+        let mut row = |low: f32, high: f32| (0..features).map(|_| rng.random_range(low..high)).collect::<Vec<f32>>();
+        let (gamma, beta) = (row(-1.5, 1.5), row(-0.3, 0.3));
+        let (mean, invstd) = (row(self.offset - 0.2, self.offset + 0.2), row(0.5, 2.0));
+
+        let upload = |values: &[f32]| storage.upload(device, values);
+        let start = || if norm.add { upload(&old) } else { storage.unwritten(device, old.len()) };
+        let mut alone = start();
+        product(&dy, if norm.add { Dx::Add } else { Dx::Set }, alone.view_mut());
+        let alone = storage.read(device, &alone);
+
+        let map =
+            norm.mapped.then(|| RowMap::new(device, features, &(0..rows).map(source).collect::<Vec<_>>()).unwrap());
+        let [on_gamma, on_beta, on_mean, on_invstd] =
+            [&gamma, &beta, &mean, &invstd].map(|values| device.upload(values).unwrap());
+        let (on_x, on_y) = (upload(&x), upload(&y));
+        let normed = Normed {
+            x: on_x.view(),
+            y: norm.residual.then(|| on_y.view()),
+            relu: norm.relu,
+            gamma: on_gamma.view(),
+            beta: on_beta.view(),
+            mean: on_mean.view(),
+            invstd: on_invstd.view(),
+            map: map.as_ref(),
+        };
+        // Longer than they have to be, as scratch memory is.
+        let (len, beyond) = (2 * features * tiles, 6);
+        let (mut dz, mut sums) = (start(), unwritten(device, len + beyond));
+        let (launches, done) = device.trace(|| {
+            product(&dy, Dx::BeforeNorm(BeforeNorm { normed, add: norm.add, sums: sums.view_mut() }), dz.view_mut());
+            Ok(())
+        });
+        done.unwrap();
+        let launched: Vec<_> = launches.iter().map(|launch| launch.kernel).collect();
+        assert!(launched.contains(&self.kernel), "{label}: {launched:?}");
+        let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
+        norm_join_gradient(device, sums.view(), tiles, dgamma.view_mut(), dbeta.view_mut()).unwrap();
+        let shape = NormShape::new(features, pixels, n).unwrap();
+        let (mut scratch, mut dx) = (unwritten(device, shape.scratch_len()), storage.unwritten(device, x.len()));
+        let counted = device.upload(&[count as u32]).unwrap();
+        let backward =
+            NormBackward { normed, dy: NormGradient::Summed(dz.view()), training: true, count: counted.view() };
+        let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
+        norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, dx.view_mut()).unwrap();
+
+        let [sums, dgamma, dbeta] = [&sums, &dgamma, &dbeta].map(|buffer| read(device, buffer.view()));
+        let [dz, dx] = [&dz, &dx].map(|buffer| storage.read(device, buffer));
+        assert!(sums[..len].iter().all(|sum| sum.is_finite()), "{label}: a tile is not summed");
+        assert!(sums[len..].iter().all(|sum| sum.is_nan()), "{label}: beyond the last tile");
+        let (row_len, items) = (pixels * n, (pixels * count) as f64);
+        for row in 0..rows {
+            let feature = source(row);
+            let [mean, invstd, gamma, beta] =
+                [&mean, &invstd, &gamma, &beta].map(|of| feature.map_or(0.0, |feature| f64::from(of[feature])));
+            let off = |i: usize| feature.map_or(0.0, |feature| f64::from(x[feature * row_len + i]) - mean);
+            let (mut sum, mut dot, mut squares) = (0.0, 0.0, [0.0; 2]);
+            for i in 0..row_len {
+                let (at, off) = (row * row_len + i, off(i));
+                let z = if norm.residual { f64::from(y[at]) } else { off * gamma * invstd + beta };
+                let undecided = z.abs() < UNDECIDED && !norm.residual && (dz[at] == alone[at] || dz[at] == 0.0);
+                let want = if norm.relu && z <= 0.0 { 0.0 } else { alone[at] };
+                assert!(undecided || dz[at].to_bits() == want.to_bits(), "{label}: dz: {at}: {} for {want}", dz[at]);
+                let terms = [f64::from(dz[at]), f64::from(dz[at]) * off * invstd];
+                (sum, dot) = (sum + terms[0], dot + terms[1]);
+                squares = [0, 1].map(|which| squares[which] + terms[which] * terms[which]);
+            }
+            let Some(feature) = feature else { continue };
+            for (name, got, want, squares) in [("dbeta", &dbeta, sum, squares[0]), ("dgamma", &dgamma, dot, squares[1])]
+            {
+                let (got, allowed) = (f64::from(got[feature]), TOLERANCE * squares.sqrt() + TOLERANCE * want.abs());
+                assert!(
+                    (got - want).abs() <= allowed,
+                    "{label}: {name} of {row}: {got} for {want} within {allowed:.1e}"
+                );
+            }
+            for i in 0..row_len {
+                let own = f64::from(dz[row * row_len + i]);
+                let want = if i % n < count {
+                    gamma * invstd * (own - sum / items - off(i) * invstd * dot / items)
+                } else {
+                    0.0
+                };
+                let (got, allowed) = (f64::from(dx[feature * row_len + i]), want.abs() / 250.0 + 1e-5);
+                assert!((got - want).abs() <= allowed, "{label}: dx: row {row}, {i}: {got} for {want}");
+            }
+        }
+        vec![sums[..len].to_vec(), dz, dgamma, dbeta, dx]
+    }
+
+    fn weights(&self) -> Vec<f32> {
+        let (mut rng, inputs) = (ChaCha8Rng::seed_from_u64(7), self.k * self.filter * self.filter);
+        (0..self.shape().weight_len()).map(|_| rng.random_range(-1.0..1.0) / (inputs as f32).sqrt()).collect()
+    }
+
+    fn dense(&self, device: &Device, label: &str) -> Vec<Vec<f32>> {
+        let (shape, w) = (self.shape(), rounded(device, &self.shape(), &self.weights()));
+        let tiles = shape.gradient_tiles(device, Precision::Bf16, None).unwrap();
+        let product = |dy: &[f32], how: Dx, dx: RealsMut| {
+            let dy = Storage::Bf16.upload(device, dy);
+            conv_input_gradient(device, &shape, dy.view(), w.view().into(), how, dx).unwrap();
+        };
+        self.norms().flat_map(|&norm| self.agrees(device, label, norm, tiles, &product)).collect()
+    }
+
+    /// Every third row beside each other in a group, and three in five weights.
+    fn groups(&self, device: &Device, label: &str) -> Vec<Vec<f32>> {
+        let (shape, w) = (self.shape(), device.upload(&self.weights()).unwrap());
+        let grouped = |rows: usize| {
+            let order: Vec<usize> = (0..3).flat_map(|first| (first..rows).step_by(3)).collect();
+            order.chunks(32).map(<[usize]>::to_vec).collect()
+        };
+        let groups = RowGroups { outputs: grouped(self.k), inputs: grouped(self.input[0]) };
+        let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|place| place % 5 < 3).collect();
+        let kept = Kept { places: &places, packed: false };
+        let passes = [Pass::InputGradient];
+        let mut weights = KeptWeights::new(device, &shape, Precision::Bf16, &kept, Some(&groups), &passes).unwrap();
+        weights.gather(device, w.view()).unwrap();
+        let tiles = weights.gradient_tiles(device).unwrap();
+        let product = |dy: &[f32], how: Dx, dx: RealsMut| {
+            let dy = Storage::Bf16.upload(device, dy);
+            conv_sparse_input_gradient(device, &weights, dy.view(), how, dx).unwrap();
+        };
+        self.norms().flat_map(|&norm| self.agrees(device, label, norm, tiles, &product)).collect()
+    }
+
+    /// Norms to put before it: of many blocks, which take seconds each, those that ask for most and for least.
+    fn norms(&self) -> impl Iterator<Item = &'static Norm> {
+        NORMS.iter().take(if self.is_large() { 2 } else { NORMS.len() })
+    }
+
+    fn is_large(&self) -> bool {
+        self.n * self.input[1] * self.input[2] > 4000
+    }
+}
+
+macro_rules! layer {
+    ($kernel:literal, $input:expr, $k:literal, $filter:literal, $stride:literal, $pad:literal, $n:literal, $count:literal, $offset:literal) => {
+        Layer {
+            kernel: concat!("conv_", $kernel, "_bf16"),
+            input: $input,
+            k: $k,
+            filter: $filter,
+            stride: $stride,
+            pad: $pad,
+            n: $n,
+            count: $count,
+            offset: $offset,
+        }
+    };
+}
+
+/// Runs layers on each device that multiplies on tensor cores; without the large ones, which ThreadSanitizer would take minutes
+/// for.
+fn on_tensor_cores(layers: &[Layer], run: impl Fn(&Layer, &Device, &str) -> Vec<Vec<f32>>) {
+    on_devices(|device, label| {
+        if device.policy() != Policy::Staged {
+            assert_eq!(layers[0].shape().gradient_tiles(device, Precision::Bf16, None), None, "{label}");
+            return Vec::new();
+        }
+        let layers = layers.iter().filter(|layer| !cfg!(dilt_sanitize) || !layer.is_large());
+        layers.flat_map(|layer| run(layer, device, label)).collect()
+    });
+}
+
+#[test]
+fn an_input_gradient_begins_the_backward_pass_of_the_norm_before() {
+    let layers = [
+        layer!("input_gradient_16x256", [9, 6, 4], 5, 3, 2, 1, 24, 17, 0.0),
+        layer!("input_gradient_16x256", [16, 3, 5], 4, 1, 1, 0, 16, 15, 10.0),
+        layer!("input_gradient_32x256", [20, 5, 5], 8, 1, 1, 0, 72, 70, 3.0),
+        layer!("input_gradient_64x64", [40, 4, 4], 6, 3, 1, 1, 8, 5, 0.0),
+        layer!("input_gradient_64x64", [100, 2, 2], 4, 1, 2, 0, 136, 130, 1.0),
+        layer!("input_gradient_64x128", [33, 10, 10], 3, 1, 1, 0, 264, 259, 0.5),
+        layer!("input_gradient_128x128", [130, 10, 10], 3, 3, 1, 1, 136, 129, 0.0),
+    ];
+    on_tensor_cores(&layers, Layer::dense);
+}
+
+#[test]
+fn groups_of_rows_begin_the_backward_pass_of_the_norm_before() {
+    let layers = [
+        layer!("groups_input_gradient_32x128", [40, 4, 6], 6, 3, 2, 1, 40, 33, 0.0),
+        layer!("groups_input_gradient_32x128", [70, 3, 3], 16, 1, 1, 0, 24, 24, 5.0),
+        layer!("groups_input_gradient_32x256", [224, 8, 8], 3, 1, 1, 0, 120, 113, 2.0),
+    ];
+    on_tensor_cores(&layers, Layer::groups);
+}
+
+#[test]
+fn wgmma_begins_the_backward_pass_of_the_norm_before() {
+    let layers = [
+        layer!("input_gradient_wgmma_64x128", [64, 3, 3], 72, 1, 1, 0, 64, 50, 4.0),
+        layer!("input_gradient_wgmma_128x128", [130, 4, 2], 64, 3, 2, 1, 64, 64, 0.0),
+        layer!("input_gradient_wgmma_128x256", [72, 1, 1], 64, 1, 1, 0, 33792, 33789, 1.0),
+    ];
+    on_tensor_cores(&layers, |layer, device, label| {
+        by_wgmma(device).map_or_else(Vec::new, |device| layer.dense(&device, label))
+    });
+}
+
+#[test]
+fn sums_that_nothing_makes_are_refused() {
+    let refused = |policy: Policy, image: usize, precision: Precision, missing: usize, features: usize| {
+        let device = Device::host(HostOptions { policy, ..HostOptions::default() }).unwrap();
+        let shape = ConvShape::new([8, image, 4], 8, [1, 1], 2, 0, 8).unwrap();
+        let real = |len: usize| device.alloc_reals(len, precision).unwrap();
+        let (dy, w, x) = (real(shape.output_len()), real(shape.weight_len()), real(shape.input_len()));
+        let (mut dx, of_features) = (real(shape.input_len()), device.alloc(features).unwrap());
+        let tiles = shape.gradient_tiles(&device, precision, None).unwrap_or(1);
+        let mut sums = device.alloc(2 * 8 * tiles - missing).unwrap();
+        let row = of_features.view();
+        let normed =
+            Normed { x: x.view(), y: None, relu: true, gamma: row, beta: row, mean: row, invstd: row, map: None };
+        let how = Dx::BeforeNorm(BeforeNorm { normed, add: false, sums: sums.view_mut() });
+        conv_input_gradient(&device, &shape, dy.view(), w.view(), how, dx.view_mut()).unwrap_err().to_string()
+    };
+    for (policy, image, precision) in [
+        (Policy::Direct, 4, Precision::Bf16),
+        (Policy::Staged, 4, Precision::F32),
+        (Policy::Staged, 3, Precision::Bf16),
+    ] {
+        let error = refused(policy, image, precision, 0, 8);
+        assert!(error.contains("conv_input_gradient: sums for a norm: expected none but by tensor cores"), "{error}");
+    }
+    let error = refused(Policy::Staged, 4, Precision::Bf16, 1, 8);
+    assert!(error.contains("elements of sums: expected 64, got 63"), "{error}");
+    let error = refused(Policy::Staged, 4, Precision::Bf16, 0, 7);
+    assert!(error.contains("elements of gamma: expected 8, got 7"), "{error}");
+
+    let device = Device::open("host").unwrap();
+    let [mut dgamma, mut dbeta] = [8, 8].map(|len| device.alloc(len).unwrap());
+    let sums = device.alloc(47).unwrap();
+    let error = norm_join_gradient(&device, sums.view(), 3, dgamma.view_mut(), dbeta.view_mut()).unwrap_err();
+    assert!(error.to_string().contains("elements of tiles: expected 48, got 47"), "{error}");
+}
