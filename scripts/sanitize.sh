@@ -18,7 +18,8 @@ address | thread) sanitizer=$1 ;;
 esac
 shift
 
-command=(cargo test --profile sanitize --target-dir "${CARGO_TARGET_DIR:-target}/$sanitizer" --test it -- "$@")
+# One folder for both: what dilt depends on is built once.
+command=(cargo test --profile sanitize --target-dir "${CARGO_TARGET_DIR:-target}/sanitize" --test it -- "$@")
 # ThreadSanitizer of g++ 12 needs the memory layout of older kernels: fewer random bits in addresses.
 if [ "$sanitizer" = thread ] && setarch --addr-no-randomize true 2>/dev/null; then
     command=(setarch --addr-no-randomize "${command[@]}")

