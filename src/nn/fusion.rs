@@ -1,7 +1,7 @@
 //! What layers do of their neighbours' work, in kernels that hold what it needs.
 
-use super::layout::PlannedLayer;
 use super::model::{Layer, Model, ParameterId, ValueId};
+use super::paths::PlannedLayer;
 use super::plan::Use;
 use super::ways::Way;
 use crate::device::Device;

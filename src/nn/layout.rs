@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use super::compact::Compaction;
 use super::fusion::{Fusion, fusions};
 use super::model::{Layer, Model};
-use super::paths::{Choice, Planning, choose};
+use super::paths::{PlannedLayer, Planning, choose};
 use super::plan::{Plan, Use};
-use super::ways::{Lists, MaskedLayer};
+use super::ways::MaskedLayer;
 use crate::device::Device;
 use crate::error::Result;
 use crate::mask::Mask;
@@ -28,13 +28,6 @@ pub struct Layout {
     pub plan: Plan,
     pub(super) layers: Vec<Option<PlannedLayer>>,
     pub(super) fusions: Vec<Fusion>,
-}
-
-/// A layer that multiplies under a mask.
-pub(super) struct PlannedLayer {
-    pub(super) layer: MaskedLayer,
-    pub(super) choice: Choice,
-    packed: bool,
 }
 
 impl Layout {
@@ -72,13 +65,6 @@ impl Layout {
     /// [`crate::Error::Device`] when memory runs out.
     pub fn list_bytes(&self, device: &Device) -> Result<usize> {
         self.layers.iter().flatten().map(|planned| Ok(planned.lists(device)?.bytes())).sum()
-    }
-}
-
-impl PlannedLayer {
-    /// The lists of its passes.
-    pub(super) fn lists(&self, device: &Device) -> Result<Lists> {
-        Lists::new(device, &self.layer, &self.choice.ways, self.packed)
     }
 }
 

@@ -8,9 +8,9 @@ use sha2::{Digest, Sha256};
 
 use super::compact::Compaction;
 use super::fusion::{Fusion, fusions};
-use super::layout::{Layout, PlannedLayer, plan_layers};
+use super::layout::{Layout, plan_layers};
 use super::model::{Layer, Model, Parameter, ParameterId, ParameterKind, STATISTICS, ValueId};
-use super::paths::{Choice, Planning};
+use super::paths::{Choice, PlannedLayer, Planning};
 use super::plan::{Fixed, Plan, Use};
 use super::ways::Lists;
 use super::weights::{Form, Weights};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
-use super::ways::{MaskedLayer, Trial, Way};
+use super::ways::{Lists, MaskedLayer, Trial, Way};
 use crate::device::{Device, Policy, Precision};
 use crate::error::{Error, Result};
 use crate::ops::kept::{KeptWeights, Pass};
@@ -153,6 +153,20 @@ impl Choice {
             names.truncate(1);
         }
         names.join(", ")
+    }
+}
+
+/// A layer that multiplies under a mask, and how; memory holds its kept weights alone (`packed`) or all of them.
+pub(super) struct PlannedLayer {
+    pub(super) layer: MaskedLayer,
+    pub(super) choice: Choice,
+    pub(super) packed: bool,
+}
+
+impl PlannedLayer {
+    /// The lists of its passes.
+    pub(super) fn lists(&self, device: &Device) -> Result<Lists> {
+        Lists::new(device, &self.layer, &self.choice.ways, self.packed)
     }
 }
 

@@ -4,18 +4,19 @@
 //! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
 //! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
 //! the norm) and writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of
-//! tiles, written and read again; and so backwards, where the convolution that makes dy sums that with x. Padded samples and tokens are moved as others are, but what is multiplied with them counts for
-//! nothing. A residual sum, and GELU, in the epilogues of products move what these do not have: elsewhere also what these leave
-//! them. Left out are vectors of an element a feature (biases, γ, β, statistics), embeddings, and labels. An operation is half a
-//! multiply-add of a convolution, a linear layer or attention; what attention computes again in its backward pass is not counted
-//! twice.
+//! tiles, written and read again; and so backward, where the convolution that makes dy sums it with x. Padded samples and tokens
+//! are moved as others are, but what is multiplied with them counts for nothing. A residual sum, and GELU, in the epilogues of
+//! products move what these do not have: elsewhere also what these leave them. Left out are vectors of an element a feature
+//! (biases, γ, β, statistics), embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or
+//! attention; what attention computes again in its backward pass is not counted twice.
 
 use std::iter::Sum;
 use std::ops::Add;
 
 use super::fusion::{Fusion, NormBefore};
-use super::layout::{Layout, PlannedLayer};
+use super::layout::Layout;
 use super::model::{Layer, ValueId};
+use super::paths::PlannedLayer;
 use super::plan::Use;
 use super::ways::Way;
 use crate::device::{Device, Policy, Precision};
