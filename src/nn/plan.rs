@@ -307,14 +307,14 @@ fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
         most = most.max(match layer {
             Layer::Conv { output, .. } => {
                 let shape = model.conv_shape(layer, n)?;
-                // Tiles that are summed for norms; of groups the smallest, since other masks may come.
-                let smallest = [None, Some(0)];
+                // What is summed for norms, in tiles of all weights or of groups; of these the smallest, since other masks may come.
+                let multiplied = || [None, Some(0)].into_iter();
                 let tile = |groups| shape.statistics_tile(device, model.precision, groups);
-                let tiles = smallest.into_iter().filter_map(tile).min().filter(|_| model.norm_of(*output).is_some());
-                let statistics = tiles.map_or(0, |tile| shape.statistics_len(tile));
+                let statistics = model.norm_of(*output).and_then(|_| multiplied().filter_map(tile).min());
+                let statistics = statistics.map_or(0, |tile| shape.statistics_len(tile));
                 let tiles = |groups| shape.gradient_tiles(device, model.precision, groups);
-                let tiles = smallest.into_iter().filter_map(tiles).max().filter(|_| model.norm_before(index).is_some());
-                let sums = tiles.map_or(0, |tiles| 2 * shape.channels() * tiles);
+                let sums = model.norm_before(index).and_then(|_| multiplied().filter_map(tiles).max());
+                let sums = sums.map_or(0, |tiles| 2 * shape.channels() * tiles);
                 statistics.max(sums).max(shape.gradient_scratch_len(device, model.precision))
             }
             Layer::Norm { output, .. } => model.norm_shape(*output, n)?.scratch_len(),

@@ -188,9 +188,19 @@ impl ConvShape {
     /// tensor cores do, or where classes differ in size.
     pub fn gradient_tiles(&self, device: &Device, precision: Precision, groups: Option<usize>) -> Option<usize> {
         let tile = self.tile_columns(device, precision, &INPUT_GRADIENT, groups)?;
-        let [h, w, n, stride] = [self.h, self.w, self.n, self.stride].map(|x| x as usize);
-        let alike = h.is_multiple_of(stride) && w.is_multiple_of(stride);
-        alike.then(|| stride * stride * (h * w / stride / stride * n).div_ceil(tile))
+        let Extent { classes, columns, .. } = self.extent(INPUT_GRADIENT.gradient);
+        (self.h % self.stride == 0 && self.w % self.stride == 0).then(|| classes * columns.div_ceil(tile))
+    }
+
+    /// What the forward pass makes, or the input gradient.
+    pub(super) fn extent(&self, gradient: bool) -> Extent {
+        let [rows, height, width, apart] = match gradient {
+            false => [self.k, self.p, self.q, 1],
+            true => [self.c, self.h, self.w, self.stride],
+        }
+        .map(|x| x as usize);
+        let columns = height.div_ceil(apart) * width.div_ceil(apart) * self.n as usize;
+        Extent { rows, pixels: height * width, classes: apart * apart, columns }
     }
 
     /// Columns of the tiles of a product that multiplies all weights, or so many groups of rows; none where no tensor cores do.
@@ -204,14 +214,7 @@ impl ConvShape {
         if !on_tensor_cores(device, precision) {
             return None;
         }
-        let [rows, height, width, classes] = match kernels.gradient {
-            false => [self.k, self.p, self.q, 1],
-            true => [self.c, self.h, self.w, self.stride],
-        }
-        .map(|x| x as usize);
-        // Of the largest class of pixels.
-        let columns = height.div_ceil(classes) * width.div_ceil(classes) * self.n as usize;
-        let classes = classes * classes;
+        let Extent { rows, classes, columns, .. } = self.extent(kernels.gradient);
         Some(match groups {
             Some(groups) => kernels.group_tile(groups * classes, columns).columns,
             None if self.by_wgmma(device, precision) => kernels.wgmma_tile(rows, columns * classes).columns,
@@ -253,40 +256,41 @@ impl ConvShape {
     }
 }
 
+/// What a product makes.
+pub(super) struct Extent {
+    /// Features.
+    pub rows: usize,
+    /// Of each.
+    pub pixels: usize,
+    /// Classes of pixels, by their remainder in each direction, that a GPU multiplies apart.
+    pub classes: usize,
+    /// Columns of the largest class: its pixels times samples.
+    pub columns: usize,
+}
+
 /// Whether products are those of tensor cores, whose epilogues do more than store.
 pub(crate) fn on_tensor_cores(device: &Device, precision: Precision) -> bool {
     device.policy() == Policy::Staged && precision == Precision::Bf16
 }
 
-/// `to_image` of the result; `classes` of its pixels, by their remainder in each direction, are multiplied apart.
-fn product(
-    device: &Device,
-    precision: Precision,
-    kernels: &'static Product,
-    rows: i32,
-    to_image: [i32; 2],
-    classes: i32,
-    args: &ConvArgs,
-) -> Result<()> {
-    let [rows, n, classes] = [rows, args.shape.n, classes].map(|x| x as usize);
-    let [height, width] = to_image.map(|x| x as usize);
+/// Forward pass or input gradient by all weights.
+fn product(device: &Device, precision: Precision, kernels: &'static Product, args: &ConvArgs) -> Result<()> {
+    let Extent { rows, pixels, classes, columns } = args.shape.extent(kernels.gradient);
     let (kernel, grid, block) = match device.policy() {
         Policy::Direct => {
-            let grid = [height * width, n.div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
+            let grid = [pixels, (args.shape.n as usize).div_ceil(DIRECT_SAMPLES), rows.div_ceil(DIRECT_ROWS)];
             (kernels.direct.of(precision), grid, 1)
         }
         Policy::Staged => {
-            // Of the largest class.
-            let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
             if args.shape.by_wgmma(device, precision) {
-                let tile = kernels.wgmma_tile(rows, columns * classes * classes);
-                let grid = [columns.div_ceil(tile.columns), rows.div_ceil(tile.rows), classes * classes];
+                let tile = kernels.wgmma_tile(rows, columns * classes);
+                let grid = [columns.div_ceil(tile.columns), rows.div_ceil(tile.rows), classes];
                 return conv_wgmma::product(device, kernels.gradient, tile, grid, args);
             }
             let one_tap = args.shape.r * args.shape.s == 1;
             let Tile { kernel, rows: tile_rows, columns: tile_columns } =
-                kernels.of(precision, rows, columns * classes * classes, one_tap);
-            let grid = [columns.div_ceil(*tile_columns), rows.div_ceil(*tile_rows), classes * classes];
+                kernels.of(precision, rows, columns * classes, one_tap);
+            let grid = [columns.div_ceil(*tile_columns), rows.div_ceil(*tile_rows), classes];
             (kernel, grid, THREADS)
         }
     };
@@ -321,7 +325,7 @@ pub fn conv_forward(
     } else {
         let epilogue = epilogue.args(shape, tensor_cores)?;
         let args = ConvArgs { from: x.ptr(), w: w.ptr(), to: y.ptr(), shape: *shape, epilogue };
-        product(device, precision, &FORWARD, shape.k, [shape.p, shape.q], 1, &args)?;
+        product(device, precision, &FORWARD, &args)?;
     }
     epilogue.finish(device, shape, tensor_cores, y.view())
 }
@@ -351,7 +355,7 @@ pub fn conv_input_gradient(
     } else {
         let epilogue = how.args(shape, tensor_cores)?;
         let args = ConvArgs { from: dy.ptr(), w: w.ptr(), to: dx.ptr(), shape: *shape, epilogue };
-        product(device, precision, &INPUT_GRADIENT, shape.c, [shape.h, shape.w], shape.stride, &args)?;
+        product(device, precision, &INPUT_GRADIENT, &args)?;
     }
     how.finish(device, tensor_cores, dx)
 }

@@ -5,7 +5,7 @@
 use half::bf16;
 
 use super::bias::bias_gradient;
-use super::conv::{ConvShape, sum_places};
+use super::conv::{ConvShape, Extent, sum_places};
 use super::epilogue::{Dx, Epilogue, EpilogueArgs};
 use super::kept::{BLOCK_CHUNKS, BLOCK_SAMPLES, Form, KeptWeights, List, Pass};
 use super::tiles::{self, Product};
@@ -73,13 +73,10 @@ impl<A> Kernels<A> {
     }
 }
 
-/// What a product reads and writes: images of this size, whose pixels tensor cores multiply apart for each of `classes` in both
-/// directions.
+/// What a product reads and writes.
 struct Operands<'a> {
     from: Reals<'a>,
     to: Ptr<Real>,
-    to_image: [i32; 2],
-    classes: i32,
     epilogue: EpilogueArgs,
 }
 
@@ -92,8 +89,9 @@ fn product(
     kernels: &'static Kernels<ConvSparseArgs>,
     tiles: &'static Product,
 ) -> Result<()> {
-    let Operands { from, to, to_image, classes, epilogue } = operands;
+    let Operands { from, to, epilogue } = operands;
     let shape = weights.shape;
+    let Extent { pixels, classes, columns, .. } = shape.extent(tiles.gradient);
     let args = ConvSparseArgs {
         from: from.ptr(),
         rows: list.rows.view().ptr(),
@@ -105,19 +103,17 @@ fn product(
         to,
         shape,
         groups: list.groups as i32,
-        classes: classes * classes,
+        classes: classes as i32,
         epilogue,
     };
-    let [height, width, classes, n] = [to_image[0], to_image[1], classes, shape.n].map(|x| x as usize);
+    let n = shape.n as usize;
     let (kernel, grid, block) = match (list.form, device.policy()) {
         (Form::Tiles, _) => {
-            // Of the largest class.
-            let columns = height.div_ceil(classes) * width.div_ceil(classes) * n;
-            let tile = tiles.group_tile(list.groups * classes * classes, columns);
-            (&tile.kernel, [columns.div_ceil(tile.columns), list.groups, classes * classes], THREADS)
+            let tile = tiles.group_tile(list.groups * classes, columns);
+            (&tile.kernel, [columns.div_ceil(tile.columns), list.groups, classes], THREADS)
         }
         (form, Policy::Direct) => {
-            let grid = [height * width, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / form.rows())];
+            let grid = [pixels, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / form.rows())];
             (kernels.of(device, weights, form), grid, 1)
         }
         (form, Policy::Staged) => {
@@ -125,7 +121,7 @@ fn product(
             // Fewer warps where there are fewer rows.
             let warps = list.groups.div_ceil(groups);
             let threads = most.min(warps as u32 * WARP);
-            let columns = (height * width * n).div_ceil(STAGED_COLUMNS);
+            let columns = (pixels * n).div_ceil(STAGED_COLUMNS);
             (kernels.of(device, weights, form), [columns, warps.div_ceil((threads / WARP) as usize), 1], threads)
         }
     };
@@ -170,9 +166,8 @@ pub fn conv_sparse_forward(
     check_len(op, "y", y.len(), shape.output_len())?;
     let list = weights.list(op, Pass::Forward)?;
     epilogue.check(op, &shape, x, weights.statistics_tile(device))?;
-    let (to_image, tensor_cores) = ([shape.p, shape.q], list.form == Form::Tiles);
-    let args = epilogue.args(&shape, tensor_cores)?;
-    let operands = Operands { from: x, to: y.ptr(), to_image, classes: 1, epilogue: args };
+    let tensor_cores = list.form == Form::Tiles;
+    let operands = Operands { from: x, to: y.ptr(), epilogue: epilogue.args(&shape, tensor_cores)? };
     product(device, weights, list, operands, &FORWARD, &tiles::FORWARD)?;
     epilogue.finish(device, &shape, tensor_cores, y.view())
 }
@@ -196,9 +191,8 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
     how.check(op, &shape, dy, weights.gradient_tiles(device))?;
-    let (to_image, tensor_cores) = ([shape.h, shape.w], list.form == Form::Tiles);
-    let epilogue = how.args(&shape, tensor_cores)?;
-    let operands = Operands { from: dy, to: dx.ptr(), to_image, classes: shape.stride, epilogue };
+    let tensor_cores = list.form == Form::Tiles;
+    let operands = Operands { from: dy, to: dx.ptr(), epilogue: how.args(&shape, tensor_cores)? };
     product(device, weights, list, operands, &INPUT_GRADIENT, &tiles::INPUT_GRADIENT)?;
     how.finish(device, tensor_cores, dx)
 }

@@ -238,10 +238,9 @@ impl Dx<'_> {
     pub(super) fn args(&self, shape: &ConvShape, tensor_cores: bool) -> Result<EpilogueArgs> {
         let mut args = EpilogueArgs::of(Columns::samples(shape.n as usize)?);
         match self {
-            Dx::Set => {}
             Dx::Add => args.accumulate = 1,
             Dx::BeforeGelu(x) if tensor_cores => args.operand = x.ptr(),
-            Dx::BeforeGelu(_) => {}
+            Dx::Set | Dx::BeforeGelu(_) => {}
             Dx::BeforeNorm(norm) => (args.norm, args.accumulate) = (norm.args(), i32::from(norm.add)),
         }
         Ok(args)

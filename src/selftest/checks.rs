@@ -18,10 +18,6 @@ use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::layer_norm::{LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics};
 use crate::ops::layer_norm::{layer_norm_backward, layer_norm_forward};
 use crate::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
-use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_join_gradient,
-};
-use crate::ops::norm::{norm_backward, norm_eval, norm_forward, norm_join};
 use crate::ops::optimizer::{
     AdamW, Clip, GRADIENT_NORM_PARTIALS, OptimizerInput, Sgd, adamw_step, gradient_norm, sgd_step,
 };
@@ -47,10 +43,6 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
     |t| attention_gradient(t, 72),
     augment,
     loss,
-    norm_in_training,
-    norm_in_evaluation,
-    |t| norm_gradient(t, true),
-    |t| norm_gradient(t, false),
     layer_norm,
     layer_norm_gradient,
     gelu,
@@ -73,11 +65,9 @@ pub(super) const OF_ACTIVATIONS: &[Check] = &[
 pub(super) const OTHERS: &[Check] = &[
     argument_layouts,
     ceilings,
-    norm_gradient_of_tiles,
     sgd,
     adamw,
     norm_of_gradients,
-    norm_of_tiles,
     prune,
     masked,
     combined_masks,
@@ -200,100 +190,6 @@ fn loss(t: &mut Trial) -> Result<()> {
     t.exact("top1", &top1)?;
     t.exact("top5", &top5)?;
     t.close_reals("dlogits", &dlogits)
-}
-
-const FEATURES: usize = 5;
-
-/// Two chunks a row.
-fn norm_shape() -> Result<NormShape> {
-    NormShape::new(FEATURES, 600, SAMPLES)
-}
-
-fn norm_in_training(t: &mut Trial) -> Result<()> {
-    let shape = norm_shape()?;
-    let (x, residual, count) = (t.real_samples(shape.len())?, t.real_samples(shape.len())?, t.count()?);
-    let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
-    let (mut running_mean, mut running_var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
-    let (mut mean, mut invstd) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    let (mut scratch, mut y) = (t.unwritten(shape.scratch_len())?, t.unwritten_reals(shape.len())?);
-    let input = NormInput { x: x.view(), residual: Some(residual.view()), relu: true, map: None, count: count.view() };
-    let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
-    let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
-    let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
-    norm_forward(t.device, &shape, input, affine, running, saved, scratch.view_mut(), y.view_mut())?;
-    t.close("running mean", &running_mean)?;
-    t.close("running var", &running_var)?;
-    t.close("mean", &mean)?;
-    t.close("invstd", &invstd)?;
-    t.close_reals("y", &y)
-}
-
-/// Statistics from those of ragged tiles.
-fn norm_of_tiles(t: &mut Trial) -> Result<()> {
-    const TILE: usize = 100;
-    let (shape, count) = (norm_shape()?, t.count()?);
-    let tiles = t.positive(2 * FEATURES * (shape.len() / FEATURES).div_ceil(TILE))?;
-    let (mut running_mean, mut running_var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
-    let (mut mean, mut invstd) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    let running = NormRunning { mean: running_mean.view_mut(), var: running_var.view_mut(), momentum: 0.1 };
-    let saved = NormSaved { mean: mean.view_mut(), invstd: invstd.view_mut() };
-    norm_join(t.device, &shape, tiles.view(), TILE, count.view(), 1e-5, running, saved)?;
-    t.close("running mean", &running_mean)?;
-    t.close("running var", &running_var)?;
-    t.close("mean", &mean)?;
-    t.close("invstd", &invstd)
-}
-
-fn norm_in_evaluation(t: &mut Trial) -> Result<()> {
-    let shape = norm_shape()?;
-    let (x, count, mut y) = (t.real_samples(shape.len())?, t.count()?, t.unwritten_reals(shape.len())?);
-    let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
-    let (mean, var) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
-    let input = NormInput { x: x.view(), residual: None, relu: true, map: None, count: count.view() };
-    let affine = NormAffine { gamma: gamma.view(), beta: beta.view(), epsilon: 1e-5 };
-    norm_eval(t.device, &shape, input, affine, mean.view(), var.view(), y.view_mut())?;
-    t.close_reals("y", &y)
-}
-
-fn norm_gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
-    let shape = norm_shape()?;
-    let (x, y, mut dy) = (t.real_samples(shape.len())?, t.real_samples(shape.len())?, t.real_samples(shape.len())?);
-    let (gamma, beta) = (t.floats(FEATURES)?, t.floats(FEATURES)?);
-    let (mean, invstd) = (t.floats(FEATURES)?, t.positive(FEATURES)?);
-    let (mut scratch, count) = (t.unwritten(shape.scratch_len())?, t.count()?);
-    let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    let mut dx = t.unwritten_reals(shape.len())?;
-    let input = NormBackward {
-        normed: Normed {
-            x: x.view(),
-            y: with_residual.then_some(y.view()),
-            relu: true,
-            gamma: gamma.view(),
-            beta: beta.view(),
-            mean: mean.view(),
-            invstd: invstd.view(),
-            map: None,
-        },
-        dy: NormGradient::OfResidual(dy.view_mut()),
-        training: true,
-        count: count.view(),
-    };
-    let (dg, db) = (dgamma.view_mut(), dbeta.view_mut());
-    norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dx.view_mut())?;
-    t.close("dgamma", &dgamma)?;
-    t.close("dbeta", &dbeta)?;
-    t.exact_reals("dresidual", &dy)?;
-    t.close_reals("dx", &dx)
-}
-
-/// From the sums of more tiles than a block has threads.
-fn norm_gradient_of_tiles(t: &mut Trial) -> Result<()> {
-    const TILES: usize = 1100;
-    let sums = t.floats(2 * FEATURES * TILES)?;
-    let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
-    norm_join_gradient(t.device, sums.view(), TILES, dgamma.view_mut(), dbeta.view_mut())?;
-    t.close("dgamma", &dgamma)?;
-    t.close("dbeta", &dbeta)
 }
 
 /// Chunks and single rows of several tiles; columns of `PADDED` samples, of which a token is padding.
@@ -569,6 +465,8 @@ fn patches(t: &mut Trial) -> Result<()> {
     patches_forward(t.device, &shape, x.view(), y.view_mut())?;
     t.exact_reals("y", &y)
 }
+
+const FEATURES: usize = 5;
 
 fn embedding(t: &mut Trial) -> Result<()> {
     let shape = EmbedShape::new(FEATURES, TOKENS, 1, SAMPLES)?;

@@ -6,6 +6,7 @@
 //! device. Which kernels a check launches is seen by [`Device::trace`], not written down: a kernel that no check
 //! launches fails. What has activations runs with both precisions of them.
 
+mod batch_norm;
 mod checks;
 mod convolution;
 mod coupling;
@@ -66,8 +67,9 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
     };
     for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
         let of_activations = checks::OF_ACTIVATIONS.iter().chain(convolution::OF_ACTIVATIONS);
-        let of_activations = of_activations.chain(coupling::OF_ACTIVATIONS);
-        let others = checks::OTHERS.iter().chain(convolution::OTHERS).chain(coupling::OTHERS);
+        let of_activations = of_activations.chain(batch_norm::OF_ACTIVATIONS).chain(coupling::OF_ACTIVATIONS);
+        let others = checks::OTHERS.iter().chain(convolution::OTHERS);
+        let others = others.chain(batch_norm::OTHERS).chain(coupling::OTHERS);
         let each = of_activations.flat_map(|check| Precision::ALL.map(|precision| (check, precision)));
         let mut checks = each.chain(others.map(|check| (check, Precision::F32)));
         test(&device.with_policy(policy)?, other, &mut checks)?;

@@ -55,6 +55,22 @@ fn masks(shape: &ConvShape, rng: &mut ChaCha8Rng) -> Vec<(&'static str, Vec<u32>
     vec![("none", vec![]), ("all", (0..len).collect()), ("half", half), ("few", few), ("clustered", clustered)]
 }
 
+/// Every third row beside each other.
+fn thirds(rows: usize) -> Vec<usize> {
+    (0..3).flat_map(|first| (first..rows).step_by(3)).collect()
+}
+
+/// Three in five weights of a layer, of its thirds of rows in groups of 32, as tensor cores multiply them in a pass.
+pub fn in_groups(device: &Device, shape: &ConvShape, w: &[f32], pass: Pass) -> KeptWeights {
+    let grouped = |rows: usize| thirds(rows).chunks(32).map(<[usize]>::to_vec).collect();
+    let groups = RowGroups { outputs: grouped(shape.filters()), inputs: grouped(shape.channels()) };
+    let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|place| place % 5 < 3).collect();
+    let kept = Kept { places: &places, packed: false };
+    let mut weights = KeptWeights::new(device, shape, Precision::Bf16, &kept, Some(&groups), &[pass]).unwrap();
+    weights.gather(device, device.upload(w).unwrap().view()).unwrap();
+    weights
+}
+
 /// A convolution under a mask, and what its passes are given. Pruned weights are zero.
 struct Masked<'a> {
     shape: &'a ConvShape,
@@ -90,7 +106,7 @@ impl<'a> Masked<'a> {
     /// Every third row beside each other, in groups of several sizes.
     fn groups(&self, device: &Device, precision: Precision) -> RowGroups {
         let grouped = |rows: usize| {
-            let order: Vec<usize> = (0..3).flat_map(|first| (first..rows).step_by(3)).collect();
+            let order = thirds(rows);
             let (few, rest) = order.split_at(rows.min(3));
             let rest = rest.chunks(group_rows(device, precision));
             [few].into_iter().chain(rest).map(<[usize]>::to_vec).collect()

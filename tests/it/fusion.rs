@@ -119,8 +119,9 @@ fn apart(got: &[f32], want: &[f32]) -> f64 {
     length(&mut got.iter().zip(want).map(|(got, want)| got - want)) / if want_length > 0.0 { want_length } else { 1.0 }
 }
 
-/// Passes in bf16 whose gradients err as much as those of kernels of their own; models in f32 and in bf16.
-fn judged(device: &Device, label: &str, models: &[Model; 2], weights: &Weights, way: Way) -> Passes {
+/// Passes in bf16 whose gradients err as much as those of kernels of their own: half as much again all together, `each` times as
+/// much by itself. Models in f32 and in bf16.
+fn judged(device: &Device, label: &str, models: &[Model; 2], weights: &Weights, way: Way, each: f64) -> Passes {
     let direct = Device::host(HostOptions { policy: Policy::Direct, ..HostOptions::default() }).unwrap();
     let [full, naive] = models.each_ref().map(|model| passes(&direct, model, weights, way));
     let got = passes(device, &models[1], weights, way);
@@ -129,8 +130,7 @@ fn judged(device: &Device, label: &str, models: &[Model; 2], weights: &Weights, 
         let errors = [&got, &naive].map(|passes| apart(&passes.gradients[name], want));
         squares = [0, 1].map(|which| squares[which] + errors[which] * errors[which]);
         let [error, most] = errors;
-        // Of a few elements, roundings that fall otherwise decide.
-        assert!(error <= 3.0 * most + 1e-3, "{label}: {name}: {error:.2e} off, by kernels of their own {most:.2e}");
+        assert!(error <= each * most + 1e-3, "{label}: {name}: {error:.2e} off, by kernels of their own {most:.2e}");
     }
     let [error, most] = squares.map(f64::sqrt);
     assert!(error <= 1.5 * most, "{label}: all gradients: {error:.2e} off, by kernels of their own {most:.2e}");
@@ -141,7 +141,7 @@ fn judged(device: &Device, label: &str, models: &[Model; 2], weights: &Weights, 
 fn agrees(device: &Device, label: &str, masked: bool, way: Way) -> Passes {
     let label = format!("{label}: {}, masked {masked}", way.name());
     let models = [Precision::F32, Precision::Bf16].map(model);
-    let got = judged(device, &label, &models, &weights(&models[1], masked), way);
+    let got = judged(device, &label, &models, &weights(&models[1], masked), way, 1.5);
     let model = &models[1];
     let (mut gelus, mut sums) = (0, 0);
     for layer in &model.layers {
@@ -214,7 +214,8 @@ fn a_residual_networks_products_begin_the_backward_passes_of_its_norms() {
             for (ticket, weights) in cases {
                 for way in Way::ALL {
                     let label = format!("{label}: {name}: {ticket}: {}", way.name());
-                    let got = judged(&device, &label, &models, &weights, way);
+                    // Norms have a few features: a rounding that falls otherwise decides about one.
+                    let got = judged(&device, &label, &models, &weights, way, 3.0);
                     let [summed, others] = got.summed;
                     let expected = if device.policy() == Policy::Direct { [0, summed + others] } else { got.summed };
                     let counts = ["norm_join_gradient", "norm_backward_sums"].map(|kernel| got.launched(kernel));

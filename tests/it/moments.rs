@@ -13,13 +13,14 @@ use dilt::ops::Columns;
 use dilt::ops::conv::{ConvShape, conv_forward};
 use dilt::ops::conv_sparse::conv_sparse_forward;
 use dilt::ops::epilogue::{Bias, Epilogue, TileStatistics};
-use dilt::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
+use dilt::ops::kept::Pass;
 use dilt::ops::norm::{NormRunning, NormSaved, NormShape, norm_join};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::compact::tickets;
 use crate::conv::rounded;
+use crate::conv_sparse::in_groups;
 use crate::support::{Storage, by_wgmma, on_devices, read, unwritten};
 
 /// A few roundings of f32, 6e-8 each, of the deviation.
@@ -156,19 +157,8 @@ impl Summed {
         self.counts.iter().flat_map(|&count| self.agrees(device, label, tile, count, &forward)).collect()
     }
 
-    /// Every third row beside each other in a group, and half of the weights.
     fn groups(&self, device: &Device, label: &str) -> Vec<Vec<f32>> {
-        let (shape, w) = (self.shape(), device.upload(&self.weights()).unwrap());
-        let grouped = |rows: usize| {
-            let order: Vec<usize> = (0..3).flat_map(|first| (first..rows).step_by(3)).collect();
-            order.chunks(32).map(<[usize]>::to_vec).collect()
-        };
-        let groups = RowGroups { outputs: grouped(self.k), inputs: grouped(self.input[0]) };
-        let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|place| place % 5 < 3).collect();
-        let kept = Kept { places: &places, packed: false };
-        let mut weights =
-            KeptWeights::new(device, &shape, Precision::Bf16, &kept, Some(&groups), &[Pass::Forward]).unwrap();
-        weights.gather(device, w.view()).unwrap();
+        let weights = in_groups(device, &self.shape(), &self.weights(), Pass::Forward);
         let tile = weights.statistics_tile(device).unwrap();
         let forward = |x: Reals, statistics: TileStatistics, y: RealsMut| {
             let epilogue = Epilogue { statistics: Some(statistics), ..Epilogue::default() };

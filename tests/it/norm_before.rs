@@ -5,13 +5,14 @@ use dilt::device::{Device, HostOptions, Policy, Precision, RealsMut};
 use dilt::ops::conv::{ConvShape, conv_input_gradient};
 use dilt::ops::conv_sparse::conv_sparse_input_gradient;
 use dilt::ops::epilogue::{BeforeNorm, Dx};
-use dilt::ops::kept::{Kept, KeptWeights, Pass, RowGroups};
+use dilt::ops::kept::Pass;
 use dilt::ops::norm::{NormBackward, NormGradient, NormShape, Normed, norm_backward, norm_join_gradient};
 use dilt::ops::row_map::RowMap;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::conv::rounded;
+use crate::conv_sparse::in_groups;
 use crate::support::{Storage, by_wgmma, on_devices, read, unwritten};
 
 /// A few roundings of f32, 6e-8 each, of the root of the sum of squares.
@@ -181,19 +182,8 @@ impl Layer {
         self.norms().flat_map(|&norm| self.agrees(device, label, norm, tiles, &product)).collect()
     }
 
-    /// Every third row beside each other in a group, and three in five weights.
     fn groups(&self, device: &Device, label: &str) -> Vec<Vec<f32>> {
-        let (shape, w) = (self.shape(), device.upload(&self.weights()).unwrap());
-        let grouped = |rows: usize| {
-            let order: Vec<usize> = (0..3).flat_map(|first| (first..rows).step_by(3)).collect();
-            order.chunks(32).map(<[usize]>::to_vec).collect()
-        };
-        let groups = RowGroups { outputs: grouped(self.k), inputs: grouped(self.input[0]) };
-        let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|place| place % 5 < 3).collect();
-        let kept = Kept { places: &places, packed: false };
-        let passes = [Pass::InputGradient];
-        let mut weights = KeptWeights::new(device, &shape, Precision::Bf16, &kept, Some(&groups), &passes).unwrap();
-        weights.gather(device, w.view()).unwrap();
+        let weights = in_groups(device, &self.shape(), &self.weights(), Pass::InputGradient);
         let tiles = weights.gradient_tiles(device).unwrap();
         let product = |dy: &[f32], how: Dx, dx: RealsMut| {
             let dy = Storage::Bf16.upload(device, dy);
