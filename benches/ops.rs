@@ -24,8 +24,8 @@ use dilt::ops::layer_norm::{
 };
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_backward,
-    norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
+    norm_backward, norm_forward,
 };
 use dilt::ops::optimizer::{OptimizerInput, Sgd, sgd_step};
 use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
@@ -150,13 +150,15 @@ impl Bench<'_> {
         self.time(&format!("norm backward {features}x{image}x{image}"), Throughput::Bytes(5 * bytes), |device| {
             let input = NormBackward {
                 normed: Normed {
-                    x: x.view().into(),
+                    norm: Normalised {
+                        x: x.view().into(),
+                        gamma: gamma.view(),
+                        beta: beta.view(),
+                        mean: saved.view(),
+                        invstd: invstd.view(),
+                    },
                     y: None,
                     relu: true,
-                    gamma: gamma.view(),
-                    beta: beta.view(),
-                    mean: saved.view(),
-                    invstd: invstd.view(),
                     map: None,
                 },
                 dy: NormGradient::Kept(dy.view().into()),

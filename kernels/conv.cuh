@@ -97,16 +97,13 @@ struct Taps {
     }
 };
 
-// The batch norm whose result a layer reads, for an input gradient that begins its backward pass (norm.cu): arguments as there.
+// The batch norm whose result a layer reads, or the sum of two, for an input gradient that begins its backward pass (norm.cu,
+// norm_pair.cu): arguments as there.
 struct NormBeforeArgs {
-    const Real* x;
+    NormalisedArgs norms[2];  // x of the second is null where there is one
     const Real* y;
-    const float* gamma;
-    const float* beta;
-    const float* mean;
-    const float* invstd;
     const uint32_t* source;
-    GradientSums* sums;     // [features of x, tiles of a row]; null where there is no norm
+    GradientSums* sums[2];    // of each [features of x, tiles of a row]; the first null where there is no norm
     int32_t relu;
 };
 

@@ -89,7 +89,7 @@ struct Epilogue {
     static constexpr int PARTS = COLUMNS / Warp::WIDTH;  // of a row, of a warp each
     float slab[WARPS][16][Warp::WIDTH + 4];              // of a warp's sums at a time, to turn them into rows of the result
     Moments moments[ROWS][PARTS];
-    GradientSums gradient[ROWS][PARTS];
+    GradientSums gradient[2][ROWS][PARTS];
 };
 
 // The sum of a value over the LANES lanes beside each other that have a row together.
@@ -114,19 +114,23 @@ DEVICE Moments row_moments(Samples<8> y, uint32_t live, float items) {
     return corrected(mean, left, squares, items);
 }
 
-// dz of 8 values of the gradient of a row of a norm's result, as they are stored, and its sums over them. The row lies at `place`
-// of column 0; its feature's, in x, `pitch` elements for each row further up or down.
+// dz of 8 values of the gradient of a row of the result of norms, as they are stored, and its sums over them for each. The row lies
+// at `place` of column 0; its feature's, in x, `pitch` elements for each row further up or down.
 DEVICE Samples<8> before_norm(const NormBeforeArgs& norm, uint32_t row, int64_t place, int64_t pitch, const Samples<8>& dy,
-                              GradientSums& sums) {
+                              GradientSums (&sums)[2]) {
     const uint32_t feature = norm.source ? norm.source[row] : row;
-    Samples<8> dz = as_stored(dy), off = splat<8>(0.0f);
-    float invstd = 0.0f, scale = 0.0f, beta = 0.0f;
-    if (feature != NONE) {
-        invstd = norm.invstd[feature], scale = norm.gamma[feature] * invstd, beta = norm.beta[feature];
-        off = load<8>(norm.x + place + feature * pitch) - norm.mean[feature];
+    Normaliser of[2];
+    Samples<8> dz = as_stored(dy), off[2] = {splat<8>(0.0f), splat<8>(0.0f)};
+    UNROLL for (int k = 0; k < 2; ++k) {
+        if (feature == NONE || !norm.norms[k].x) continue;
+        of[k] = Normaliser(norm.norms[k], feature);
+        off[k] = load<8>(norm.norms[k].x + place + feature * pitch) - of[k].mean;
     }
-    if (norm.relu) dz = through_relu<8>(dz, norm.y ? load<8>(norm.y + place + row * pitch) : off * scale + beta);
-    sums = {lane_sum<8>(dz), lane_sum<8>(dz * (off * invstd))};
+    const auto z = [&] { return of[0].apply<8>(off[0]) + of[1].apply<8>(off[1]); };
+    if (norm.relu) dz = through_relu<8>(dz, norm.y ? load<8>(norm.y + place + row * pitch) : z());
+    const float sum = lane_sum<8>(dz);
+    UNROLL for (int k = 0; k < 2; ++k)
+        if (norm.sums[k]) sums[k] = {sum, lane_sum<8>(dz * (off[k] * of[k].invstd))};
     return dz;
 }
 
@@ -164,8 +168,8 @@ struct RowSums {
 };
 
 // Writes a warp's sums, 16 rows at a time, to the pixels of a class: each lane rows of 8 samples, 16 bytes. `row_of` is the
-// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row, or the sums of a norm's
-// gradient, and writes what stands beside it, if they are asked for; a gradient goes through GELU before it is rounded.
+// row of the result that each of the tile's rows is, or NONE. Keeps the moments of its part of each row, or the sums of norms'
+// gradients, and writes what stands beside it, if they are asked for; a gradient goes through GELU before it is rounded.
 template <bool GRADIENT, class Warp, int ROWS, int COLUMNS, class Args, class RowOf>
 DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS, COLUMNS>& shared, int lane, int warp,
                        int first_column, const SumTile (&sum)[Warp::LEFTS][Warp::RIGHTS], RowOf row_of) {
@@ -194,14 +198,14 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
             const int tile_row = Warp::row(warp) + i * 16 + r + down_slab;
             const uint32_t row = row_of(tile_row);
             Samples<8> y = splat<8>(0.0f);
-            GradientSums gradient = {0.0f, 0.0f};
+            GradientSums gradient[2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
             if (inside && row != NONE) {
                 y = load<8>(&slab[r + down_slab][across_slab]);
                 if (end.bias) y = kept<8>(y + splat<8>(end.bias[row]), live);
                 const int64_t own_place = place + row * pitch;
                 if (GRADIENT && end.operand) y = y * gelu_slope<8>(load<8>(end.operand + own_place));
                 if (end.accumulate) y += load<8>(a.to + own_place);
-                if (GRADIENT && end.norm.sums) y = before_norm(end.norm, row, place, pitch, y, gradient);
+                if (GRADIENT && end.norm.sums[0]) y = before_norm(end.norm, row, place, pitch, y, gradient);
                 store<8>(a.to + own_place, y);
                 if (!GRADIENT && end.beside) {
                     const Samples<8> stored = as_stored(y);
@@ -214,9 +218,10 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
                 const Moments moments = row_moments<LANES_ACROSS>(y, live, items);
                 if (across_slab == 0) shared.moments[tile_row][part] = moments;
             }
-            if (GRADIENT && end.norm.sums) {
-                gradient = {row_sum<LANES_ACROSS>(gradient.dz), row_sum<LANES_ACROSS>(gradient.dz_xhat)};
-                if (across_slab == 0) shared.gradient[tile_row][part] = gradient;
+            UNROLL for (int k = 0; k < 2; ++k) {
+                if (!GRADIENT || !end.norm.sums[k]) break;
+                gradient[k] = {row_sum<LANES_ACROSS>(gradient[k].dz), row_sum<LANES_ACROSS>(gradient[k].dz_xhat)};
+                if (across_slab == 0) shared.gradient[k][tile_row][part] = gradient[k];
             }
         }
         __syncwarp();
@@ -230,7 +235,7 @@ DEVICE void write_tile(const Args& a, const PixelClass& own, const Epilogue<Warp
                        int column_tile, int number, RowOf row_of) {
     constexpr int PARTS = Epilogue<Warp, ROWS, COLUMNS>::PARTS;
     const EpilogueArgs& end = a.epilogue;
-    if (GRADIENT ? !end.norm.sums : !end.statistics) return;
+    if (GRADIENT ? !end.norm.sums[0] : !end.statistics) return;
     __syncthreads();
     const uint32_t row = thread < ROWS ? row_of(thread) : NONE;
     if (row == NONE) return;
@@ -240,7 +245,8 @@ DEVICE void write_tile(const Args& a, const PixelClass& own, const Epilogue<Warp
         const uint32_t feature = end.norm.source ? end.norm.source[row] : row;
         if (feature == NONE) return;
         const int64_t tile = (int64_t(feature) * a.shape.stride * a.shape.stride + number) * tiles + column_tile;
-        end.norm.sums[tile] = join(shared.gradient[thread], PARTS, nullptr, 0, 1);
+        UNROLL for (int k = 0; k < 2; ++k)
+            if (end.norm.sums[k]) end.norm.sums[k][tile] = join(shared.gradient[k][thread], PARTS, nullptr, 0, 1);
     } else {
         const auto items_of = [&](int part) { return true_samples(a, first + part * Warp::WIDTH, Warp::WIDTH, columns); };
         const float items = larger(1.0f, true_samples(a, first, COLUMNS, columns));

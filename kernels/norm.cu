@@ -19,14 +19,13 @@
 // Limit: bytes. Training reads x twice (and once more from cache), or once where its statistics are given, and writes y;
 // backward reads x and dy twice, and y too where a residual was added; where a residual has a gradient, the first
 // kernel writes that, dz, over dy, and the second reads it instead; where dz was summed before, it reads x and dz once.
-#include "kernels/norm.cuh"
+#include "kernels/norm_chunks.cuh"
 
-struct NormShape {
-    int32_t features;
-    int32_t pixels;
-    int32_t n;       // samples of a pixel, a multiple of 8
-    int32_t splits;  // chunks of a row
-    int32_t chunk;   // pixels of a chunk; the last may have fewer
+struct NormStatisticsArgs {
+    const Real* x;
+    Moments* partial;       // [C, splits]: of the chunks
+    const uint32_t* count;  // number of true samples
+    NormShape shape;
 };
 
 struct NormForwardArgs {
@@ -36,11 +35,11 @@ struct NormForwardArgs {
     const float* beta;
     float* running_mean;
     float* running_var;
-    float* mean;            // what normalised, for the backward pass
+    float* mean;             // what normalised, for the backward pass
     float* invstd;
-    Moments* partial;       // [C, splits]: of the chunks
+    const Moments* partial;  // of the chunks
     Real* y;
-    const uint32_t* count;   // number of true samples
+    const uint32_t* count;
     const uint32_t* source;  // the row of x that is added to each row of y, or 2^32 - 1 for none; null where they are one
     NormShape shape;
     int32_t relu;
@@ -65,14 +64,10 @@ struct NormEvalArgs {
 };
 
 struct NormBackwardArgs {
-    const Real* x;
-    const Real* y;     // read with relu only; null where nothing was added before it: then x says where y is above 0
+    NormalisedArgs norm;
+    const Real* y;  // read with relu only; null where nothing was added before it: then x says where y is above 0
     const Real* dy;
-    Real* dz;          // where dy is, if dz shall replace it: rows of x once they are summed; or null
-    const float* gamma;
-    const float* beta;
-    const float* mean;
-    const float* invstd;
+    Real* dz;       // where dy is, if dz shall replace it: rows of x once they are summed; or null
     GradientSums* partial;  // [C, splits]: of the chunks; null where dz, dgamma and dbeta are there
     float* dgamma;
     float* dbeta;
@@ -85,49 +80,11 @@ struct NormBackwardArgs {
     int32_t training;
 };
 
-constexpr int THREADS = 256;
-constexpr int CHAINS = 4;  // sums that a thread keeps apart, since one addition cannot start before the last has ended
-
-DEVICE int samples(const NormShape& d, const uint32_t* count) { return int(min64(*count, d.n)); }
-
-DEVICE int pixels_of(const NormShape& d, int split) { return int(min64(d.chunk, d.pixels - int64_t(split) * d.chunk)); }
-
 // The row of x that belongs to a row of y; negative for none.
 DEVICE int row_of_x(const uint32_t* source, int row) { return source ? int(source[row]) : row; }
 
 // How far a row's elements lie behind those of another.
 DEVICE int64_t behind(const NormShape& d, int row, int other) { return (int64_t(row) - other) * d.pixels * d.n; }
-
-// Calls f(offset, live, chain) for this thread's vectors of a chunk: `live` lanes (if fewer than L) are true samples.
-template <int L, class F>
-DEVICE void each_vector(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, F f) {
-    const int64_t begin = (int64_t(block.y) * d.pixels + int64_t(block.x) * d.chunk) * d.n;
-    const int length = pixels_of(d, block.x) * d.n;
-    const int step = threads * L, turn = step % d.n;
-    int at = thread * L, n = at % d.n;
-    const auto next = [&](int chain) {
-        f(begin + at, count - n, chain);
-        at += step, n += turn;
-        if (n >= d.n) n -= d.n;
-    };
-    while (at + (CHAINS - 1) * step < length)
-        UNROLL for (int chain = 0; chain < CHAINS; ++chain) next(chain);
-    while (at < length) next(0);
-}
-
-// The chains of one sum of this thread.
-template <int L>
-struct Sum {
-    Samples<L> chain[CHAINS];
-
-    DEVICE Sum() {
-        UNROLL for (int i = 0; i < CHAINS; ++i) chain[i] = splat<L>(0.0f);
-    }
-    DEVICE float over_block(WarpSums& shared, uint32_t thread, uint32_t threads) const {
-        const float sum = lane_sum<L>((chain[0] + chain[1]) + (chain[2] + chain[3]));
-        return block_sum(sum, shared.scratch, thread, threads);
-    }
-};
 
 // y of a chunk; of the residual alone where x is null. `scale` is gamma invstd; the mean is taken off first, since beta -
 // mean scale would cancel.
@@ -146,13 +103,13 @@ DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t 
 // dz of a vector of y, whose x lies `off` from the mean. Where y is above 0 is computed again as the forward pass did,
 // which is cheaper than reading it.
 template <int L>
-DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i, const Samples<L>& off, float scale, float beta) {
+DEVICE Samples<L> above(const NormBackwardArgs& a, int64_t i, const Samples<L>& off, const Normaliser& norm) {
     const Samples<L> dy = load<L>(a.dy + i);
-    return a.relu ? through_relu<L>(dy, a.y ? load<L>(a.y + i) : off * scale + beta) : dy;
+    return a.relu ? through_relu<L>(dy, a.y ? load<L>(a.y + i) : norm.apply<L>(off)) : dy;
 }
 
 template <int L>
-DEVICE void statistics(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
+DEVICE void statistics(const NormStatisticsArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
     const Real* x = a.x;
     const int count = samples(d, a.count);
@@ -206,14 +163,13 @@ DEVICE void evaluate(const NormEvalArgs& a, dim3 block, uint32_t thread, uint32_
 template <int L>
 DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads) {
     const NormShape& d = a.shape;
-    const float mean = a.mean[block.y], invstd = a.invstd[block.y];
-    const float scale = a.gamma[block.y] * invstd, beta = a.beta[block.y];
+    const Normaliser norm(a.norm, block.y);
     const int64_t to_y = a.target ? behind(d, int(a.target[block.y]), block.y) : 0;
     Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
     each_vector<L>(d, block, thread, threads, samples(d, a.count), [&](int64_t i, int live, int chain) {
-        const Samples<L> off = load<L>(a.x + i) - mean, dz = above<L>(a, i + to_y, off, scale, beta);
+        const Samples<L> off = load<L>(a.norm.x + i) - norm.mean, dz = above<L>(a, i + to_y, off, norm);
         sum.chain[chain] += dz;
-        dot.chain[chain] += dz * (off * invstd);
+        dot.chain[chain] += dz * (off * norm.invstd);
         if (a.dz) store<L>(a.dz + i + to_y, first_lanes<L>(dz, live));
     });
     const float sums = sum.over_block(shared, thread, threads);
@@ -228,7 +184,7 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     if (feature < 0) {
         if (!a.dz || !a.partial) return;
         each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-            store<L>(a.dz + i, first_lanes<L>(above<L>(a, i, splat<L>(0.0f), 0.0f, 0.0f), live));
+            store<L>(a.dz + i, first_lanes<L>(above<L>(a, i, splat<L>(0.0f), Normaliser()), live));
         });
         return;
     }
@@ -237,16 +193,15 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
         sums = join(a.partial + int64_t(feature) * d.splits, d.splits, shared.scratch, thread, threads);
     else
         sums = {a.dbeta[feature], a.dgamma[feature]};
-    const float mean = a.mean[feature], invstd = a.invstd[feature], scale = a.gamma[feature] * invstd;
-    const float beta = a.beta[feature];
+    const Normaliser norm(a.norm, feature);
     const float items = float(max64(1, int64_t(d.pixels) * count));
     const float mean_dz = a.training ? sums.dz / items : 0.0f;
-    const float slope = a.training ? sums.dz_xhat / items * invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
+    const float slope = a.training ? sums.dz_xhat / items * norm.invstd : 0.0f;  // xhat dgamma / M = (x - mean) slope
     const int64_t to_x = behind(d, feature, block.y);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-        const Samples<L> off = load<L>(a.x + i + to_x) - mean;
-        const Samples<L> dz = a.dz ? load<L>(a.dz + i) : above<L>(a, i, off, scale, beta);
-        const Samples<L> dx = (dz - mean_dz - off * slope) * scale;
+        const Samples<L> off = load<L>(a.norm.x + i + to_x) - norm.mean;
+        const Samples<L> dz = a.dz ? load<L>(a.dz + i) : above<L>(a, i, off, norm);
+        const Samples<L> dx = (dz - mean_dz - off * slope) * norm.scale;
         store<L>(a.dx + i + to_x, first_lanes<L>(dx, live));
     });
     if (a.partial && block.x == 0 && thread == 0) {
@@ -255,15 +210,8 @@ DEVICE void backward(const NormBackwardArgs& a, WarpSums& shared, dim3 block, ui
     }
 }
 
-// Whole vectors of the machine where they cut every pixel's samples evenly.
-#define WITH_LANES(body, ...)                                \
-    if (LANES == ROW_LANES || a.shape.n % LANES == 0)        \
-        body<LANES>(__VA_ARGS__);                            \
-    else                                                     \
-        body<ROW_LANES>(__VA_ARGS__)
-
 // Grid of all: splits, and rows: of x for the sums, of y for the others.
-KERNEL(REAL(norm_statistics), NormForwardArgs, WarpSums, THREADS) {
+KERNEL(REAL(norm_statistics), NormStatisticsArgs, WarpSums, THREADS) {
     SHARED(WarpSums, shared);
     WITH_LANES(statistics, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }

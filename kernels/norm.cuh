@@ -1,4 +1,4 @@
-// norm.cuh - what the kernels of batch norm (norm.cu, norm_join.cu) share with the epilogues of convolutions (conv_mma.cuh), which
+// norm.cuh - what the kernels of batch norm (norm.cu, norm_pair.cu, norm_join.cu) share with the epilogues of convolutions (conv_mma.cuh), which
 // sum for them what they store: mean and squared deviations of a feature's row, from those of the parts that it is cut into, and
 // the sums of its gradient.
 #pragma once
@@ -13,6 +13,30 @@ struct Moments {
 struct GradientSums {
     float dz;
     float dz_xhat;
+};
+
+// A tensor as a batch norm maps it: gamma (x - mean) invstd + beta.
+struct NormalisedArgs {
+    const Real* x;
+    const float* gamma;
+    const float* beta;
+    const float* mean;
+    const float* invstd;
+};
+
+// The same of a feature. The mean is taken off first, since beta - mean scale would cancel.
+struct Normaliser {
+    float mean = 0.0f, invstd = 0.0f, scale = 0.0f, beta = 0.0f;
+
+    Normaliser() = default;
+    DEVICE Normaliser(const NormalisedArgs& a, int feature)
+        : mean(a.mean[feature]), invstd(a.invstd[feature]), scale(a.gamma[feature] * invstd), beta(a.beta[feature]) {}
+
+    // What comes of what lies `off` from the mean.
+    template <int L>
+    DEVICE Samples<L> apply(const Samples<L>& off) const {
+        return off * scale + beta;
+    }
 };
 
 // dz of L values of dy, given what ReLU was applied to, or what it made of that.

@@ -1,6 +1,6 @@
 //! What layers do of their neighbours' work, in kernels that hold what it needs.
 
-use super::model::{Layer, Model, ParameterId, ValueId};
+use super::model::{Layer, Model, ValueId};
 use super::paths::PlannedLayer;
 use super::plan::Use;
 use super::ways::Way;
@@ -19,6 +19,10 @@ pub(super) struct Fusion {
     pub norm_before: Option<NormBefore>,
     /// Of that norm.
     pub gradient_is_summed: bool,
+    /// Of a batch norm that adds what another has made, in training: both passes of that layer are its own, but for statistics.
+    pub added_norm: Option<usize>,
+    /// Of that other norm.
+    pub is_added: bool,
     /// Of a convolution: a second value, which it writes too.
     pub beside: Option<Beside>,
     /// Of a convolution: what it reads is GELU of this value, whose gradient it writes instead of that of what it reads.
@@ -65,8 +69,6 @@ pub(super) struct FusedNorm {
 pub(super) struct NormBefore {
     /// The norm.
     pub layer: usize,
-    /// Its γ and β.
-    pub affine: [ParameterId; 2],
     /// Tiles of a row.
     pub tiles: usize,
 }
@@ -88,14 +90,29 @@ impl Model {
         }
     }
 
-    /// The batch norm that has made what a convolution reads, and its γ and β, if this is the first layer that reads it: the last
-    /// from which a gradient comes to it.
-    pub(super) fn norm_before(&self, convolution: usize) -> Option<(usize, [ParameterId; 2])> {
+    /// The batch norm that has made what a convolution reads, if this is the first layer that reads it: the last from which a
+    /// gradient comes to it.
+    pub(super) fn norm_before(&self, convolution: usize) -> Option<usize> {
         let Layer::Conv { input, .. } = self.layers[convolution] else { return None };
-        let norm = self.writer(input)?;
-        let Layer::Norm { scale, shift, .. } = self.layers[norm] else { return None };
+        let norm = self.writer(input).filter(|&index| matches!(self.layers[index], Layer::Norm { .. }))?;
         let first = self.layers.iter().position(|layer| layer.inputs().any(|read| read == input));
-        (first == Some(convolution)).then_some((norm, [scale, shift]))
+        (first == Some(convolution)).then_some(norm)
+    }
+
+    /// The batch norm that has made what another adds, if nothing else reads that and it is nothing but a norm of as many features:
+    /// the shortcut of a block that changes its width.
+    pub(super) fn added_norm(&self, norm: usize) -> Option<usize> {
+        let Layer::Norm { input, residual: Some(residual), output, .. } = self.layers[norm] else { return None };
+        let added = self.writer(residual).filter(|_| self.only_reader(residual) == Some(norm))?;
+        let Layer::Norm { input: also, residual: None, relu: false, .. } = self.layers[added] else { return None };
+        // Under masks, each may have some of the result's features alone.
+        let features = |value: ValueId| self.values[value].features();
+        (features(input) == features(output) && features(also) == features(output)).then_some(added)
+    }
+
+    /// How many norms a norm's passes are of.
+    pub(super) fn norms_of(&self, norm: usize) -> usize {
+        1 + usize::from(self.added_norm(norm).is_some())
     }
 
     /// The layer that writes a value; none of the input.
@@ -144,12 +161,16 @@ pub(super) fn fusions(
                     fusions[index].norm = tile.map(|tile| FusedNorm { tile, statistics });
                     fusions[norm].norm = fusions[index].norm;
                 }
-                if let (Some((norm, affine)), Some(groups)) =
-                    (computed.norm_before(index), multiplied(Pass::InputGradient))
-                {
+                if let (Some(norm), Some(groups)) = (computed.norm_before(index), multiplied(Pass::InputGradient)) {
                     let tiles = shape.gradient_tiles(device, computed.precision, groups);
-                    fusions[index].norm_before = tiles.map(|tiles| NormBefore { layer: norm, affine, tiles });
+                    fusions[index].norm_before = tiles.map(|tiles| NormBefore { layer: norm, tiles });
                     fusions[norm].gradient_is_summed = tiles.is_some();
+                }
+            }
+            Layer::Norm { .. } if memory_for != Use::Evaluate => {
+                fusions[index].added_norm = computed.added_norm(index);
+                if let Some(added) = fusions[index].added_norm {
+                    fusions[added].is_added = true;
                 }
             }
             Layer::Gelu { input, output } => {

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::fusion::{self, FusedNorm, NormBefore};
-use super::model::{Layer, ParameterId, ValueId};
+use super::fusion::{self, FusedNorm, Fusion, NormBefore};
+use super::model::{Layer, Model, ParameterId, ValueId};
 use super::network::{Mode, Network};
-use super::plan::aligned;
+use super::plan::{Plan, aligned};
 use super::ways::Lists;
 use crate::device::{Buffer, Precision, RealBuffer, Reals, RealsMut};
 use crate::error::Result;
@@ -13,16 +13,17 @@ use crate::ops::attention::{AttentionInput, AttentionSaved, attention_backward, 
 use crate::ops::conv::{conv_forward, conv_input_gradient, conv_weight_gradient};
 use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, conv_sparse_weight_gradient};
 use crate::ops::dropout::{Draw, dropout_backward, dropout_forward, residual_backward, residual_forward};
-use crate::ops::epilogue::{BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistics};
+use crate::ops::epilogue::{AddedNorm, BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::gelu::{gelu_backward, gelu_forward};
 use crate::ops::kept::{KeptWeights, Pass};
 use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, Normed, norm_apply, norm_backward,
-    norm_eval, norm_forward, norm_join, norm_join_gradient,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, Normalised, Normed, norm_apply,
+    norm_backward, norm_eval, norm_forward, norm_join, norm_join_gradient, norm_statistics,
 };
+use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
 use crate::ops::tokens::{
@@ -47,7 +48,7 @@ impl Network {
     }
 
     /// The same; after each layer `done` is told its index in [`Network::computed`] and what it wrote, which later layers
-    /// may write over.
+    /// may write over. In training the result of a norm that another adds is not written.
     ///
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails; what `done` returns.
@@ -60,9 +61,10 @@ impl Network {
             let mut y = std::mem::take(&mut self.values[slot]);
             let mut beside = beside_slot.map(|slot| std::mem::take(&mut self.values[slot]));
             let _range = range(format_args!("{} forward", self.layer_name(index)));
+            let is_left_out = self.fusions[index].is_added && mode == Mode::Train;
             let written = self
                 .layer_forward(index, mode, y.view_mut(), beside.as_mut().map(RealBuffer::view_mut))
-                .and_then(|()| done(index, y.view()));
+                .and_then(|()| if is_left_out { Ok(()) } else { done(index, y.view()) });
             self.values[slot] = y;
             if let (Some(slot), Some(beside)) = (beside_slot, beside) {
                 self.values[slot] = beside;
@@ -149,6 +151,18 @@ impl Network {
                 if !train {
                     let [mean, var] = ranges.map(|range| statistics.slice(range));
                     return norm_eval(device, &shape, norm, affine, mean, var, y);
+                }
+                let Fusion { added_norm, is_added, .. } = fusions[index];
+                if (added_norm.is_some() || is_added) && fused_norm.is_none() {
+                    let (running, saved) = batch_statistics(statistics, saved, ranges.clone());
+                    norm_statistics(device, &shape, x, count, NORM_EPSILON, running, saved, scratch.view_mut())?;
+                }
+                if is_added {
+                    return Ok(());
+                }
+                if let Some(added) = added_norm {
+                    let norms = [index, added].map(|norm| normalised(model, plan, values, parameters, saved, norm));
+                    return norm_pair_forward(device, &shape, NormPair { norms, relu, count }, y);
                 }
                 if fused_norm.is_some() {
                     let [mean, invstd] = ranges.map(|range| saved.slice(range));
@@ -257,14 +271,16 @@ impl Network {
         let slot = |id: ValueId| plan.gradient_slots[id];
         let count = count.view();
         let draw = |rate: f32| Draw { rate, seed: *seed, stream: index as u32, step: step.view() };
-        let normed = |index: usize| {
-            let Layer::Norm { scale, shift, statistics, input, residual, relu, output } = model.layers[index] else {
-                unreachable!("a batch norm");
-            };
-            let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
-            let (x, y) = (value(input), residual.filter(|_| relu).map(|_| value(output)));
-            let (gamma, beta, map) = (parameter(scale), parameter(shift), maps[index].as_ref());
-            Normed { x, y, relu, gamma, beta, mean, invstd, map }
+        let normalised = |norm: usize| normalised(model, plan, values, parameters, saved, norm);
+        let affine = |norm: usize| {
+            let Layer::Norm { scale, shift, .. } = model.layers[norm] else { unreachable!("a batch norm") };
+            [scale, shift]
+        };
+        let normed = |norm: usize| {
+            let Layer::Norm { residual, relu, output, .. } = model.layers[norm] else { unreachable!("a batch norm") };
+            let reads_y = relu && residual.is_some() && fusions[norm].added_norm.is_none();
+            let y = reads_y.then(|| value(output));
+            Normed { norm: normalised(norm), y, relu, map: maps[norm].as_ref() }
         };
         match *layer {
             Layer::Conv { weight, bias, input, .. } => {
@@ -286,9 +302,11 @@ impl Network {
                 let norm_before = fusions[index].norm_before;
                 let how = match (fusions[index].gelu_before, norm_before) {
                     (Some(x), _) => Dx::BeforeGelu(value(x)),
-                    (None, Some(NormBefore { layer, .. })) => {
-                        let (normed, sums) = (normed(layer), scratch.view_mut());
-                        Dx::BeforeNorm(BeforeNorm { normed, add: accumulate, sums })
+                    (None, Some(NormBefore { layer, tiles })) => {
+                        let (sums, of_added) = scratch.view_mut().split_at(2 * shape.channels() * tiles);
+                        let added = fusions[layer].added_norm;
+                        let added = added.map(|added| AddedNorm { norm: normalised(added), sums: of_added });
+                        Dx::BeforeNorm(BeforeNorm { normed: normed(layer), added, add: accumulate, sums })
                     }
                     (None, None) if accumulate => Dx::Add,
                     (None, None) => Dx::Set,
@@ -298,20 +316,48 @@ impl Network {
                     Some(kept) => conv_sparse_input_gradient(device, kept, dy, how, dx)?,
                     None => conv_input_gradient(device, &shape, dy, read_weight(weight), how, dx)?,
                 }
-                let Some(NormBefore { affine: [scale, shift], tiles, .. }) = norm_before else { return Ok(()) };
-                let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
-                norm_join_gradient(device, scratch.view(), tiles, dgamma, dbeta)
+                let Some(NormBefore { layer, tiles }) = norm_before else { return Ok(()) };
+                let mut sums = scratch.view_mut();
+                for norm in [Some(layer), fusions[layer].added_norm].into_iter().flatten() {
+                    let [dgamma, dbeta] = gradients.disjoint_mut(affine(norm).map(range));
+                    let own;
+                    (own, sums) = sums.split_at(2 * dgamma.len() * tiles);
+                    norm_join_gradient(device, own.view(), tiles, dgamma, dbeta)?;
+                }
+                Ok(())
             }
-            Layer::Norm { scale, shift, input, residual, .. } => {
+            Layer::Norm { scale, shift, input, residual, relu, .. } => {
+                let Fusion { added_norm, is_added, gradient_is_summed, .. } = fusions[index];
+                if is_added {
+                    return Ok(());
+                }
+                let shape = model.norm_shape(input, n)?;
+                if let Some(added) = added_norm {
+                    let both = [index, added];
+                    let pair = NormPair { norms: both.map(normalised), relu, count };
+                    let dy =
+                        if gradient_is_summed { NormPairGradient::Summed(dy) } else { NormPairGradient::Whole(dy) };
+                    let [first, second] = both.map(affine);
+                    let [first_gamma, first_beta, second_gamma, second_beta] =
+                        gradients.disjoint_mut([first[0], first[1], second[0], second[1]].map(range));
+                    let slots =
+                        both.map(|norm| slot(model.layers[norm].inputs().next().expect("a norm reads")).unwrap());
+                    let [first_x, second_x] = value_gradients.get_disjoint_mut(slots).expect("each has its own");
+                    let to = [
+                        NormGradients { dgamma: first_gamma, dbeta: first_beta, dx: first_x.view_mut() },
+                        NormGradients { dgamma: second_gamma, dbeta: second_beta, dx: second_x.view_mut() },
+                    ];
+                    return norm_pair_backward(device, &shape, pair, dy, scratch.view_mut(), to);
+                }
                 let dy = match residual.and_then(slot) {
-                    _ if fusions[index].gradient_is_summed => NormGradient::Summed(dy),
+                    _ if gradient_is_summed => NormGradient::Summed(dy),
                     // The residual's gradient lies where this one does.
                     Some(_) => NormGradient::OfResidual(gradient.view_mut()),
                     None => NormGradient::Kept(dy),
                 };
                 let norm = NormBackward { normed: normed(index), dy, training: true, count };
                 let (dgamma, dbeta) = gradients.pair_mut(range(scale), range(shift));
-                let (shape, dx) = (model.norm_shape(input, n)?, at(value_gradients, slot(input)));
+                let dx = at(value_gradients, slot(input));
                 norm_backward(device, &shape, norm, scratch.view_mut(), dgamma, dbeta, dx)
             }
             Layer::Shortcut { input, .. } => {
@@ -386,6 +432,21 @@ impl Network {
             }
         }
     }
+}
+
+/// What a batch norm reads, and how it changed that in training.
+fn normalised<'a>(
+    model: &Model,
+    plan: &Plan,
+    values: &'a [RealBuffer],
+    parameters: &'a Buffer<f32>,
+    saved: &'a Buffer<f32>,
+    norm: usize,
+) -> Normalised<'a> {
+    let Layer::Norm { scale, shift, statistics, input, .. } = model.layers[norm] else { unreachable!("a batch norm") };
+    let [mean, invstd] = plan.statistic_ranges(model, statistics).map(|range| saved.slice(range));
+    let [gamma, beta] = [scale, shift].map(|id| parameters.slice(plan.range(id)));
+    Normalised { x: values[plan.value_slots[input]].view(), gamma, beta, mean, invstd }
 }
 
 /// What a batch norm writes of its batch.

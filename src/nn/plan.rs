@@ -313,11 +313,13 @@ fn scratch(device: &Device, model: &Model, n: usize) -> Result<usize> {
                 let statistics = model.norm_of(*output).and_then(|_| multiplied().filter_map(tile).min());
                 let statistics = statistics.map_or(0, |tile| shape.statistics_len(tile));
                 let tiles = |groups| shape.gradient_tiles(device, model.precision, groups);
-                let sums = model.norm_before(index).and_then(|_| multiplied().filter_map(tiles).max());
-                let sums = sums.map_or(0, |tiles| 2 * shape.channels() * tiles);
+                let sums = model.norm_before(index).map_or(0, |norm| {
+                    let tiles = multiplied().filter_map(tiles).max().unwrap_or(0);
+                    model.norms_of(norm) * 2 * shape.channels() * tiles
+                });
                 statistics.max(sums).max(shape.gradient_scratch_len(device, model.precision))
             }
-            Layer::Norm { output, .. } => model.norm_shape(*output, n)?.scratch_len(),
+            Layer::Norm { output, .. } => model.norms_of(index) * model.norm_shape(*output, n)?.scratch_len(),
             Layer::LayerNorm { output, .. } => model.layer_norm_shape(*output, n)?.scratch_len(),
             Layer::Attention { .. } => model.attention_shape(layer, n)?.statistic_len(),
             _ => 0,
@@ -408,7 +410,11 @@ fn gradient_lives(model: &Model, owners: &[ValueId]) -> Vec<Life> {
     let mut lives: Vec<Life> = vec![None; model.values.len()];
     lives[model.output()] = Some((0, 0));
     for (time, layer) in model.layers.iter().rev().enumerate() {
-        for value in layer.inputs().chain([layer.output()]).filter(|&value| have[value]) {
+        // A norm writes the gradient of what the norm reads that it adds.
+        let added = model.added_norm(model.layers.len() - 1 - time);
+        let written = added.into_iter().flat_map(|added| model.layers[added].inputs());
+        let values = layer.inputs().chain([layer.output()]).chain(written);
+        for value in values.filter(|&value| have[value]) {
             lives[owners[value]].get_or_insert((time + 1, time + 1)).1 = time + 1;
         }
     }

@@ -4,8 +4,8 @@
 //! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
 //! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
 //! the norm) and writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of
-//! tiles, written and read again; and so backward, where the convolution that makes dy sums it with x. Padded samples and tokens
-//! are moved as others are, but what is multiplied with them counts for nothing. A residual sum, and GELU, in the epilogues of
+//! tiles, written and read again; and so backward, where the convolution that makes dy sums it with x. Two norms that are summed
+//! read both x and write their sum alone, and what they make by themselves is nowhere. Padded samples and tokens are moved as others are, but what is multiplied with them counts for nothing. A residual sum, and GELU, in the epilogues of
 //! products move what these do not have: elsewhere also what these leave them. Left out are vectors of an element a feature
 //! (biases, γ, β, statistics), embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or
 //! attention; what attention computes again in its backward pass is not counted twice.
@@ -189,6 +189,16 @@ pub fn norm_backward(precision: Precision, x: usize, y: usize, relu_of_sum: bool
     Work::reals(precision, 2 * x + of_y + again, x + written)
 }
 
+/// The sum of two batch norms, each of so many elements, whose statistics are there.
+pub fn norm_pair_forward(precision: Precision, elements: usize) -> Work {
+    Work::reals(precision, 2 * elements, elements)
+}
+
+/// Its backward pass, by one kernel where the gradient has been summed, else by two.
+pub fn norm_pair_backward(precision: Precision, elements: usize, summed: bool) -> Work {
+    Work::reals(precision, if summed { 3 } else { 6 } * elements, 2 * elements)
+}
+
 /// Layer norm, which keeps mean and deviation of each column.
 pub fn layer_norm_forward(shape: &LayerNormShape, precision: Precision) -> Work {
     Work::reals(precision, shape.len(), shape.len()) + Work::elements(0, 2 * shape.columns())
@@ -321,9 +331,10 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
     // What a convolution reads beside, to sum the gradient of this norm in so many tiles of a row, and these sums.
     let norm_before = |norm: usize, tiles: usize| {
         let Layer::Norm { input, output, residual, relu, .. } = model.layers[norm] else { unreachable!("a norm") };
-        let of_y = if relu && residual.is_some() { elements(output) } else { 0 };
-        let sums = 2 * tiles * model.values[input].features();
-        reals(elements(input) + of_y, 0) + Work::elements(sums, sums)
+        let norms = model.norms_of(norm);
+        let of_y = if relu && residual.is_some() && norms == 1 { elements(output) } else { 0 };
+        let sums = norms * 2 * tiles * model.values[input].features();
+        reals(norms * elements(input) + of_y, 0) + Work::elements(sums, sums)
     };
     Ok(match *layer {
         Layer::Conv { bias, input, .. } => {
@@ -339,7 +350,7 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             if has_gradient(input) {
                 backward = backward + dx.input_gradient(&shape, accumulate);
             }
-            if let Some(NormBefore { layer, tiles, .. }) = layout.fusions[index].norm_before {
+            if let Some(NormBefore { layer, tiles }) = layout.fusions[index].norm_before {
                 backward = backward + norm_before(layer, tiles);
             }
             let tiles = layout.fusions[index].norm.map_or(0, |norm| shape.statistics_len(norm.tile));
@@ -349,7 +360,15 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             let x = elements(input);
             let gradient = residual.is_some_and(has_gradient);
             let relu_of_sum = relu && residual.is_some();
-            let Fusion { norm, gradient_is_summed, .. } = layout.fusions[index];
+            let Fusion { norm, gradient_is_summed, added_norm, is_added, .. } = layout.fusions[index];
+            let statistics = reals(if norm.is_some() { 0 } else { x }, 0);
+            if is_added {
+                return Ok((statistics, Work::default()));
+            }
+            if added_norm.is_some() {
+                let backward = norm_pair_backward(precision, x, gradient_is_summed);
+                return Ok((statistics + norm_pair_forward(precision, x), backward));
+            }
             let forward = if norm.is_some() { norm_apply } else { norm_forward };
             let backward = if gradient_is_summed {
                 reals(x + y, x)

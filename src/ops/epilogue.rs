@@ -4,7 +4,7 @@
 use super::conv::ConvShape;
 use super::dropout::{ResidualShape, residual_forward};
 use super::gelu::{gelu_backward, gelu_forward};
-use super::norm::{NormShape, Normed};
+use super::norm::{NormShape, Normalised, NormalisedArgs, Normed};
 use super::row_map::RowMap;
 use super::{Columns, check_len, check_precision, layouts_of};
 use crate::device::{Device, Ptr, Real, Reals, RealsMut, Slice, SliceMut, kernel_args};
@@ -13,8 +13,7 @@ use crate::error::{Error, Result};
 kernel_args! {
     #[derive(Default)]
     struct NormBeforeArgs {
-        x: Ptr<Real>, y: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, source: Ptr<u32>,
-        sums: Ptr<f32>, relu: i32,
+        norms: [NormalisedArgs; 2], y: Ptr<Real>, source: Ptr<u32>, sums: [Ptr<f32>; 2], relu: i32,
     }
     pub(super) struct EpilogueArgs {
         bias: Ptr<f32>, count: Ptr<u32>, statistics: Ptr<f32>, beside: Ptr<Real>, operand: Ptr<Real>,
@@ -81,15 +80,26 @@ pub enum Dx<'a> {
     BeforeNorm(BeforeNorm<'a>),
 }
 
-/// What an input gradient on tensor cores does of a batch norm's backward pass: dx becomes dz, what of it goes through ReLU, as
-/// [`NormGradient::Summed`](super::norm::NormGradient::Summed) takes it.
+/// What an input gradient on tensor cores does of a batch norm's backward pass, or of that of a sum of two: dx becomes dz, what of
+/// it goes through ReLU, as [`NormGradient::Summed`](super::norm::NormGradient::Summed) and
+/// [`norm_pair_backward`](super::norm_pair::norm_pair_backward) take it.
 pub struct BeforeNorm<'a> {
     /// What the norm did: its y is what the layer has read.
     pub normed: Normed<'a>,
+    /// A second norm, whose result was added to that of the first before ReLU: neither has a map then, and both x say what y was.
+    pub added: Option<AddedNorm<'a>>,
     /// Whether dx holds what other layers have written of the gradient.
     pub add: bool,
     /// Where the sums of dz and of dz x̂ over each tile of a row are written, `[features, tiles, 2]`, for
     /// [`norm_join_gradient`](super::norm::norm_join_gradient): with [`ConvShape::gradient_tiles`], or more elements.
+    pub sums: SliceMut<'a, f32>,
+}
+
+/// The second of two batch norms that are summed.
+pub struct AddedNorm<'a> {
+    /// What it read, and how it changed that.
+    pub norm: Normalised<'a>,
+    /// As the first one's.
     pub sums: SliceMut<'a, f32>,
 }
 
@@ -199,23 +209,32 @@ impl BeforeNorm<'_> {
         let features = self.normed.map.map_or(shape.channels(), RowMap::inputs);
         let norm = NormShape::new(features, (shape.h * shape.w) as usize, shape.n as usize)?;
         self.normed.check(op, &norm, shape.input_len())?;
-        let Normed { x, y, .. } = self.normed;
+        let Normed { norm: Normalised { x, .. }, y, map, .. } = self.normed;
         check_precision(op, dy, &[("x of the norm", x), ("y of the norm", y.unwrap_or(x))])?;
         let needed = 2 * features * tiles;
-        if self.sums.len() < needed { check_len(op, "sums", self.sums.len(), needed) } else { Ok(()) }
+        let check_sums = |name: &str, sums: &SliceMut<f32>| {
+            if sums.len() < needed { check_len(op, name, sums.len(), needed) } else { Ok(()) }
+        };
+        if let Some(added) = &self.added {
+            if map.is_some() || y.is_some() {
+                let (what, expected) = ("a sum of two norms".into(), "no map, and no y, which both x say");
+                return Err(Error::Shape { op, what, expected: expected.into(), got: "one".into() });
+            }
+            added.norm.check(op, &norm, None, shape.input_len())?;
+            check_precision(op, dy, &[("x of the added norm", added.norm.x)])?;
+            check_sums("sums of the added norm", &added.sums)?;
+        }
+        check_sums("sums", &self.sums)
     }
 
     fn args(&self) -> NormBeforeArgs {
-        let Normed { x, y, relu, gamma, beta, mean, invstd, .. } = self.normed;
+        let Normed { norm, y, relu, .. } = self.normed;
+        let added = self.added.as_ref();
         NormBeforeArgs {
-            x: x.ptr(),
+            norms: [norm.args(), added.map_or_else(NormalisedArgs::default, |added| added.norm.args())],
             y: y.map_or(Ptr::null(), |y| y.ptr()),
-            gamma: gamma.ptr(),
-            beta: beta.ptr(),
-            mean: mean.ptr(),
-            invstd: invstd.ptr(),
             source: self.normed.source(),
-            sums: self.sums.ptr(),
+            sums: [self.sums.ptr(), added.map_or(Ptr::null(), |added| added.sums.ptr())],
             relu: i32::from(relu),
         }
     }

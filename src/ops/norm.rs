@@ -11,6 +11,11 @@ use crate::error::{Error, Result};
 kernel_args! {
     /// Shape of a batch norm: x `[features, pixels, n]`, and how its rows are cut into chunks.
     pub struct NormShape { features: i32, pixels: i32, n: i32, splits: i32, chunk: i32 }
+    #[derive(Default)]
+    pub(super) struct NormalisedArgs {
+        x: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
+    }
+    struct NormStatisticsArgs { x: Ptr<Real>, partial: Ptr<f32>, count: Ptr<u32>, shape: NormShape }
     struct NormForwardArgs {
         x: Ptr<Real>, residual: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, running_mean: Ptr<f32>,
         running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>, partial: Ptr<f32>, y: Ptr<Real>, count: Ptr<u32>,
@@ -26,14 +31,23 @@ kernel_args! {
     }
     struct NormJoinGradientArgs { tiles: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, count: i32 }
     struct NormBackwardArgs {
-        x: Ptr<Real>, y: Ptr<Real>, dy: Ptr<Real>, dz: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>,
-        invstd: Ptr<f32>, partial: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, dx: Ptr<Real>, count: Ptr<u32>,
-        source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32, training: i32,
+        norm: NormalisedArgs, y: Ptr<Real>, dy: Ptr<Real>, dz: Ptr<Real>, partial: Ptr<f32>, dgamma: Ptr<f32>,
+        dbeta: Ptr<f32>, dx: Ptr<Real>, count: Ptr<u32>, source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32,
+        training: i32,
     }
 }
-layouts_of!(NormShape, NormForwardArgs, NormEvalArgs, NormJoinArgs, NormJoinGradientArgs, NormBackwardArgs);
+layouts_of!(
+    NormShape,
+    NormalisedArgs,
+    NormStatisticsArgs,
+    NormForwardArgs,
+    NormEvalArgs,
+    NormJoinArgs,
+    NormJoinGradientArgs,
+    NormBackwardArgs,
+);
 
-static STATISTICS: RealKernel<NormForwardArgs> = real_kernel!("norm_statistics");
+static STATISTICS: RealKernel<NormStatisticsArgs> = real_kernel!("norm_statistics");
 static FORWARD: RealKernel<NormForwardArgs> = real_kernel!("norm_forward");
 static EVAL: RealKernel<NormEvalArgs> = real_kernel!("norm_eval");
 static JOIN: Kernel<NormJoinArgs> = Kernel::new("norm_join_f32");
@@ -81,35 +95,45 @@ impl NormShape {
 
     /// Elements of scratch memory that [`norm_forward`] and [`norm_backward`] need.
     pub fn scratch_len(&self) -> usize {
-        2 * self.features as usize * self.splits as usize
+        2 * self.features() * self.splits as usize
     }
 
-    fn launch(&self, device: &Device, rows: usize) -> Launch {
+    pub(super) fn launch(&self, device: &Device, rows: usize) -> Launch {
         Launch::new([self.splits as u32, rows as u32, 1], device.threads(THREADS))
+    }
+
+    pub(super) fn features(&self) -> usize {
+        self.features as usize
     }
 
     /// Rows of y.
     fn outputs(&self, map: Option<&RowMap>) -> usize {
-        map.map_or(self.features as usize, RowMap::outputs)
+        map.map_or(self.features(), RowMap::outputs)
     }
 
     /// Checks tensors with the rows of x, those with the rows of y, values per feature, and the map.
-    fn check(&self, op: &'static str, map: Option<&RowMap>, [of_x, of_y, rows]: [&[(&str, usize)]; 3]) -> Result<()> {
+    pub(super) fn check(
+        &self,
+        op: &'static str,
+        map: Option<&RowMap>,
+        [of_x, of_y, rows]: [&[(&str, usize)]; 3],
+    ) -> Result<()> {
         if let Some(map) = map {
-            check_len(op, "the map's inputs", map.inputs(), self.features as usize)?;
+            check_len(op, "the map's inputs", map.inputs(), self.features())?;
             if !map.covers() || map.outputs() > 65_535 {
                 let (what, expected) = ("the map".into(), "at most 65535 rows, one for each of x".into());
                 return Err(Error::Shape { op, what, expected, got: format!("{} rows", map.outputs()) });
             }
         }
-        let row = self.len() / self.features as usize;
+        let row = self.len() / self.features();
         of_x.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.len()))?;
         of_y.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.outputs(map) * row))?;
-        rows.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.features as usize))
+        rows.iter().try_for_each(|&(name, len)| check_len(op, name, len, self.features()))
     }
 
-    fn check_scratch(&self, op: &'static str, scratch: &SliceMut<f32>) -> Result<()> {
-        let needed = self.scratch_len();
+    /// Refuses what is too short for so many norms.
+    pub(super) fn check_scratch(&self, op: &'static str, scratch: &SliceMut<f32>, norms: usize) -> Result<()> {
+        let needed = norms * self.scratch_len();
         if scratch.len() < needed { check_len(op, "scratch", scratch.len(), needed) } else { Ok(()) }
     }
 }
@@ -205,7 +229,7 @@ pub fn norm_forward(
     let of_y = [("residual", input.residual_len(y.len())), ("y", y.len())];
     shape.check(op, input.map, [&[("x", input.x.len())], &of_y, &rows])?;
     check_len(op, "count", input.count.len(), 1)?;
-    shape.check_scratch(op, &scratch)?;
+    shape.check_scratch(op, &scratch, 1)?;
     let precision = input.precision(op, &y)?;
     let args = NormForwardArgs {
         x: input.x.ptr(),
@@ -225,11 +249,48 @@ pub fn norm_forward(
         epsilon: affine.epsilon,
         momentum: running.momentum,
     };
+    launch_statistics(device, shape, input.x, input.count, &scratch)?;
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
-    unsafe {
-        device.launch(STATISTICS.of(precision), shape.launch(device, shape.features as usize), &args)?;
-        device.launch(FORWARD.of(precision), shape.launch(device, shape.outputs(input.map)), &args)
-    }
+    unsafe { device.launch(FORWARD.of(precision), shape.launch(device, shape.outputs(input.map)), &args) }
+}
+
+/// Mean and squared deviations of the chunks of each row of x; all checked.
+fn launch_statistics(
+    device: &Device,
+    shape: &NormShape,
+    x: Reals,
+    count: Slice<u32>,
+    partial: &SliceMut<f32>,
+) -> Result<()> {
+    let args = NormStatisticsArgs { x: x.ptr(), partial: partial.ptr(), count: count.ptr(), shape: *shape };
+    // SAFETY: callers have checked the lengths of everything that `args` points to against its shape; outputs are exclusive.
+    unsafe { device.launch(STATISTICS.of(x.precision()), shape.launch(device, shape.features()), &args) }
+}
+
+/// The statistics of x alone, `[features]` each: `saved` for [`norm_apply`] or
+/// [`norm_pair_forward`](super::norm_pair::norm_pair_forward), and the running ones. `scratch` has [`NormShape::scratch_len`]
+/// elements or more.
+///
+/// # Errors
+/// [`Error::Shape`] names the argument, what was expected and what it got.
+#[expect(clippy::too_many_arguments, reason = "inputs and outputs are grouped already")]
+pub fn norm_statistics(
+    device: &Device,
+    shape: &NormShape,
+    x: Reals,
+    count: Slice<u32>,
+    epsilon: f32,
+    running: NormRunning,
+    saved: NormSaved,
+    scratch: SliceMut<f32>,
+) -> Result<()> {
+    let op = "norm_statistics";
+    shape.check(op, None, [&[("x", x.len())], &[], &[]])?;
+    check_len(op, "count", count.len(), 1)?;
+    shape.check_scratch(op, &scratch, 1)?;
+    launch_statistics(device, shape, x, count, &scratch)?;
+    // A chunk is a tile of whole pixels.
+    norm_join(device, shape, scratch.view(), (shape.chunk * shape.n) as usize, count, epsilon, running, saved)
 }
 
 /// The statistics of x from those of its tiles, which [`TileStatistics`](super::epilogue::TileStatistics) were given, each of
@@ -263,7 +324,7 @@ pub fn norm_join(
     }
     let columns = (shape.pixels * shape.n) as usize;
     let of_row = columns.div_ceil(tile);
-    let needed = 2 * shape.features as usize * of_row;
+    let needed = 2 * shape.features() * of_row;
     if tiles.len() < needed {
         check_len(op, "tiles", tiles.len(), needed)?;
     }
@@ -281,7 +342,7 @@ pub fn norm_join(
         momentum: running.momentum,
     };
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
-    unsafe { device.launch(&JOIN, join_launch(device, shape.features as usize, of_row), &args) }
+    unsafe { device.launch(&JOIN, join_launch(device, shape.features(), of_row), &args) }
 }
 
 /// The launch of a kernel that joins so many tiles of each row.
@@ -395,15 +456,11 @@ fn normalise(
     unsafe { device.launch(EVAL.of(precision), shape.launch(device, shape.outputs(input.map)), &args) }
 }
 
-/// What a batch norm did in its forward pass. Padded samples are zero.
+/// A tensor and what a batch norm makes of it: `gamma (x - mean) invstd + beta`. Padded samples are zero.
 #[derive(Clone, Copy)]
-pub struct Normed<'a> {
+pub struct Normalised<'a> {
     /// `[features, pixels, n]`.
     pub x: Reals<'a>,
-    /// What it wrote, where it added a residual before ReLU; else x says as much.
-    pub y: Option<Reals<'a>>,
-    /// Whether negative results became zero.
-    pub relu: bool,
     /// `[features]`.
     pub gamma: Slice<'a, f32>,
     /// `[features]`.
@@ -412,6 +469,36 @@ pub struct Normed<'a> {
     pub mean: Slice<'a, f32>,
     /// What normalised, `[features]`.
     pub invstd: Slice<'a, f32>,
+}
+
+impl Normalised<'_> {
+    /// Checks it against a shape, and `y` elements of the result, whose rows a map says.
+    pub(super) fn check(&self, op: &'static str, shape: &NormShape, map: Option<&RowMap>, y: usize) -> Result<()> {
+        let rows = [
+            ("gamma", self.gamma.len()),
+            ("beta", self.beta.len()),
+            ("mean", self.mean.len()),
+            ("invstd", self.invstd.len()),
+        ];
+        shape.check(op, map, [&[("x of the norm", self.x.len())], &[("dy", y)], &rows])
+    }
+
+    pub(super) fn args(&self) -> NormalisedArgs {
+        let Normalised { x, gamma, beta, mean, invstd } = self;
+        let [gamma, beta, mean, invstd] = [gamma, beta, mean, invstd].map(Slice::ptr);
+        NormalisedArgs { x: x.ptr(), gamma, beta, mean, invstd }
+    }
+}
+
+/// What a batch norm did in its forward pass.
+#[derive(Clone, Copy)]
+pub struct Normed<'a> {
+    /// What it read, and how it changed that.
+    pub norm: Normalised<'a>,
+    /// What it wrote, where it added a residual before ReLU; else x says as much.
+    pub y: Option<Reals<'a>>,
+    /// Whether negative results became zero.
+    pub relu: bool,
     /// As in [`NormInput`].
     pub map: Option<&'a RowMap>,
 }
@@ -419,14 +506,8 @@ pub struct Normed<'a> {
 impl Normed<'_> {
     /// Checks it against a shape, and `y` elements of its result.
     pub(super) fn check(&self, op: &'static str, shape: &NormShape, y: usize) -> Result<()> {
-        let rows = [
-            ("gamma", self.gamma.len()),
-            ("beta", self.beta.len()),
-            ("mean", self.mean.len()),
-            ("invstd", self.invstd.len()),
-        ];
-        let of_y = [("dy", y), ("y", self.y.map_or(y, |y| y.len()))];
-        shape.check(op, self.map, [&[("x of the norm", self.x.len())], &of_y, &rows])
+        self.norm.check(op, shape, self.map, y)?;
+        self.y.map_or(Ok(()), |own| check_len(op, "y", own.len(), y))
     }
 
     /// The row of x that each row of y has.
@@ -485,19 +566,15 @@ pub fn norm_backward(
     normed.check(op, shape, dy.len())?;
     shape.check(op, None, [&[("dx", dx.len())], &[], &[("dgamma", dgamma.len()), ("dbeta", dbeta.len())]])?;
     check_len(op, "count", input.count.len(), 1)?;
-    shape.check_scratch(op, &scratch)?;
-    let others = [("y", normed.y.unwrap_or(normed.x)), ("dy", dy), ("dx", dx.view())];
-    let precision = check_precision(op, normed.x, &others)?;
+    shape.check_scratch(op, &scratch, 1)?;
+    let x = normed.norm.x;
+    let precision = check_precision(op, x, &[("y", normed.y.unwrap_or(x)), ("dy", dy), ("dx", dx.view())])?;
     let summed = matches!(input.dy, NormGradient::Summed(_));
     let args = NormBackwardArgs {
-        x: normed.x.ptr(),
+        norm: normed.norm.args(),
         y: normed.y.map_or(Ptr::null(), |y| y.ptr()),
         dy: dy.ptr(),
         dz: if matches!(input.dy, NormGradient::Kept(_)) { Ptr::null() } else { dy.ptr() },
-        gamma: normed.gamma.ptr(),
-        beta: normed.beta.ptr(),
-        mean: normed.mean.ptr(),
-        invstd: normed.invstd.ptr(),
         partial: if summed { Ptr::null() } else { scratch.ptr() },
         dgamma: dgamma.ptr(),
         dbeta: dbeta.ptr(),
@@ -512,7 +589,7 @@ pub fn norm_backward(
     // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
     unsafe {
         if !summed {
-            device.launch(BACKWARD_SUMS.of(precision), shape.launch(device, shape.features as usize), &args)?;
+            device.launch(BACKWARD_SUMS.of(precision), shape.launch(device, shape.features()), &args)?;
         }
         device.launch(BACKWARD.of(precision), shape.launch(device, shape.outputs(normed.map)), &args)
     }

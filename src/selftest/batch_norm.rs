@@ -1,15 +1,17 @@
 //! The checks of batch norm.
 
 use super::{Check, SAMPLES, Trial};
+use crate::device::Buffer;
 use crate::error::Result;
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_backward,
-    norm_eval, norm_forward, norm_join, norm_join_gradient,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
+    norm_backward, norm_eval, norm_forward, norm_join, norm_join_gradient,
 };
+use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 
 /// What has activations.
 pub(super) const OF_ACTIVATIONS: &[Check] =
-    &[in_training, in_evaluation, |t| gradient(t, true), |t| gradient(t, false)];
+    &[in_training, in_evaluation, |t| gradient(t, true), |t| gradient(t, false), of_a_sum];
 
 /// What tensor cores have summed.
 pub(super) const OTHERS: &[Check] = &[of_tiles, gradient_of_tiles];
@@ -77,13 +79,15 @@ fn gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
     let mut dx = t.unwritten_reals(shape.len())?;
     let input = NormBackward {
         normed: Normed {
-            x: x.view(),
+            norm: Normalised {
+                x: x.view(),
+                gamma: gamma.view(),
+                beta: beta.view(),
+                mean: mean.view(),
+                invstd: invstd.view(),
+            },
             y: with_residual.then_some(y.view()),
             relu: true,
-            gamma: gamma.view(),
-            beta: beta.view(),
-            mean: mean.view(),
-            invstd: invstd.view(),
             map: None,
         },
         dy: NormGradient::OfResidual(dy.view_mut()),
@@ -96,6 +100,43 @@ fn gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
     t.close("dbeta", &dbeta)?;
     t.exact_reals("dresidual", &dy)?;
     t.close_reals("dx", &dx)
+}
+
+/// The sum of two, forward and backward.
+fn of_a_sum(t: &mut Trial) -> Result<()> {
+    let (shape, count) = (shape()?, t.count()?);
+    let mut read = Vec::new();
+    for _ in 0..2 {
+        let (x, invstd) = (t.real_samples(shape.len())?, t.positive(FEATURES)?);
+        read.push((x, [t.floats(FEATURES)?, t.floats(FEATURES)?, t.floats(FEATURES)?], invstd));
+    }
+    let norms = [0, 1].map(|which| {
+        let (x, rows, invstd) = &read[which];
+        let [gamma, beta, mean] = rows.each_ref().map(Buffer::view);
+        Normalised { x: x.view(), gamma, beta, mean, invstd: invstd.view() }
+    });
+    let (pair, mut y) = (NormPair { norms, relu: true, count: count.view() }, t.unwritten_reals(shape.len())?);
+    norm_pair_forward(t.device, &shape, pair, y.view_mut())?;
+    t.close_reals("y", &y)?;
+
+    let (dy, mut scratch) = (t.real_samples(shape.len())?, t.unwritten(2 * shape.scratch_len())?);
+    let mut gradients = Vec::new();
+    for _ in 0..2 {
+        gradients.push((t.unwritten(FEATURES)?, t.unwritten(FEATURES)?, t.unwritten_reals(shape.len())?));
+    }
+    let [first, second] = &mut gradients[..] else { unreachable!("two norms") };
+    let to = [first, second].map(|(dgamma, dbeta, dx)| NormGradients {
+        dgamma: dgamma.view_mut(),
+        dbeta: dbeta.view_mut(),
+        dx: dx.view_mut(),
+    });
+    norm_pair_backward(t.device, &shape, pair, NormPairGradient::Whole(dy.view()), scratch.view_mut(), to)?;
+    for (dgamma, dbeta, dx) in &gradients {
+        t.close("dgamma", dgamma)?;
+        t.close("dbeta", dbeta)?;
+        t.close_reals("dx", dx)?;
+    }
+    Ok(())
 }
 
 /// From the sums of more tiles than a block has threads.

@@ -12,8 +12,8 @@ use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, c
 use crate::ops::epilogue::{BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_backward,
-    norm_forward, norm_join, norm_join_gradient,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
+    norm_backward, norm_forward, norm_join, norm_join_gradient,
 };
 use crate::ops::round::{RoundPlan, round_weights};
 
@@ -203,19 +203,21 @@ fn summed_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     // What is padded is zero as it comes.
     let (invstd, count) = (t.positive(features)?, t.device.upload(&[n as u32])?);
     let normed = Normed {
-        x: x.view(),
+        norm: Normalised {
+            x: x.view(),
+            gamma: gamma.view(),
+            beta: beta.view(),
+            mean: mean.view(),
+            invstd: invstd.view(),
+        },
         y: Some(y.view()),
         relu: true,
-        gamma: gamma.view(),
-        beta: beta.view(),
-        mean: mean.view(),
-        invstd: invstd.view(),
         map: None,
     };
     let (mut dgamma, mut dbeta) = (t.unwritten(features)?, t.unwritten(features)?);
     if let Some(tiles) = shape.gradient_tiles(t.device, t.precision, None) {
         let mut sums = t.unwritten(2 * features * tiles)?;
-        let how = Dx::BeforeNorm(BeforeNorm { normed, add: true, sums: sums.view_mut() });
+        let how = Dx::BeforeNorm(BeforeNorm { normed, added: None, add: true, sums: sums.view_mut() });
         conv_input_gradient(t.device, shape, dy.view(), w.view(), how, dz.view_mut())?;
         norm_join_gradient(t.device, sums.view(), tiles, dgamma.view_mut(), dbeta.view_mut())?;
     } else {

@@ -38,6 +38,7 @@ mod names;
 mod network;
 mod norm;
 mod norm_before;
+mod norm_pair;
 mod optimizer;
 mod partition;
 mod peers;

@@ -2,17 +2,17 @@
 
 use dilt::device::{Device, RealBuffer};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_apply,
-    norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
+    norm_apply, norm_backward, norm_eval, norm_forward,
 };
 
 use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
 
 /// A few roundings of f32, 6e-8 each, of which the mean's counts a hundredfold where it is 100 standard deviations.
-const TOLERANCE: f64 = 4e-6;
+pub const TOLERANCE: f64 = 4e-6;
 
 /// Random-looking values in -1..1, exact in f32.
-fn values(seed: u32, len: usize) -> Vec<f32> {
+pub fn values(seed: u32, len: usize) -> Vec<f32> {
     let hash = |i: u32| (i ^ seed).wrapping_mul(0x9E37_79B1).rotate_left(13).wrapping_mul(0x85EB_CA6B) >> 8;
     (0..len as u32).map(|i| hash(i.wrapping_mul(0xC2B2_AE35) ^ i) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
@@ -61,13 +61,15 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
     let mut dx = storage.unwritten(device, shape.len());
     let backward = NormBackward {
         normed: Normed {
-            x: x.view(),
+            norm: Normalised {
+                x: x.view(),
+                gamma: gamma.view(),
+                beta: beta.view(),
+                mean: mean.view(),
+                invstd: invstd.view(),
+            },
             y: residual.as_ref().map(|_| y.view()),
             relu,
-            gamma: gamma.view(),
-            beta: beta.view(),
-            mean: mean.view(),
-            invstd: invstd.view(),
             map: None,
         },
         dy: match residual {
@@ -121,15 +123,16 @@ fn batch_norm_and_its_gradients_agree_with_pytorch() {
     });
 }
 
-/// Forward and backward with relu and residual in f64, over the true samples alone: y, dx, dgamma, dbeta, mean, invstd
+/// Forward and backward with a residual, and relu or not, in f64, over the true samples alone: y, dx, dgamma, dbeta, mean, invstd
 /// and the unbiased variance. Tensors are `[features, pixels, n]`.
-fn plain(
+pub fn plain(
     x: &[f32],
-    residual: &[f32],
+    residual: &[f64],
     dy: &[f32],
     affine: [&[f32]; 2],
     sizes: [usize; 3],
     count: usize,
+    relu: bool,
 ) -> [Vec<f64>; 7] {
     let [features, pixels, n] = sizes;
     let items = (pixels * count) as f64;
@@ -145,8 +148,9 @@ fn plain(
         let invstd = 1.0 / (squares / items + 1e-5).sqrt();
         let (gamma, beta) = (f64::from(gamma), f64::from(beta));
         let xhat = |i: usize| (x(i) - mean) * invstd;
-        at.iter().for_each(|&i| y[i] = (gamma * xhat(i) + beta + f64::from(residual[i])).max(0.0));
-        let dz = |i: usize| if y[i] > 0.0 { f64::from(dy[i]) } else { 0.0 };
+        let least = if relu { 0.0 } else { f64::NEG_INFINITY };
+        at.iter().for_each(|&i| y[i] = (gamma * xhat(i) + beta + residual[i]).max(least));
+        let dz = |i: usize| if y[i] > least { f64::from(dy[i]) } else { 0.0 };
         let dbeta = at.iter().map(|&i| dz(i)).sum::<f64>();
         let dgamma = at.iter().map(|&i| dz(i) * xhat(i)).sum::<f64>();
         at.iter().for_each(|&i| dx[i] = gamma * invstd * (dz(i) - dbeta / items - xhat(i) * dgamma / items));
@@ -170,7 +174,8 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
         let x = values(1, len).iter().enumerate().map(|(i, value)| value + drift(i)).collect();
         let (x, residual, dy) = (true_samples(x), true_samples(values(2, len)), true_samples(values(3, len)));
         let (gamma, beta) = (values(4, features), values(5, features));
-        let want = plain(&x, &residual, &dy, [&gamma, &beta], sizes, count);
+        let added: Vec<f64> = residual.iter().map(|&x| f64::from(x)).collect();
+        let want = plain(&x, &added, &dy, [&gamma, &beta], sizes, count, true);
         let shape = NormShape::new(features, pixels, n).unwrap();
         assert_eq!(shape.len(), len);
         assert!(shape.scratch_len() > 4 * features, "several chunks a row");
@@ -201,13 +206,15 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
                 .unwrap();
             let backward = NormBackward {
                 normed: Normed {
-                    x: x.view().into(),
+                    norm: Normalised {
+                        x: x.view().into(),
+                        gamma: gamma.view(),
+                        beta: beta.view(),
+                        mean: mean.view(),
+                        invstd: invstd.view(),
+                    },
                     y: Some(y.view().into()),
                     relu: true,
-                    gamma: gamma.view(),
-                    beta: beta.view(),
-                    mean: mean.view(),
-                    invstd: invstd.view(),
                     map: None,
                 },
                 dy: NormGradient::OfResidual(dresidual.view_mut().into()),
@@ -283,13 +290,15 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
     }
     let input = NormBackward {
         normed: Normed {
-            x: low.view(),
+            norm: Normalised {
+                x: low.view(),
+                gamma: four.view(),
+                beta: four.view(),
+                mean: four.view(),
+                invstd: four.view(),
+            },
             y: Some(low.view()),
             relu: true,
-            gamma: four.view(),
-            beta: four.view(),
-            mean: four.view(),
-            invstd: four.view(),
             map: None,
         },
         dy: NormGradient::Kept(x.view()),

@@ -1,12 +1,13 @@
 //! Input gradients that begin the backward pass of the batch norm which has made what their layer reads, against float64 of the
 //! gradient that they store by themselves.
 
-use dilt::device::{Device, HostOptions, Policy, Precision, RealsMut};
+use dilt::device::{Buffer, Device, HostOptions, Policy, Precision, RealsMut};
 use dilt::ops::conv::{ConvShape, conv_input_gradient};
 use dilt::ops::conv_sparse::conv_sparse_input_gradient;
-use dilt::ops::epilogue::{BeforeNorm, Dx};
+use dilt::ops::epilogue::{AddedNorm, BeforeNorm, Dx};
 use dilt::ops::kept::Pass;
-use dilt::ops::norm::{NormBackward, NormGradient, NormShape, Normed, norm_backward, norm_join_gradient};
+use dilt::ops::norm::{NormBackward, NormGradient, NormShape, Normalised, Normed, norm_backward, norm_join_gradient};
+use dilt::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward};
 use dilt::ops::row_map::RowMap;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -25,17 +26,36 @@ const UNDECIDED: f64 = 1e-5;
 struct Norm {
     add: bool,
     residual: bool,
+    /// A second norm, whose result is added.
+    added: bool,
     relu: bool,
     mapped: bool,
 }
 
-const NORMS: [Norm; 5] = [
-    Norm { add: true, residual: true, relu: true, mapped: true },
-    Norm { add: false, residual: false, relu: true, mapped: false },
-    Norm { add: true, residual: true, relu: true, mapped: false },
-    Norm { add: false, residual: false, relu: true, mapped: true },
-    Norm { add: true, residual: false, relu: false, mapped: false },
+const NORMS: [Norm; 7] = [
+    Norm { add: true, residual: true, added: false, relu: true, mapped: true },
+    Norm { add: true, residual: false, added: true, relu: true, mapped: false },
+    Norm { add: false, residual: false, added: false, relu: true, mapped: false },
+    Norm { add: true, residual: true, added: false, relu: true, mapped: false },
+    Norm { add: false, residual: false, added: false, relu: true, mapped: true },
+    Norm { add: true, residual: false, added: false, relu: false, mapped: false },
+    Norm { add: false, residual: false, added: true, relu: false, mapped: false },
 ];
+
+/// What a norm reads and normalises with.
+struct Read {
+    x: Vec<f32>,
+    gamma: Vec<f32>,
+    beta: Vec<f32>,
+    mean: Vec<f32>,
+    invstd: Vec<f32>,
+}
+
+impl Read {
+    fn of(&self, feature: usize) -> [f64; 4] {
+        [&self.gamma, &self.beta, &self.mean, &self.invstd].map(|row| f64::from(row[feature]))
+    }
+}
 
 /// A convolution after a norm of features around `offset`.
 struct Layer {
@@ -76,11 +96,17 @@ impl Layer {
         let source = |row: usize| if !norm.mapped { Some(row) } else { (row % 3 != 1).then_some(row - (row + 1) / 3) };
         let features = (0..rows).filter_map(source).count();
         let (dy, old) = (real(shape.output_len(), 0.0), real(shape.input_len(), 0.0));
-        let x = real(features * pixels * n, self.offset);
+        let x = [0.0, 0.1].map(|more| real(features * pixels * n, self.offset + more));
         let y: Vec<f32> = real(shape.input_len(), 0.0).iter().map(|y| y.max(0.0)).collect();
         let mut row = |low: f32, high: f32| (0..features).map(|_| rng.random_range(low..high)).collect::<Vec<f32>>();
-        let (gamma, beta) = (row(-1.5, 1.5), row(-0.3, 0.3));
-        let (mean, invstd) = (row(self.offset - 0.2, self.offset + 0.2), row(0.5, 2.0));
+        let norms = x.map(|x| Read {
+            x,
+            gamma: row(-1.5, 1.5),
+            beta: row(-0.3, 0.3),
+            mean: row(self.offset - 0.2, self.offset + 0.2),
+            invstd: row(0.5, 2.0),
+        });
+        let norms = &norms[..if norm.added { 2 } else { 1 }];
 
         let upload = |values: &[f32]| storage.upload(device, values);
         let start = || if norm.add { upload(&old) } else { storage.unwritten(device, old.len()) };
@@ -90,81 +116,111 @@ impl Layer {
 
         let map =
             norm.mapped.then(|| RowMap::new(device, features, &(0..rows).map(source).collect::<Vec<_>>()).unwrap());
-        let [on_gamma, on_beta, on_mean, on_invstd] =
-            [&gamma, &beta, &mean, &invstd].map(|values| device.upload(values).unwrap());
-        let (on_x, on_y) = (upload(&x), upload(&y));
-        let normed = Normed {
-            x: on_x.view(),
-            y: norm.residual.then(|| on_y.view()),
-            relu: norm.relu,
-            gamma: on_gamma.view(),
-            beta: on_beta.view(),
-            mean: on_mean.view(),
-            invstd: on_invstd.view(),
-            map: map.as_ref(),
+        let on_device = |of: &Read| {
+            let rows = [&of.gamma, &of.beta, &of.mean, &of.invstd].map(|row| device.upload(row).unwrap());
+            (upload(&of.x), rows)
         };
+        let (on_devices, on_y) = (norms.iter().map(on_device).collect::<Vec<_>>(), upload(&y));
+        let normalised = |which: usize| {
+            let (x, rows) = &on_devices[which];
+            let [gamma, beta, mean, invstd] = rows.each_ref().map(Buffer::view);
+            Normalised { x: x.view(), gamma, beta, mean, invstd }
+        };
+        let normed =
+            Normed { norm: normalised(0), y: norm.residual.then(|| on_y.view()), relu: norm.relu, map: map.as_ref() };
         // Longer than they have to be, as scratch memory is.
         let (len, beyond) = (2 * features * tiles, 6);
-        let (mut dz, mut sums) = (start(), unwritten(device, len + beyond));
+        let mut dz = start();
+        let [mut sums, mut of_added] = [(); 2].map(|()| unwritten(device, len + beyond));
         let (launches, done) = device.trace(|| {
-            product(&dy, Dx::BeforeNorm(BeforeNorm { normed, add: norm.add, sums: sums.view_mut() }), dz.view_mut());
+            let added = norm.added.then(|| AddedNorm { norm: normalised(1), sums: of_added.view_mut() });
+            let before = BeforeNorm { normed, added, add: norm.add, sums: sums.view_mut() };
+            product(&dy, Dx::BeforeNorm(before), dz.view_mut());
             Ok(())
         });
         done.unwrap();
         let launched: Vec<_> = launches.iter().map(|launch| launch.kernel).collect();
         assert!(launched.contains(&self.kernel), "{label}: {launched:?}");
-        let (mut dgamma, mut dbeta) = (unwritten(device, features), unwritten(device, features));
-        norm_join_gradient(device, sums.view(), tiles, dgamma.view_mut(), dbeta.view_mut()).unwrap();
+        let mut gradients = [&sums, &of_added].map(|sums| {
+            let [mut dgamma, mut dbeta] = [(); 2].map(|()| unwritten(device, features));
+            norm_join_gradient(device, sums.view(), tiles, dgamma.view_mut(), dbeta.view_mut()).unwrap();
+            (dgamma, dbeta, storage.unwritten(device, norms[0].x.len()))
+        });
         let shape = NormShape::new(features, pixels, n).unwrap();
-        let (mut scratch, mut dx) = (unwritten(device, shape.scratch_len()), storage.unwritten(device, x.len()));
+        let mut scratch = unwritten(device, 2 * shape.scratch_len());
         let counted = device.upload(&[count as u32]).unwrap();
-        let backward =
-            NormBackward { normed, dy: NormGradient::Summed(dz.view()), training: true, count: counted.view() };
-        let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
-        norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, dx.view_mut()).unwrap();
+        let [(dgamma, dbeta, dx), rest] = &mut gradients;
+        let [dgamma, dbeta] = [dgamma, dbeta].map(Buffer::view_mut);
+        if norm.added {
+            let pair = NormPair { norms: [0, 1].map(normalised), relu: norm.relu, count: counted.view() };
+            let first = NormGradients { dgamma, dbeta, dx: dx.view_mut() };
+            let second = NormGradients { dgamma: rest.0.view_mut(), dbeta: rest.1.view_mut(), dx: rest.2.view_mut() };
+            let dz = NormPairGradient::Summed(dz.view());
+            norm_pair_backward(device, &shape, pair, dz, scratch.view_mut(), [first, second]).unwrap();
+        } else {
+            let (dy, count) = (NormGradient::Summed(dz.view()), counted.view());
+            let backward = NormBackward { normed, dy, training: true, count };
+            norm_backward(device, &shape, backward, scratch.view_mut(), dgamma, dbeta, dx.view_mut()).unwrap();
+        }
 
-        let [sums, dgamma, dbeta] = [&sums, &dgamma, &dbeta].map(|buffer| read(device, buffer.view()));
-        let [dz, dx] = [&dz, &dx].map(|buffer| storage.read(device, buffer));
-        assert!(sums[..len].iter().all(|sum| sum.is_finite()), "{label}: a tile is not summed");
-        assert!(sums[len..].iter().all(|sum| sum.is_nan()), "{label}: beyond the last tile");
+        let dz = storage.read(device, &dz);
         let (row_len, items) = (pixels * n, (pixels * count) as f64);
+        let off = |which: usize, feature: usize, i: usize| {
+            f64::from(norms[which].x[feature * row_len + i]) - norms[which].of(feature)[2]
+        };
         for row in 0..rows {
-            let feature = source(row);
-            let [mean, invstd, gamma, beta] =
-                [&mean, &invstd, &gamma, &beta].map(|of| feature.map_or(0.0, |feature| f64::from(of[feature])));
-            let off = |i: usize| feature.map_or(0.0, |feature| f64::from(x[feature * row_len + i]) - mean);
-            let (mut sum, mut dot, mut squares) = (0.0, 0.0, [0.0; 2]);
             for i in 0..row_len {
-                let (at, off) = (row * row_len + i, off(i));
-                let z = if norm.residual { f64::from(y[at]) } else { off * gamma * invstd + beta };
+                let at = row * row_len + i;
+                let of_norm = |which: usize| {
+                    source(row).map_or(0.0, |feature| {
+                        let [gamma, beta, _, invstd] = norms[which].of(feature);
+                        off(which, feature, i) * gamma * invstd + beta
+                    })
+                };
+                let z = if norm.residual { f64::from(y[at]) } else { (0..norms.len()).map(of_norm).sum() };
                 let undecided = z.abs() < UNDECIDED && !norm.residual && (dz[at] == alone[at] || dz[at] == 0.0);
                 let want = if norm.relu && z <= 0.0 { 0.0 } else { alone[at] };
                 assert!(undecided || dz[at].to_bits() == want.to_bits(), "{label}: dz: {at}: {} for {want}", dz[at]);
-                let terms = [f64::from(dz[at]), f64::from(dz[at]) * off * invstd];
-                (sum, dot) = (sum + terms[0], dot + terms[1]);
-                squares = [0, 1].map(|which| squares[which] + terms[which] * terms[which]);
-            }
-            let Some(feature) = feature else { continue };
-            for (name, got, want, squares) in [("dbeta", &dbeta, sum, squares[0]), ("dgamma", &dgamma, dot, squares[1])]
-            {
-                let (got, allowed) = (f64::from(got[feature]), TOLERANCE * squares.sqrt() + TOLERANCE * want.abs());
-                assert!(
-                    (got - want).abs() <= allowed,
-                    "{label}: {name} of {row}: {got} for {want} within {allowed:.1e}"
-                );
-            }
-            for i in 0..row_len {
-                let own = f64::from(dz[row * row_len + i]);
-                let want = if i % n < count {
-                    gamma * invstd * (own - sum / items - off(i) * invstd * dot / items)
-                } else {
-                    0.0
-                };
-                let (got, allowed) = (f64::from(dx[feature * row_len + i]), want.abs() / 250.0 + 1e-5);
-                assert!((got - want).abs() <= allowed, "{label}: dx: row {row}, {i}: {got} for {want}");
             }
         }
-        vec![sums[..len].to_vec(), dz, dgamma, dbeta, dx]
+        let mut results = vec![dz.clone()];
+        for (which, (sums, (dgamma, dbeta, dx))) in [&sums, &of_added].into_iter().zip(&gradients).enumerate() {
+            let [sums, dgamma, dbeta] = [sums, dgamma, dbeta].map(|buffer| read(device, buffer.view()));
+            if which == norms.len() {
+                assert!(sums.iter().all(|sum| sum.is_nan()), "{label}: nothing is added");
+                break;
+            }
+            assert!(sums[..len].iter().all(|sum| sum.is_finite()), "{label}: a tile is not summed");
+            assert!(sums[len..].iter().all(|sum| sum.is_nan()), "{label}: beyond the last tile");
+            let dx = storage.read(device, dx);
+            for (row, feature) in (0..rows).filter_map(|row| Some((row, source(row)?))) {
+                let [gamma, _, _, invstd] = norms[which].of(feature);
+                let (mut sum, mut dot, mut squares) = (0.0, 0.0, [0.0; 2]);
+                for i in 0..row_len {
+                    let own = f64::from(dz[row * row_len + i]);
+                    let terms = [own, own * off(which, feature, i) * invstd];
+                    (sum, dot) = (sum + terms[0], dot + terms[1]);
+                    squares = [0, 1].map(|which| squares[which] + terms[which] * terms[which]);
+                }
+                let sums = [("dbeta", &dbeta, sum, squares[0]), ("dgamma", &dgamma, dot, squares[1])];
+                for (name, got, want, squares) in sums {
+                    let (got, allowed) = (f64::from(got[feature]), TOLERANCE * squares.sqrt() + TOLERANCE * want.abs());
+                    assert!(
+                        (got - want).abs() <= allowed,
+                        "{label}: {name} {which} of {row}: {got} for {want} within {allowed:.1e}"
+                    );
+                }
+                for i in 0..row_len {
+                    let own = f64::from(dz[row * row_len + i]);
+                    let centred = own - sum / items - off(which, feature, i) * invstd * dot / items;
+                    let want = if i % n < count { gamma * invstd * centred } else { 0.0 };
+                    let (got, allowed) = (f64::from(dx[feature * row_len + i]), want.abs() / 250.0 + 1e-5);
+                    assert!((got - want).abs() <= allowed, "{label}: dx {which}: row {row}, {i}: {got} for {want}");
+                }
+            }
+            results.extend([sums[..len].to_vec(), dgamma, dbeta, dx]);
+        }
+        results
     }
 
     fn weights(&self) -> Vec<f32> {
@@ -278,9 +334,9 @@ fn sums_that_nothing_makes_are_refused() {
         let tiles = shape.gradient_tiles(&device, precision, None).unwrap_or(1);
         let mut sums = device.alloc(2 * 8 * tiles - missing).unwrap();
         let row = of_features.view();
-        let normed =
-            Normed { x: x.view(), y: None, relu: true, gamma: row, beta: row, mean: row, invstd: row, map: None };
-        let how = Dx::BeforeNorm(BeforeNorm { normed, add: false, sums: sums.view_mut() });
+        let norm = Normalised { x: x.view(), gamma: row, beta: row, mean: row, invstd: row };
+        let normed = Normed { norm, y: None, relu: true, map: None };
+        let how = Dx::BeforeNorm(BeforeNorm { normed, added: None, add: false, sums: sums.view_mut() });
         conv_input_gradient(&device, &shape, dy.view(), w.view(), how, dx.view_mut()).unwrap_err().to_string()
     };
     for (policy, image, precision) in [

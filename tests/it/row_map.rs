@@ -2,8 +2,8 @@
 
 use dilt::device::{Buffer, Device};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_apply,
-    norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
+    norm_apply, norm_backward, norm_eval, norm_forward,
 };
 use dilt::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
 use dilt::ops::row_map::RowMap;
@@ -74,13 +74,15 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 assert_eq!(read(device, again.view()), read(device, y.view()), "{what}: by what was saved");
                 let backward = NormBackward {
                     normed: Normed {
-                        x: x.view().into(),
+                        norm: Normalised {
+                            x: x.view().into(),
+                            gamma: gamma.view(),
+                            beta: beta.view(),
+                            mean: saved.view(),
+                            invstd: invstd.view(),
+                        },
                         y: input.residual.map(|_| y.view().into()),
                         relu,
-                        gamma: gamma.view(),
-                        beta: beta.view(),
-                        mean: saved.view(),
-                        invstd: invstd.view(),
                         map,
                     },
                     dy: match residual {

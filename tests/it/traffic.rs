@@ -122,6 +122,38 @@ fn a_norm_reads_once_what_tensor_cores_have_summed_forward_and_backward() {
 }
 
 #[test]
+fn a_block_whose_shortcut_has_a_norm_reads_once_what_both_norms_read() {
+    let step = step_of("resnet18", &["widths=[4,8]", "stages=[1,1]", "image=[3,16,16]"], 8, &BTreeMap::new());
+    // The stem leaves 4 x 4 pixels, the second stage 8 channels of 2 x 2.
+    let y = 8 * 2 * 2 * 8;
+    // Of the shortcut's norm the statistics alone are its own.
+    let shortcut = layer(&step, "layer2.0.downsample.1");
+    assert_eq!((shortcut.forward, shortcut.backward), (work(0, y, 0), Work::default()));
+    // Statistics, then both x, and the sum; backwards dy and both x twice, and both gradients.
+    let sum = layer(&step, "layer2.0.bn2");
+    assert_eq!((sum.forward, sum.backward), (work(0, y + 2 * y, y), work(0, 6 * y, 2 * y)));
+    let alone = layer(&step, "layer1.0.bn2");
+    let y = 4 * 4 * 4 * 8;
+    assert_eq!((alone.forward, alone.backward), (work(0, 3 * y, y), work(0, 5 * y, 2 * y)));
+
+    let mut config = ModelConfig::load("resnet18", &["widths=[4,8]".into(), "stages=[1,2]".into()]).unwrap();
+    config.precision = Precision::Bf16;
+    let device = Device::host(HostOptions { policy: Policy::Staged, ..HostOptions::default() }).unwrap();
+    let (train, model) = (Use::Train(OptimizerKind::Sgd), config.build().unwrap());
+    let layout = Layout::new(&device, &model, &BTreeMap::new(), 8, train, &Planning::Table).unwrap();
+    let step = training_step(&device, &layout, 8, train, false).unwrap();
+    // Tensor cores sum for both: dz and both x once, and the product before reads both x and writes sums for both.
+    let y = 8 * 28 * 28 * 8 * 2;
+    let (first, next) = (layer(&step, "layer2.0.bn2"), layer(&step, "layer2.1.conv1").backward);
+    assert_eq!((first.forward.read, first.backward.read, first.backward.written), (2 * y, 3 * y, 2 * y));
+    let shape = ConvShape::new([8, 28, 28], 8, [3, 3], 1, 1, 8).unwrap();
+    let dw = conv_weight_gradient(&device, &shape, shape.output_len(), Precision::Bf16);
+    let (weights, tiles) = (8 * 9 * 8 * 2, 8 * 2 * 4 * (28 * 28 * 8usize).div_ceil(256));
+    assert_eq!(next.read - dw.read, y + weights + y + 2 * y + 2 * tiles);
+    assert_eq!(next.written - dw.written, y + 2 * tiles);
+}
+
+#[test]
 fn a_vision_transformer_multiplies_what_is_counted_by_hand() {
     let step = step_of("vit_digits", &[], 8, &BTreeMap::new());
     let attention = step.iter().find(|layer| layer.name.ends_with(".attn")).unwrap();

@@ -13,9 +13,10 @@ use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normed, norm_backward,
-    norm_forward,
+    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
+    norm_backward, norm_forward,
 };
+use dilt::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 use dilt::ops::optimizer::{AdamW, OptimizerInput, Sgd, adamw_step, sgd_step};
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
 use ndarray::Array2;
@@ -51,6 +52,8 @@ pub(super) const OPS: &[Op] = &[
     op("linear_weight_gradient", LINEAR, conv_weight_gradient_work, time_conv_weight_gradient),
     op("norm_forward", NORM, norm_forward_work, time_norm_forward),
     op("norm_backward", NORM, norm_backward_work, time_norm_backward),
+    op("norm_pair_forward", NORM, norm_pair_forward_work, time_norm_pair_forward),
+    op("norm_pair_backward", NORM, norm_pair_backward_work, time_norm_pair_backward),
     op("layer_norm_forward", LAYER_NORM, layer_norm_forward_work, time_layer_norm_forward),
     op("layer_norm_backward", LAYER_NORM, layer_norm_backward_work, time_layer_norm_backward),
     op("attention_forward", ATTENTION, attention_forward_work, time_attention_forward),
@@ -98,6 +101,14 @@ fn norm_forward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::R
 fn norm_backward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
     let elements = norm_shape(sizes)?.len();
     Ok(traffic::norm_backward(precision, elements, elements, false, false))
+}
+
+fn norm_pair_forward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
+    Ok(traffic::norm_pair_forward(precision, norm_shape(sizes)?.len()))
+}
+
+fn norm_pair_backward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
+    Ok(traffic::norm_pair_backward(precision, norm_shape(sizes)?.len(), false))
 }
 
 fn layer_norm_forward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
@@ -185,6 +196,12 @@ impl NormTensors {
         })
     }
 
+    /// What normalises it is what is saved.
+    fn normalised(&self) -> Normalised<'_> {
+        let [mean, invstd] = self.saved.each_ref().map(Buffer::view);
+        Normalised { x: self.x.view(), gamma: self.gamma.view(), beta: self.beta.view(), mean, invstd }
+    }
+
     fn forward(&mut self, device: &Device) -> dilt::Result<()> {
         let input = NormInput { x: self.x.view(), residual: None, relu: true, map: None, count: self.count.view() };
         let affine = NormAffine { gamma: self.gamma.view(), beta: self.beta.view(), epsilon: 1e-5 };
@@ -208,24 +225,53 @@ fn time_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
     let (elements, features) = (norm.shape.len(), norm.gamma.len());
     let (dy, mut dx) = (timer.reals(elements)?, timer.real_zeros(elements)?);
     let (mut dgamma, mut dbeta) = (timer.zeros(features)?, timer.zeros(features)?);
+    let mut scratch = timer.zeros(norm.shape.scratch_len())?;
     timer.time(|device| {
         let input = NormBackward {
-            normed: Normed {
-                x: norm.x.view(),
-                y: None,
-                relu: true,
-                gamma: norm.gamma.view(),
-                beta: norm.beta.view(),
-                mean: norm.saved[0].view(),
-                invstd: norm.saved[1].view(),
-                map: None,
-            },
+            normed: Normed { norm: norm.normalised(), y: None, relu: true, map: None },
             dy: NormGradient::Kept(dy.view()),
             training: true,
             count: norm.count.view(),
         };
         let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-        norm_backward(device, &norm.shape, input, norm.scratch.view_mut(), dgamma, dbeta, dx.view_mut())
+        norm_backward(device, &norm.shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut())
+    })
+}
+
+/// Two norms whose statistics are there.
+fn norm_pair(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<[NormTensors; 2]> {
+    let mut norms = [NormTensors::new(timer, sizes)?, NormTensors::new(timer, sizes)?];
+    norms.iter_mut().try_for_each(|norm| norm.forward(&timer.device))?;
+    Ok(norms)
+}
+
+/// With ReLU; of statistics that are there.
+fn time_norm_pair_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
+    let norms = norm_pair(timer, sizes)?;
+    let (pair, shape) = (pair_of(&norms), norms[0].shape);
+    let mut y = timer.real_zeros(shape.len())?;
+    timer.time(|device| norm_pair_forward(device, &shape, pair, y.view_mut()))
+}
+
+fn pair_of(norms: &[NormTensors; 2]) -> NormPair<'_> {
+    NormPair { norms: norms.each_ref().map(NormTensors::normalised), relu: true, count: norms[0].count.view() }
+}
+
+fn time_norm_pair_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
+    let norms = norm_pair(timer, sizes)?;
+    let (pair, shape, features) = (pair_of(&norms), norms[0].shape, norms[0].gamma.len());
+    let (dy, mut scratch) = (timer.reals(shape.len())?, timer.zeros(2 * shape.scratch_len())?);
+    let mut tensors =
+        || dilt::Result::Ok((timer.zeros(features)?, timer.zeros(features)?, timer.real_zeros(shape.len())?));
+    let mut gradients = [tensors()?, tensors()?];
+    timer.time(|device| {
+        let to = gradients.each_mut().map(|(dgamma, dbeta, dx)| NormGradients {
+            dgamma: dgamma.view_mut(),
+            dbeta: dbeta.view_mut(),
+            dx: dx.view_mut(),
+        });
+        let dy = NormPairGradient::Whole(dy.view());
+        norm_pair_backward(device, &shape, pair, dy, scratch.view_mut(), to)
     })
 }
 
