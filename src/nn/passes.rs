@@ -225,7 +225,7 @@ impl Network {
     /// [`crate::Error::Launch`] if the device fails.
     pub fn backward(&mut self) -> Result<()> {
         for index in (0..self.computed.layers.len()).rev() {
-            // What no parameter comes before has no gradient.
+            // What no parameter comes before has no gradient, nor what another norm adds, whose backward pass is that one's.
             let Some(slot) = self.plan.gradient_slots[self.computed.layers[index].output()] else { continue };
             let mut dy = std::mem::take(&mut self.value_gradients[slot]);
             let _range = range(format_args!("{} backward", self.layer_name(index)));
@@ -327,10 +327,7 @@ impl Network {
                 Ok(())
             }
             Layer::Norm { scale, shift, input, residual, relu, .. } => {
-                let Fusion { added_norm, is_added, gradient_is_summed, .. } = fusions[index];
-                if is_added {
-                    return Ok(());
-                }
+                let Fusion { added_norm, gradient_is_summed, .. } = fusions[index];
                 let shape = model.norm_shape(input, n)?;
                 if let Some(added) = added_norm {
                     let both = [index, added];

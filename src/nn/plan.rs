@@ -387,7 +387,7 @@ fn forward_lives(model: &Model) -> Vec<Life> {
 fn gradient_owners(model: &Model) -> Vec<ValueId> {
     let have = model.have_gradients();
     let mut owners: Vec<ValueId> = (0..model.values.len()).collect();
-    for layer in model.layers.iter().rev() {
+    for (index, layer) in model.layers.iter().enumerate().rev() {
         match *layer {
             Layer::Residual { input, branch, output, .. } => {
                 owners[input] = owners[output];
@@ -395,7 +395,11 @@ fn gradient_owners(model: &Model) -> Vec<ValueId> {
                     owners[branch] = owners[output];
                 }
             }
-            Layer::Norm { residual: Some(residual), output, .. } if have[residual] => owners[residual] = owners[output],
+            Layer::Norm { residual: Some(residual), output, .. }
+                if have[residual] && model.added_norm(index).is_none() =>
+            {
+                owners[residual] = owners[output];
+            }
             Layer::Embed { input, output, .. } | Layer::Gelu { input, output } => owners[input] = owners[output],
             _ => {}
         }
@@ -404,17 +408,17 @@ fn gradient_owners(model: &Model) -> Vec<ValueId> {
 }
 
 /// In a backward pass: from the first layer, seen from the end, that reads a value to the layer that writes it, for the
-/// values that own the memory of their gradient.
+/// values that own the memory of their gradient. A norm that adds another writes the gradient of what that reads, and there is
+/// none of what it makes.
 fn gradient_lives(model: &Model, owners: &[ValueId]) -> Vec<Life> {
     let have = model.have_gradients();
-    let mut lives: Vec<Life> = vec![None; model.values.len()];
+    let (mut lives, mut nowhere): (Vec<Life>, Vec<ValueId>) = (vec![None; model.values.len()], Vec::new());
     lives[model.output()] = Some((0, 0));
     for (time, layer) in model.layers.iter().rev().enumerate() {
-        // A norm writes the gradient of what the norm reads that it adds.
-        let added = model.added_norm(model.layers.len() - 1 - time);
-        let written = added.into_iter().flat_map(|added| model.layers[added].inputs());
-        let values = layer.inputs().chain([layer.output()]).chain(written);
-        for value in values.filter(|&value| have[value]) {
+        let added = model.added_norm(model.layers.len() - 1 - time).map(|added| &model.layers[added]);
+        nowhere.extend(added.map(Layer::output));
+        let values = layer.inputs().chain([layer.output()]).chain(added.into_iter().flat_map(Layer::inputs));
+        for value in values.filter(|value| have[*value] && !nowhere.contains(value)) {
             lives[owners[value]].get_or_insert((time + 1, time + 1)).1 = time + 1;
         }
     }
