@@ -68,6 +68,7 @@ pub enum Beside<'a> {
 }
 
 /// What an input gradient does with its sums.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum Dx<'a> {
     /// Overwrites dx.
     Set,

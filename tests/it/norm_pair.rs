@@ -111,9 +111,7 @@ impl Case {
 
 #[test]
 fn the_sum_of_two_norms_and_its_gradients_follow_the_formula() {
-    for (sizes, count, relu) in
-        [([3, 900, 40], 37, true), ([2, 400, 64], 21, false), ([1, 5000, 136], 131, true), ([5, 4, 8], 8, true)]
-    {
+    for (sizes, count, relu) in [([3, 900, 40], 37, true), ([2, 400, 64], 21, false), ([5, 4, 8], 8, true)] {
         let case = Case::new(sizes, count, relu);
         let want = case.want();
         let len = case.dy.len();
