@@ -1,14 +1,15 @@
 //! What a training step has to compute and to move, counted from shapes: operations of products, and bytes that kernels
 //! read from and write to the device's memory.
 //!
-//! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads
-//! again by itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then
-//! the norm) and writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of
-//! tiles, written and read again; and so backward, where the convolution that makes dy sums it with x. Two norms that are summed
-//! read both x and write their sum alone, and what they make by themselves is nowhere. Padded samples and tokens are moved as others are, but what is multiplied with them counts for nothing. A residual sum, and GELU, in the epilogues of
-//! products move what these do not have: elsewhere also what these leave them. Left out are vectors of an element a feature
-//! (biases, γ, β, statistics), embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or
-//! attention; what attention computes again in its backward pass is not counted twice.
+//! Each kernel is counted to read once what it needs and to write once what it makes, as if caches kept what it reads again by
+//! itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then the norm) and
+//! writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of tiles, written
+//! and read again; and so backward, where the convolution that makes dy sums it with x. Two norms that are summed read both x
+//! and write their sum alone, and what they make by themselves is nowhere. Padded samples and tokens are moved as others are,
+//! but what is multiplied with them counts for nothing. A residual sum, and GELU, in the epilogues of products move what these
+//! do not have: elsewhere also what these leave them. Left out are vectors of an element a feature (biases, γ, β, statistics),
+//! embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or attention; what attention
+//! computes again in its backward pass is not counted twice.
 
 use std::iter::Sum;
 use std::ops::Add;
