@@ -1,6 +1,6 @@
-// norm.cuh - what the kernels of batch norm (norm.cu, norm_pair.cu, norm_join.cu) share with the epilogues of convolutions (conv_mma.cuh), which
-// sum for them what they store: mean and squared deviations of a feature's row, from those of the parts that it is cut into, and
-// the sums of its gradient.
+// norm.cuh - what the kernels of batch norm (norm.cu, norm_pair.cu, norm_join.cu) share with the epilogues of convolutions
+// (conv_mma.cuh), which sum for them what they store: mean and squared deviations of a feature's row, from those of the parts
+// that it is cut into, and the sums of its gradient; and how a tensor is normalised.
 #pragma once
 #include "kernels/lib/device.cuh"
 

@@ -9,7 +9,7 @@
 // statistics are there: those of x[i] by norm_statistics or by the epilogue that made it, and norm_join.
 //
 // Limit: bytes. Forward reads both x and writes y, where two norms would also write and read what the first makes; backward reads
-// them and dy twice, once where the sums of dz are there, and writes both dx. y and dz stay out of memory: both x say again what they were.
+// them and dy twice, or once where the sums of dz are there, and writes both dx. It reads no y: both x say what that was.
 #include "kernels/norm_chunks.cuh"
 
 struct NormPairArgs {
