@@ -218,10 +218,12 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
                 const Moments moments = row_moments<LANES_ACROSS>(y, live, items);
                 if (across_slab == 0) shared.moments[tile_row][part] = moments;
             }
-            UNROLL for (int k = 0; k < 2; ++k) {
-                if (!GRADIENT || !end.norm.sums[k]) break;
-                gradient[k] = {row_sum<LANES_ACROSS>(gradient[k].dz), row_sum<LANES_ACROSS>(gradient[k].dz_xhat)};
-                if (across_slab == 0) shared.gradient[k][tile_row][part] = gradient[k];
+            if constexpr (GRADIENT) {
+                UNROLL for (int k = 0; k < 2; ++k) {
+                    if (!end.norm.sums[k]) continue;
+                    gradient[k] = {row_sum<LANES_ACROSS>(gradient[k].dz), row_sum<LANES_ACROSS>(gradient[k].dz_xhat)};
+                    if (across_slab == 0) shared.gradient[k][tile_row][part] = gradient[k];
+                }
             }
         }
         __syncwarp();
