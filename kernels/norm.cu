@@ -86,14 +86,13 @@ DEVICE int row_of_x(const uint32_t* source, int row) { return source ? int(sourc
 // How far a row's elements lie behind those of another.
 DEVICE int64_t behind(const NormShape& d, int row, int other) { return (int64_t(row) - other) * d.pixels * d.n; }
 
-// y of a chunk; of the residual alone where x is null. `scale` is gamma invstd; the mean is taken off first, since beta -
-// mean scale would cancel.
+// y of a chunk; of the residual alone where x is null.
 template <int L>
 DEVICE void normalise(const NormShape& d, dim3 block, uint32_t thread, uint32_t threads, int count, const Real* x,
-                      const Real* residual, bool relu, float mean, float scale, float beta, Real* y) {
+                      const Real* residual, bool relu, const Normaliser& norm, Real* y) {
     const Samples<L> zero = splat<L>(0.0f);
     each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int) {
-        Samples<L> z = x ? (load<L>(x + i) - mean) * scale + beta : zero;
+        Samples<L> z = x ? norm.apply<L>(load<L>(x + i) - norm.mean) : zero;
         if (residual) z += load<L>(residual + i);
         if (relu) z = where_at_most<L>(z, zero, zero, z);
         store<L>(y + i, first_lanes<L>(z, live));
@@ -134,7 +133,7 @@ DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint
     const NormShape& d = a.shape;
     const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
     if (feature < 0) {
-        normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, 0.0f, 0.0f, 0.0f, a.y);
+        normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, Normaliser(), a.y);
         return;
     }
     const float items = float(max64(1, int64_t(d.pixels) * count));
@@ -142,8 +141,8 @@ DEVICE void forward(const NormForwardArgs& a, WarpSums& shared, dim3 block, uint
     const auto items_of = [&](int split) { return float(pixels_of(d, split)) * count; };
     const Moments row = join(partial, d.splits, items, items_of, shared.scratch, thread, threads);
     const float invstd = 1.0f / sqrtf(row.squares / items + a.epsilon);
-    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu, row.mean,
-                 a.gamma[feature] * invstd, a.beta[feature], a.y);
+    const Normaliser norm(row.mean, invstd, a.gamma[feature], a.beta[feature]);
+    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu, norm, a.y);
     if (block.x == 0 && thread == 0) keep(a, feature, count, items, row, invstd);
 }
 
@@ -152,12 +151,12 @@ DEVICE void evaluate(const NormEvalArgs& a, dim3 block, uint32_t thread, uint32_
     const NormShape& d = a.shape;
     const int feature = row_of_x(a.source, block.y), count = samples(d, a.count);
     if (feature < 0) {
-        normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, 0.0f, 0.0f, 0.0f, a.y);
+        normalise<L>(d, block, thread, threads, count, nullptr, a.residual, a.relu, Normaliser(), a.y);
         return;
     }
     const float invstd = a.invstd ? a.invstd[feature] : 1.0f / sqrtf(a.var[feature] + a.epsilon);
-    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu,
-                 a.mean[feature], a.gamma[feature] * invstd, a.beta[feature], a.y);
+    const Normaliser norm(a.mean[feature], invstd, a.gamma[feature], a.beta[feature]);
+    normalise<L>(d, block, thread, threads, count, a.x + behind(d, feature, block.y), a.residual, a.relu, norm, a.y);
 }
 
 template <int L>

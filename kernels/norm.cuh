@@ -29,8 +29,10 @@ struct Normaliser {
     float mean = 0.0f, invstd = 0.0f, scale = 0.0f, beta = 0.0f;
 
     Normaliser() = default;
+    DEVICE Normaliser(float mean, float invstd, float gamma, float beta)
+        : mean(mean), invstd(invstd), scale(gamma * invstd), beta(beta) {}
     DEVICE Normaliser(const NormalisedArgs& a, int feature)
-        : mean(a.mean[feature]), invstd(a.invstd[feature]), scale(a.gamma[feature] * invstd), beta(a.beta[feature]) {}
+        : Normaliser(a.mean[feature], a.invstd[feature], a.gamma[feature], a.beta[feature]) {}
 
     // What comes of what lies `off` from the mean.
     template <int L>

@@ -21,8 +21,9 @@ use crate::ops::layer_norm::{
 };
 use crate::ops::norm::{
     NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, Normalised, Normed, norm_apply,
-    norm_backward, norm_eval, norm_forward, norm_join, norm_join_gradient, norm_statistics,
+    norm_backward, norm_eval, norm_forward,
 };
+use crate::ops::norm_join::{norm_join, norm_join_gradient, norm_statistics};
 use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
@@ -274,7 +275,7 @@ impl Network {
         let normalised = |norm: usize| normalised(model, plan, values, parameters, saved, norm);
         let affine = |norm: usize| {
             let Layer::Norm { scale, shift, .. } = model.layers[norm] else { unreachable!("a batch norm") };
-            [scale, shift]
+            [scale, shift].map(range)
         };
         let normed = |norm: usize| {
             let Layer::Norm { residual, relu, output, .. } = model.layers[norm] else { unreachable!("a batch norm") };
@@ -319,7 +320,7 @@ impl Network {
                 let Some(NormBefore { layer, tiles }) = norm_before else { return Ok(()) };
                 let mut sums = scratch.view_mut();
                 for norm in [Some(layer), fusions[layer].added_norm].into_iter().flatten() {
-                    let [dgamma, dbeta] = gradients.disjoint_mut(affine(norm).map(range));
+                    let [dgamma, dbeta] = gradients.disjoint_mut(affine(norm));
                     let own;
                     (own, sums) = sums.split_at(2 * dgamma.len() * tiles);
                     norm_join_gradient(device, own.view(), tiles, dgamma, dbeta)?;
@@ -334,15 +335,15 @@ impl Network {
                     let pair = NormPair { norms: both.map(normalised), relu, count };
                     let dy =
                         if gradient_is_summed { NormPairGradient::Summed(dy) } else { NormPairGradient::Whole(dy) };
-                    let [first, second] = both.map(affine);
-                    let [first_gamma, first_beta, second_gamma, second_beta] =
-                        gradients.disjoint_mut([first[0], first[1], second[0], second[1]].map(range));
-                    let slots =
-                        both.map(|norm| slot(model.layers[norm].inputs().next().expect("a norm reads")).unwrap());
-                    let [first_x, second_x] = value_gradients.get_disjoint_mut(slots).expect("each has its own");
+                    let [[gamma, beta], [added_gamma, added_beta]] = both.map(affine);
+                    let [dgamma, dbeta, added_dgamma, added_dbeta] =
+                        gradients.disjoint_mut([gamma, beta, added_gamma, added_beta]);
+                    let Layer::Norm { input: also, .. } = model.layers[added] else { unreachable!("a batch norm") };
+                    let slots = [input, also].map(|x| slot(x).expect("a layer after a parameter"));
+                    let [dx, added_dx] = value_gradients.get_disjoint_mut(slots).expect("each has its own");
                     let to = [
-                        NormGradients { dgamma: first_gamma, dbeta: first_beta, dx: first_x.view_mut() },
-                        NormGradients { dgamma: second_gamma, dbeta: second_beta, dx: second_x.view_mut() },
+                        NormGradients { dgamma, dbeta, dx: dx.view_mut() },
+                        NormGradients { dgamma: added_dgamma, dbeta: added_dbeta, dx: added_dx.view_mut() },
                     ];
                     return norm_pair_backward(device, &shape, pair, dy, scratch.view_mut(), to);
                 }

@@ -412,13 +412,13 @@ fn gradient_owners(model: &Model) -> Vec<ValueId> {
 /// none of what it makes.
 fn gradient_lives(model: &Model, owners: &[ValueId]) -> Vec<Life> {
     let have = model.have_gradients();
-    let (mut lives, mut nowhere): (Vec<Life>, Vec<ValueId>) = (vec![None; model.values.len()], Vec::new());
+    let (mut lives, mut unwritten): (Vec<Life>, Vec<ValueId>) = (vec![None; model.values.len()], Vec::new());
     lives[model.output()] = Some((0, 0));
     for (time, layer) in model.layers.iter().rev().enumerate() {
         let added = model.added_norm(model.layers.len() - 1 - time).map(|added| &model.layers[added]);
-        nowhere.extend(added.map(Layer::output));
+        unwritten.extend(added.map(Layer::output));
         let values = layer.inputs().chain([layer.output()]).chain(added.into_iter().flat_map(Layer::inputs));
-        for value in values.filter(|value| have[*value] && !nowhere.contains(value)) {
+        for value in values.filter(|value| have[*value] && !unwritten.contains(value)) {
             lives[owners[value]].get_or_insert((time + 1, time + 1)).1 = time + 1;
         }
     }

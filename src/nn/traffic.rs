@@ -5,7 +5,7 @@
 //! itself; what two kernels of a pass read counts twice. So a batch norm forward reads x twice (statistics, then the norm) and
 //! writes y; but once where the convolution that makes x sums it, whose own bytes then include the statistics of tiles, written
 //! and read again; and so backward, where the convolution that makes dy sums it with x. Two norms that are summed read both x
-//! and write their sum alone, and what they make by themselves is nowhere. Padded samples and tokens are moved as others are,
+//! and write their sum alone, nothing of what each makes by itself. Padded samples and tokens are moved as others are,
 //! but what is multiplied with them counts for nothing. A residual sum, and GELU, in the epilogues of products move what these
 //! do not have: elsewhere also what these leave them. Left out are vectors of an element a feature (biases, γ, β, statistics),
 //! embeddings, and labels. An operation is half a multiply-add of a convolution, a linear layer or attention; what attention

@@ -45,7 +45,7 @@ pub struct Bias<'a> {
 }
 
 /// Where a forward pass on tensor cores writes the mean and the squared deviations of y as it is stored, over the true samples
-/// of each row of a tile: for [`norm_join`](super::norm::norm_join).
+/// of each row of a tile: for [`norm_join`](super::norm_join::norm_join).
 pub struct TileStatistics<'a> {
     /// Number of true samples, on the device.
     pub count: Slice<'a, u32>,
@@ -92,7 +92,7 @@ pub struct BeforeNorm<'a> {
     /// Whether dx holds what other layers have written of the gradient.
     pub add: bool,
     /// Where the sums of dz and of dz x̂ over each tile of a row are written, `[features, tiles, 2]`, for
-    /// [`norm_join_gradient`](super::norm::norm_join_gradient): with [`ConvShape::gradient_tiles`], or more elements.
+    /// [`norm_join_gradient`](super::norm_join::norm_join_gradient): with [`ConvShape::gradient_tiles`], or more elements.
     pub sums: SliceMut<'a, f32>,
 }
 

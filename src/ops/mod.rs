@@ -23,6 +23,7 @@ pub mod layer_norm;
 mod linear;
 pub mod loss;
 pub mod norm;
+pub mod norm_join;
 pub mod norm_pair;
 pub mod optimizer;
 pub mod pointwise;
@@ -101,6 +102,7 @@ pub fn layouts() -> Vec<Layout> {
         linear::layouts(),
         loss::layouts(),
         norm::layouts(),
+        norm_join::layouts(),
         norm_pair::layouts(),
         optimizer::layouts(),
         pointwise::layouts(),

@@ -1,16 +1,17 @@
-//! Batch norm with residual and relu in the same pass (`kernels/norm.cu`, `kernels/norm_join.cu`).
+//! Batch norm with residual and relu in the same pass (`kernels/norm.cu`).
 
 use super::row_map::RowMap;
 use super::{SAMPLE_ALIGNMENT, check_len, check_precision, layouts_of};
 use crate::device::{
-    Device, Kernel, Launch, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args,
-    real_kernel,
+    Device, Launch, Precision, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel,
 };
 use crate::error::{Error, Result};
 
 kernel_args! {
     /// Shape of a batch norm: x `[features, pixels, n]`, and how its rows are cut into chunks.
-    pub struct NormShape { features: i32, pixels: i32, n: i32, splits: i32, chunk: i32 }
+    pub struct NormShape {
+        features: i32, pub(super) pixels: i32, pub(super) n: i32, splits: i32, pub(super) chunk: i32,
+    }
     #[derive(Default)]
     pub(super) struct NormalisedArgs {
         x: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
@@ -25,40 +26,21 @@ kernel_args! {
         x: Ptr<Real>, residual: Ptr<Real>, gamma: Ptr<f32>, beta: Ptr<f32>, mean: Ptr<f32>, var: Ptr<f32>,
         invstd: Ptr<f32>, y: Ptr<Real>, count: Ptr<u32>, source: Ptr<u32>, shape: NormShape, relu: i32, epsilon: f32,
     }
-    struct NormJoinArgs {
-        tiles: Ptr<f32>, running_mean: Ptr<f32>, running_var: Ptr<f32>, mean: Ptr<f32>, invstd: Ptr<f32>,
-        count: Ptr<u32>, columns: i32, n: i32, width: i32, epsilon: f32, momentum: f32,
-    }
-    struct NormJoinGradientArgs { tiles: Ptr<f32>, dgamma: Ptr<f32>, dbeta: Ptr<f32>, count: i32 }
     struct NormBackwardArgs {
         norm: NormalisedArgs, y: Ptr<Real>, dy: Ptr<Real>, dz: Ptr<Real>, partial: Ptr<f32>, dgamma: Ptr<f32>,
         dbeta: Ptr<f32>, dx: Ptr<Real>, count: Ptr<u32>, source: Ptr<u32>, target: Ptr<u32>, shape: NormShape, relu: i32,
         training: i32,
     }
 }
-layouts_of!(
-    NormShape,
-    NormalisedArgs,
-    NormStatisticsArgs,
-    NormForwardArgs,
-    NormEvalArgs,
-    NormJoinArgs,
-    NormJoinGradientArgs,
-    NormBackwardArgs,
-);
+layouts_of!(NormShape, NormalisedArgs, NormStatisticsArgs, NormForwardArgs, NormEvalArgs, NormBackwardArgs,);
 
 static STATISTICS: RealKernel<NormStatisticsArgs> = real_kernel!("norm_statistics");
 static FORWARD: RealKernel<NormForwardArgs> = real_kernel!("norm_forward");
 static EVAL: RealKernel<NormEvalArgs> = real_kernel!("norm_eval");
-static JOIN: Kernel<NormJoinArgs> = Kernel::new("norm_join_f32");
-static JOIN_GRADIENT: Kernel<NormJoinGradientArgs> = Kernel::new("norm_join_gradient_f32");
 static BACKWARD_SUMS: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward_sums");
 static BACKWARD: RealKernel<NormBackwardArgs> = real_kernel!("norm_backward");
 
 const THREADS: u32 = 256;
-/// Most threads of a block that joins tiles, and what their number is a multiple of.
-const JOIN_THREADS: usize = 1024;
-const WARP: usize = 32;
 /// Elements of a chunk: 32 KiB, so that reading it a second time hits the cache nearest by.
 const CHUNK: usize = 8192;
 /// Most chunks of a row, since every block adds up all of its row's sums.
@@ -93,7 +75,8 @@ impl NormShape {
         [self.features, self.pixels, self.n].map(|x| x as usize).iter().product()
     }
 
-    /// Elements of scratch memory that [`norm_forward`] and [`norm_backward`] need.
+    /// Elements of scratch memory that [`norm_forward`], [`norm_backward`] and
+    /// [`norm_statistics`](super::norm_join::norm_statistics) need.
     pub fn scratch_len(&self) -> usize {
         2 * self.features() * self.splits as usize
     }
@@ -255,7 +238,7 @@ pub fn norm_forward(
 }
 
 /// Mean and squared deviations of the chunks of each row of x; all checked.
-fn launch_statistics(
+pub(super) fn launch_statistics(
     device: &Device,
     shape: &NormShape,
     x: Reals,
@@ -265,115 +248,6 @@ fn launch_statistics(
     let args = NormStatisticsArgs { x: x.ptr(), partial: partial.ptr(), count: count.ptr(), shape: *shape };
     // SAFETY: callers have checked the lengths of everything that `args` points to against its shape; outputs are exclusive.
     unsafe { device.launch(STATISTICS.of(x.precision()), shape.launch(device, shape.features()), &args) }
-}
-
-/// The statistics of x alone, `[features]` each: `saved` for [`norm_apply`] or
-/// [`norm_pair_forward`](super::norm_pair::norm_pair_forward), and the running ones. `scratch` has [`NormShape::scratch_len`]
-/// elements or more.
-///
-/// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got.
-#[expect(clippy::too_many_arguments, reason = "inputs and outputs are grouped already")]
-pub fn norm_statistics(
-    device: &Device,
-    shape: &NormShape,
-    x: Reals,
-    count: Slice<u32>,
-    epsilon: f32,
-    running: NormRunning,
-    saved: NormSaved,
-    scratch: SliceMut<f32>,
-) -> Result<()> {
-    let op = "norm_statistics";
-    shape.check(op, None, [&[("x", x.len())], &[], &[]])?;
-    check_len(op, "count", count.len(), 1)?;
-    shape.check_scratch(op, &scratch, 1)?;
-    launch_statistics(device, shape, x, count, &scratch)?;
-    // A chunk is a tile of whole pixels.
-    norm_join(device, shape, scratch.view(), (shape.chunk * shape.n) as usize, count, epsilon, running, saved)
-}
-
-/// The statistics of x from those of its tiles, which [`TileStatistics`](super::epilogue::TileStatistics) were given, each of
-/// `tile` columns of a row, pixels times samples: `saved` for [`norm_apply`], and the running ones.
-///
-/// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got.
-#[expect(clippy::too_many_arguments, reason = "inputs and outputs are grouped already")]
-pub fn norm_join(
-    device: &Device,
-    shape: &NormShape,
-    tiles: Slice<f32>,
-    tile: usize,
-    count: Slice<u32>,
-    epsilon: f32,
-    running: NormRunning,
-    saved: NormSaved,
-) -> Result<()> {
-    let op = "norm_join";
-    let rows = [
-        ("running mean", running.mean.len()),
-        ("running var", running.var.len()),
-        ("saved mean", saved.mean.len()),
-        ("saved invstd", saved.invstd.len()),
-    ];
-    shape.check(op, None, [&[], &[], &rows])?;
-    check_len(op, "count", count.len(), 1)?;
-    if tile == 0 || tile >= 1 << 30 {
-        let (what, expected) = ("columns of a tile".into(), "1 or more, fewer than 2^30".into());
-        return Err(Error::Shape { op, what, expected, got: tile.to_string() });
-    }
-    let columns = (shape.pixels * shape.n) as usize;
-    let of_row = columns.div_ceil(tile);
-    let needed = 2 * shape.features() * of_row;
-    if tiles.len() < needed {
-        check_len(op, "tiles", tiles.len(), needed)?;
-    }
-    let args = NormJoinArgs {
-        tiles: tiles.ptr(),
-        running_mean: running.mean.ptr(),
-        running_var: running.var.ptr(),
-        mean: saved.mean.ptr(),
-        invstd: saved.invstd.ptr(),
-        count: count.ptr(),
-        columns: columns as i32,
-        n: shape.n,
-        width: tile as i32,
-        epsilon,
-        momentum: running.momentum,
-    };
-    // SAFETY: the lengths of everything that `args` points to were checked against its shape; outputs are exclusive.
-    unsafe { device.launch(&JOIN, join_launch(device, shape.features(), of_row), &args) }
-}
-
-/// The launch of a kernel that joins so many tiles of each row.
-fn join_launch(device: &Device, features: usize, tiles: usize) -> Launch {
-    let threads = tiles.next_multiple_of(WARP).min(JOIN_THREADS) as u32;
-    Launch::new([features as u32, 1, 1], device.threads(threads))
-}
-
-/// dgamma and dbeta `[features]`, overwritten, from the sums of `of_row` tiles of each row of dz, which
-/// [`Dx::BeforeNorm`](super::epilogue::Dx::BeforeNorm) was given: for [`norm_backward`] of [`NormGradient::Summed`].
-///
-/// # Errors
-/// [`Error::Shape`] names the argument, what was expected and what it got.
-pub fn norm_join_gradient(
-    device: &Device,
-    tiles: Slice<f32>,
-    of_row: usize,
-    dgamma: SliceMut<f32>,
-    dbeta: SliceMut<f32>,
-) -> Result<()> {
-    let op = "norm_join_gradient";
-    let features = dgamma.len();
-    check_len(op, "dbeta", dbeta.len(), features)?;
-    let needed = 2 * features * of_row;
-    if tiles.len() < needed {
-        check_len(op, "tiles", tiles.len(), needed)?;
-    }
-    let args =
-        NormJoinGradientArgs { tiles: tiles.ptr(), dgamma: dgamma.ptr(), dbeta: dbeta.ptr(), count: of_row as i32 };
-    // SAFETY: as above.
-    unsafe { device.launch(&JOIN_GRADIENT, join_launch(device, features, of_row), &args) }
 }
 
 /// What a norm is given that has not to sum x.
@@ -400,8 +274,8 @@ pub fn norm_eval(
     normalise("norm_eval", device, shape, input, affine, mean, Given::Var(var), y)
 }
 
-/// Forward in training with what [`norm_join`] saved, `[features]` each: `y = [relu](gamma (x - mean) invstd + beta
-/// [+ residual])`. y is overwritten, its padded samples with zeros.
+/// Forward in training with what [`norm_join`](super::norm_join::norm_join) saved, `[features]` each:
+/// `y = [relu](gamma (x - mean) invstd + beta [+ residual])`. y is overwritten, its padded samples with zeros.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -522,7 +396,7 @@ pub enum NormGradient<'a> {
     Kept(Reals<'a>),
     /// dy, over which dz is written, its padded samples zeros: the gradient of the residual.
     OfResidual(RealsMut<'a>),
-    /// dz, whose sums [`norm_join_gradient`] has written where dgamma and dbeta are to be.
+    /// dz, whose sums [`norm_join_gradient`](super::norm_join::norm_join_gradient) has written where dgamma and dbeta are to be.
     Summed(Reals<'a>),
 }
 

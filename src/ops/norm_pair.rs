@@ -60,7 +60,7 @@ pub fn norm_pair_forward(device: &Device, shape: &NormShape, pair: NormPair, y: 
 pub enum NormPairGradient<'a> {
     /// dy.
     Whole(Reals<'a>),
-    /// dz, whose sums [`norm_join_gradient`](super::norm::norm_join_gradient) has written where dgamma and dbeta are to be.
+    /// dz, whose sums [`norm_join_gradient`](super::norm_join::norm_join_gradient) has written where dgamma and dbeta are to be.
     Summed(Reals<'a>),
 }
 

@@ -5,8 +5,9 @@ use crate::device::Buffer;
 use crate::error::Result;
 use crate::ops::norm::{
     NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_backward, norm_eval, norm_forward, norm_join, norm_join_gradient,
+    norm_backward, norm_eval, norm_forward,
 };
+use crate::ops::norm_join::{norm_join, norm_join_gradient};
 use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 
 /// What has activations.

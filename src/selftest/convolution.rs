@@ -13,8 +13,9 @@ use crate::ops::epilogue::{BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistic
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use crate::ops::norm::{
     NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_backward, norm_forward, norm_join, norm_join_gradient,
+    norm_backward, norm_forward,
 };
+use crate::ops::norm_join::{norm_join, norm_join_gradient};
 use crate::ops::round::{RoundPlan, round_weights};
 
 /// The checks of operations of activations, each of as few kernels as its operation allows.

@@ -14,7 +14,8 @@ use dilt::ops::conv::{ConvShape, conv_forward};
 use dilt::ops::conv_sparse::conv_sparse_forward;
 use dilt::ops::epilogue::{Bias, Epilogue, TileStatistics};
 use dilt::ops::kept::Pass;
-use dilt::ops::norm::{NormRunning, NormSaved, NormShape, norm_join};
+use dilt::ops::norm::{NormRunning, NormSaved, NormShape};
+use dilt::ops::norm_join::norm_join;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

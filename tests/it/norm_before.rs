@@ -6,7 +6,8 @@ use dilt::ops::conv::{ConvShape, conv_input_gradient};
 use dilt::ops::conv_sparse::conv_sparse_input_gradient;
 use dilt::ops::epilogue::{AddedNorm, BeforeNorm, Dx};
 use dilt::ops::kept::Pass;
-use dilt::ops::norm::{NormBackward, NormGradient, NormShape, Normalised, Normed, norm_backward, norm_join_gradient};
+use dilt::ops::norm::{NormBackward, NormGradient, NormShape, Normalised, Normed, norm_backward};
+use dilt::ops::norm_join::norm_join_gradient;
 use dilt::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward};
 use dilt::ops::row_map::RowMap;
 use rand::{Rng, SeedableRng};
@@ -351,6 +352,28 @@ fn sums_that_nothing_makes_are_refused() {
     assert!(error.contains("elements of sums: expected 64, got 63"), "{error}");
     let error = refused(Policy::Staged, 4, Precision::Bf16, 0, 7);
     assert!(error.contains("elements of gamma: expected 8, got 7"), "{error}");
+
+    let of_a_sum = |with_y: bool, missing: usize| {
+        let device = Device::host(HostOptions { policy: Policy::Staged, ..HostOptions::default() }).unwrap();
+        let shape = ConvShape::new([8, 4, 4], 8, [1, 1], 1, 0, 8).unwrap();
+        let real = |len: usize| device.alloc_reals(len, Precision::Bf16).unwrap();
+        let (dy, w, x, y) =
+            (real(shape.output_len()), real(shape.weight_len()), real(shape.input_len()), real(shape.input_len()));
+        let (mut dx, of_features) = (real(shape.input_len()), device.alloc(8).unwrap());
+        let needed = 2 * 8 * shape.gradient_tiles(&device, Precision::Bf16, None).unwrap();
+        let [mut sums, mut of_added] = [needed, needed - missing].map(|len| device.alloc(len).unwrap());
+        let row = of_features.view();
+        let norm = Normalised { x: x.view(), gamma: row, beta: row, mean: row, invstd: row };
+        let normed = Normed { norm, y: with_y.then(|| y.view()), relu: true, map: None };
+        let added = Some(AddedNorm { norm, sums: of_added.view_mut() });
+        let how = Dx::BeforeNorm(BeforeNorm { normed, added, add: false, sums: sums.view_mut() });
+        conv_input_gradient(&device, &shape, dy.view(), w.view(), how, dx.view_mut())
+    };
+    of_a_sum(false, 0).unwrap();
+    let error = of_a_sum(true, 0).unwrap_err().to_string();
+    assert!(error.contains("a sum of two norms: expected no map, and no y"), "{error}");
+    let error = of_a_sum(false, 1).unwrap_err().to_string();
+    assert!(error.contains("elements of sums of the added norm: expected 16, got 15"), "{error}");
 
     let device = Device::open("host").unwrap();
     let [mut dgamma, mut dbeta] = [8, 8].map(|len| device.alloc(len).unwrap());
