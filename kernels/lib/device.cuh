@@ -36,8 +36,35 @@ using Real = float;
 
 #ifdef __CUDACC__
 
-#define KERNEL(name, Args, Shared, ...) \
-    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args a)
+// A kernel has a second entry, name_array: the same for several tickets in one launch (`Device::together`), whose number in the
+// array is blockIdx.z; their own z lies in y. A file whose kernels no training launches defines DILT_ALONE before it includes
+// anything.
+#ifdef DILT_ALONE
+#define DILT_ARRAY(name, Args, ...)
+#else
+template <class Args>
+struct ArrayArgs {  // made by ArgBytes of src/device/kernel.rs
+    static constexpr int FIT = (4096 - 128) / int(sizeof(Args)), MOST = FIT < 16 ? FIT : 16;
+    Args of[MOST];
+    uint32_t height;  // blocks in y of one
+};
+#define DILT_ARRAY(name, Args, ...)                                                                          \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__)                                                \
+        name##_array(const __grid_constant__ ArrayArgs<Args> a) {                                            \
+        const uint32_t z = blockIdx.y / a.height;                                                            \
+        name##_body(a.of[blockIdx.z], dim3(blockIdx.x, blockIdx.y - z * a.height, z),                        \
+                    dim3(gridDim.x, a.height, gridDim.y / a.height));                                        \
+    }
+#endif
+#define DILT_CUDA_KERNEL(name, Args, ...)                                                                    \
+    DEVICE void name##_body(const Args& a, dim3 blockIdx, dim3 gridDim);                                     \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args a) {         \
+        name##_body(a, blockIdx, gridDim);                                                                   \
+    }                                                                                                        \
+    DILT_ARRAY(name, Args, __VA_ARGS__)                                                                      \
+    DEVICE void name##_body([[maybe_unused]] const Args& a, [[maybe_unused]] dim3 blockIdx,                  \
+                            [[maybe_unused]] dim3 gridDim)
+#define KERNEL(name, Args, Shared, ...) DILT_CUDA_KERNEL(name, Args, __VA_ARGS__)
 #define BARRIER_FREE_KERNEL(name, Args, ...) KERNEL(name, Args, NoShared, __VA_ARGS__)
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")

@@ -9,7 +9,8 @@ use std::sync::OnceLock;
 
 use cudarc::driver::{result, sys};
 
-use super::host::Recorded;
+use super::Launch;
+use super::graph::Work;
 use super::kernel::{CUDA_ARCHS, CUDA_IMAGES, KERNEL_FILES, host_kernel};
 use crate::error::{Error, Result};
 use crate::profile::range;
@@ -27,6 +28,8 @@ pub(super) struct Cuda {
 
 struct Function {
     handle: sys::CUfunction,
+    /// The same kernel with the arguments of several tickets; not of one that no training launches.
+    array: Option<sys::CUfunction>,
     max_threads: u32,
     shared_bytes: u32,
 }
@@ -148,33 +151,48 @@ impl Cuda {
                 .map_err(failed(&format!("kernels/{stem}.cu has no image for {}", self.name)))?;
             self.modules.push(module);
             for &kernel in kernels {
-                let symbol = CString::new(kernel).expect("a C identifier");
-                // SAFETY: the module is loaded.
-                let handle = unsafe { result::module::get_function(module, symbol) }
-                    .map_err(failed(&format!("kernel {kernel} is not in its image")))?;
+                let missing = || Error::Device(format!("CUDA: kernel {kernel} is not in its image"));
+                let handle = self.function(module, kernel)?.ok_or_else(missing)?;
+                let array = self.function(module, &format!("{kernel}_array"))?;
                 let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
                 // SAFETY: the function is valid.
                 let threads = unsafe { result::function::get_function_attribute(handle, most) }
                     .map_err(failed("function attribute"))?;
-                // SAFETY: as above. Above 48 KiB, shared memory must be asked for; asking for all of it costs nothing.
-                unsafe {
-                    let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                    let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-                    let bytes = result::device::get_attribute(self.device, limit).map_err(failed("attribute"))?;
-                    // What a kernel declares itself (LOCAL) is part of the limit.
-                    let declared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
-                    let declared = result::function::get_function_attribute(handle, declared)
-                        .map_err(failed("function attribute"))?;
-                    result::function::set_function_attribute(handle, shared, bytes - declared)
-                        .map_err(failed("attribute"))?;
-                }
                 // Both compilers lay the struct out alike, so the host's entry knows its size.
                 let shared_bytes = host_kernel(kernel).map_or(0, |sets| sets[0].shared_bytes);
-                let function = Function { handle, max_threads: threads as u32, shared_bytes };
+                let function = Function { handle, array, max_threads: threads as u32, shared_bytes };
                 self.functions.insert(kernel, function);
             }
         }
         Ok(())
+    }
+
+    /// A module's function of this name, which may have all the shared memory that there is; `None` if it has none.
+    fn function(&self, module: sys::CUmodule, name: &str) -> Result<Option<sys::CUfunction>> {
+        let symbol = CString::new(name).expect("a C identifier");
+        // SAFETY: the module is loaded.
+        let handle = match unsafe { result::module::get_function(module, symbol) } {
+            Err(error) if error.0 == sys::cudaError_enum::CUDA_ERROR_NOT_FOUND => return Ok(None),
+            handle => handle.map_err(failed(name))?,
+        };
+        // SAFETY: device and function are valid. Above 48 KiB, shared memory must be asked for; asking for all of it costs
+        // nothing.
+        unsafe {
+            let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+            let bytes = result::device::get_attribute(self.device, limit).map_err(failed("attribute"))?;
+            // What a kernel declares itself (LOCAL) is part of the limit.
+            let declared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            let declared = result::function::get_function_attribute(handle, declared).map_err(failed("attribute"))?;
+            let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            result::function::set_function_attribute(handle, shared, bytes - declared).map_err(failed("attribute"))?;
+        }
+        Ok(Some(handle))
+    }
+
+    /// Whether a kernel can be launched in this shape for several tickets at once, whose number is then the grid's z.
+    pub(super) fn launches_arrays(&self, kernel: &str, launch: &Launch) -> bool {
+        let fits = u64::from(launch.grid[1]) * u64::from(launch.grid[2]) <= 65_535;
+        fits && self.functions.get(kernel).is_some_and(|function| function.array.is_some())
     }
 
     fn enter(&self) -> Result<()> {
@@ -279,10 +297,10 @@ impl Cuda {
         self.synchronize()
     }
 
-    pub(super) fn run(&self, work: &Recorded) -> Result<()> {
+    pub(super) fn run(&self, work: &Work) -> Result<()> {
         self.enter()?;
         match work {
-            Recorded::Launch { kernel, launch, args } => {
+            Work::Launch { kernel, launch, args } => {
                 let _range = range(kernel);
                 let function = self
                     .functions
@@ -292,21 +310,27 @@ impl Cuda {
                     let most = function.max_threads;
                     return Err(Error::Device(format!("expected 1 to {most} threads a block")));
                 }
-                let [x, y, z] = launch.grid;
+                let (handle, [x, y, z]) = match (args.tickets(), launch.grid) {
+                    (1, grid) => (function.handle, grid),
+                    (tickets, [x, y, z]) => {
+                        let array = function.array.expect("launches_arrays has been asked");
+                        (array, [x, y * z, tickets as u32])
+                    }
+                };
                 let mut params = [args.as_ptr().cast_mut()];
                 // SAFETY: promised by the caller of Device::launch; the driver copies the argument struct.
                 unsafe {
                     let block = (launch.block, 1, 1);
                     let shared = function.shared_bytes;
-                    result::launch_kernel(function.handle, (x, y, z), block, shared, self.stream, &mut params)
+                    result::launch_kernel(handle, (x, y, z), block, shared, self.stream, &mut params)
                 }
                 .map_err(failed("launch"))
             }
-            Recorded::Copy { from, to, bytes } => {
+            Work::Copy { from, to, bytes } => {
                 // SAFETY: the caller of Device::copy holds views of both ranges.
                 unsafe { result::memcpy_dtod_async(*to, *from, *bytes, self.stream) }.map_err(failed("copy"))
             }
-            Recorded::Zero { to, bytes } => {
+            Work::Zero { to, bytes } => {
                 // SAFETY: the caller of Device::zero holds an exclusive view.
                 unsafe { result::memset_d8_async(*to, 0, *bytes, self.stream) }.map_err(failed("memset"))
             }
@@ -319,18 +343,17 @@ impl Cuda {
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("a kernel failed"))
     }
 
-    pub(super) fn begin_capture(&self) -> Result<()> {
+    /// A graph that does some work, one piece after the other.
+    pub(super) fn capture(&self, work: &[Work]) -> Result<Graph> {
         self.enter()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is valid and not the default one.
-        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("capture"))
-    }
-
-    pub(super) fn end_capture(&self) -> Result<Graph> {
-        self.enter()?;
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("capture"))?;
+        let captured = work.iter().try_for_each(|work| self.run(work));
         // SAFETY: a capture is under way on this stream; the graph is destroyed once instantiated.
         unsafe {
-            let graph = result::stream::end_capture(self.stream).map_err(failed("capture"))?;
+            let graph = result::stream::end_capture(self.stream).map_err(failed("capture"));
+            let graph = captured.and(graph)?;
             let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             result::graph::destroy(graph).map_err(failed("capture"))?;
             Ok(Graph(executable.map_err(failed("capture"))?))
@@ -377,7 +400,7 @@ unsafe impl Send for Graph {}
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: instantiated in `end_capture`, and used no more.
+        // SAFETY: instantiated in `Cuda::capture`, and used no more.
         let _ = unsafe { result::graph::exec_destroy(self.0) };
     }
 }

@@ -17,7 +17,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::kernel::{HostIndex, HostKernel};
+use super::kernel::{ArgBytes, HostIndex, HostKernel};
 use super::shared::SharedMemory;
 use super::{Launch, asan, tsan};
 
@@ -28,16 +28,13 @@ const STACK_BYTES: usize = 256 * 1024;
 const CANARY: u64 = 0x5ca1_ab1e_0ddb_a115;
 pub(super) const WARP: usize = 32;
 
-/// A launch on the host.
+/// A launch on the host; of several tickets, the blocks of one after those of the other.
 pub(super) struct Grid<'a> {
     pub(super) kernel: &'a HostKernel,
-    pub(super) args: *const c_void,
+    pub(super) args: &'a ArgBytes,
     pub(super) launch: Launch,
     pub(super) schedule: Option<u64>,
 }
-
-// SAFETY: the argument struct is only read, and what it points to is shared by the kernel's own rules.
-unsafe impl Sync for Grid<'_> {}
 
 /// A seeded random order of `0..n`.
 pub(super) fn permutation(seed: u64, n: usize) -> Vec<usize> {
@@ -54,31 +51,32 @@ impl Grid<'_> {
     }
 
     fn block(&self, block: u64, tsan: &tsan::Launch) -> Result<(), String> {
-        let [x, y, _] = self.launch.grid.map(u64::from);
+        let [x, y, z] = self.launch.grid.map(u64::from);
+        let args = self.args.ticket((block / (x * y * z)) as usize);
         let mut shared = SharedMemory::new(self.kernel.shared_bytes as usize);
         let index = HostIndex {
             thread: [0; 3],
-            block: [(block % x) as u32, (block / x % y) as u32, (block / (x * y)) as u32],
+            block: [(block % x) as u32, (block / x % y) as u32, (block / (x * y) % z) as u32],
             block_dim: [self.launch.block, 1, 1],
             grid_dim: self.launch.grid,
             shared: shared.pointer(),
         };
         let threads = self.launch.block as usize;
         let result = if (threads == 1 || self.kernel.barrier_free != 0) && !cfg!(dilt_sanitize = "thread") {
-            self.plain(index, threads, block)
+            self.plain(args, index, threads, block)
         } else {
-            self.coroutines(index, threads, block, tsan)
+            self.coroutines(args, index, threads, block, tsan)
         };
         tsan.keep(shared);
         result
     }
 
     /// One thread after the other. Of a single thread, barriers ask nothing.
-    fn plain(&self, index: HostIndex, threads: usize, block: u64) -> Result<(), String> {
+    fn plain(&self, args: *const c_void, index: HostIndex, threads: usize, block: u64) -> Result<(), String> {
         let one = |thread: usize| {
             let index = HostIndex { thread: [thread as u32, 0, 0], ..index };
             // SAFETY: the kernel's own contract, promised by the caller of Device::launch.
-            unsafe { (self.kernel.thread)(self.args, &index) };
+            unsafe { (self.kernel.thread)(args, &index) };
         };
         WAITED_AT.set(std::ptr::null());
         match self.schedule {
@@ -92,12 +90,18 @@ impl Grid<'_> {
         Ok(())
     }
 
-    fn coroutines(&self, index: HostIndex, threads: usize, block: u64, tsan: &tsan::Launch) -> Result<(), String> {
+    fn coroutines(
+        &self,
+        args: *const c_void,
+        index: HostIndex,
+        threads: usize,
+        block: u64,
+        tsan: &tsan::Launch,
+    ) -> Result<(), String> {
         STACKS.with_borrow_mut(|stacks| {
             stacks.reserve(threads)?;
             let state = Box::new(Block::new(tsan.block(threads), self.kernel.barrier_free != 0));
             let kernel = self.kernel.thread;
-            let args = self.args as usize;
             let mut fibers: Vec<Fiber> = (0..threads)
                 .map(|thread| {
                     let index = HostIndex { thread: [thread as u32, 0, 0], ..index };
@@ -108,7 +112,7 @@ impl Grid<'_> {
                         unsafe { (&*state).suspenders[thread].set(yielder) };
                         tsan.begin();
                         // SAFETY: the kernel's own contract, promised by the caller of Device::launch.
-                        unsafe { kernel(args as *const c_void, &index) };
+                        unsafe { kernel(args, &index) };
                         tsan.end();
                     });
                     Fiber { coroutine, waits: None }

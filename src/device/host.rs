@@ -4,6 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 use rayon::prelude::*;
 
+use super::graph::Work;
 use super::kernel::{ArgBytes, HOST_SETS, host_kernel};
 use super::{Launch, Policy, fiber};
 use crate::error::{Error, Result};
@@ -58,13 +59,6 @@ impl HostOptions {
         };
         Ok(options)
     }
-}
-
-/// A piece of work that a captured step holds.
-pub(super) enum Recorded {
-    Launch { kernel: &'static str, launch: Launch, args: ArgBytes },
-    Copy { from: u64, to: u64, bytes: usize },
-    Zero { to: u64, bytes: usize },
 }
 
 #[derive(Clone)]
@@ -124,20 +118,20 @@ impl Host {
         format!("host {}", HOST_SETS[self.set])
     }
 
-    pub(super) fn run(&self, work: &Recorded) -> Result<()> {
+    pub(super) fn run(&self, work: &Work) -> Result<()> {
         match work {
-            Recorded::Launch { kernel, launch, args } => {
+            Work::Launch { kernel, launch, args } => {
                 let _range = range(kernel);
                 self.launch(kernel, *launch, args).map_err(Error::Device)
             }
             // SAFETY: the caller of Device::copy and Device::zero holds views of both ranges, which do not overlap
             // since one of them is exclusive.
-            Recorded::Copy { from, to, bytes } => unsafe {
+            Work::Copy { from, to, bytes } => unsafe {
                 std::ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
                 Ok(())
             },
             // SAFETY: as above.
-            Recorded::Zero { to, bytes } => unsafe {
+            Work::Zero { to, bytes } => unsafe {
                 std::ptr::write_bytes(*to as *mut u8, 0, *bytes);
                 Ok(())
             },
@@ -154,8 +148,8 @@ impl Host {
             return Err(format!("its argument has {} bytes in C++, {} in Rust", kernel.args_bytes, args.len()));
         }
         let [x, y, z] = launch.grid.map(u64::from);
-        let blocks = x * y * z;
-        let grid = fiber::Grid { kernel, args: args.as_ptr(), launch, schedule: self.schedule };
+        let blocks = x * y * z * args.tickets() as u64;
+        let grid = fiber::Grid { kernel, args, launch, schedule: self.schedule };
         // Blocks of a launch are independent, so their order is free; with a schedule it is random, on one thread.
         match self.schedule {
             Some(seed) => {

@@ -55,7 +55,7 @@ impl<A> Kernel<A> {
 }
 
 /// Blocks, and threads of a block.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Blocks in x, y, z.
     pub grid: [u32; 3],
@@ -159,10 +159,13 @@ macro_rules! kernel_args {
 }
 pub(crate) use kernel_args;
 
-/// The bytes of an argument struct, kept for a captured step, as aligned as any struct is.
+/// The bytes of an argument struct, as aligned as any struct is; or of several, of the tickets of one launch.
+#[derive(Clone)]
 pub(super) struct ArgBytes {
     lines: Box<[Line]>,
+    /// Of one struct.
     bytes: usize,
+    tickets: usize,
 }
 
 #[repr(align(128))]
@@ -172,18 +175,56 @@ struct Line(#[expect(dead_code, reason = "read through a pointer")] [u64; 16]);
 impl ArgBytes {
     pub(super) fn new<A: KernelArgs>(args: &A) -> Self {
         const { assert!(align_of::<A>() <= align_of::<Line>()) };
-        let mut lines = vec![Line([0; 16]); size_of::<A>().div_ceil(size_of::<Line>())].into_boxed_slice();
+        let mut lines = Self::lines(size_of::<A>());
         // SAFETY: the lines are large enough and aligned for `A`, which is `Copy`, and live as long as the box.
         unsafe { lines.as_mut_ptr().cast::<A>().write(*args) };
-        ArgBytes { lines, bytes: size_of::<A>() }
+        ArgBytes { lines, bytes: size_of::<A>(), tickets: 1 }
+    }
+
+    fn lines(bytes: usize) -> Box<[Line]> {
+        vec![Line([0; 16]); bytes.div_ceil(size_of::<Line>())].into_boxed_slice()
+    }
+
+    /// Most structs of so many bytes that one launch takes: `ArrayArgs` of `kernels/lib/device.cuh`, whose 4 KiB are the most
+    /// that every driver takes.
+    pub(super) fn most_tickets(bytes: usize) -> usize {
+        ((4096 - size_of::<Line>()) / bytes).clamp(1, 16)
+    }
+
+    /// The `ArrayArgs` of some tickets, of structs of one kernel: these, room up to the most, and blocks in y of each.
+    pub(super) fn array(tickets: &[ArgBytes], height: u32) -> Self {
+        let bytes = tickets[0].bytes;
+        let most = Self::most_tickets(bytes);
+        assert!(tickets.len() <= most && tickets.iter().all(|ticket| ticket.bytes == bytes && ticket.tickets == 1));
+        let mut lines = Self::lines(most * bytes + size_of::<u32>());
+        let to = lines.as_mut_ptr().cast::<u8>();
+        for (place, ticket) in tickets.iter().enumerate() {
+            // SAFETY: the lines have room for `most` structs and a number.
+            unsafe { to.add(place * bytes).copy_from_nonoverlapping(ticket.as_ptr().cast(), bytes) };
+        }
+        // SAFETY: as above; structs are as aligned as the number is.
+        unsafe { to.add(most * bytes).cast::<u32>().write(height) };
+        ArgBytes { lines, bytes, tickets: tickets.len() }
     }
 
     pub(super) fn as_ptr(&self) -> *const c_void {
         self.lines.as_ptr().cast()
     }
 
+    /// The struct of a ticket.
+    pub(super) fn ticket(&self, ticket: usize) -> *const c_void {
+        assert!(ticket < self.tickets);
+        // SAFETY: so many structs lie there.
+        unsafe { self.as_ptr().byte_add(ticket * self.bytes) }
+    }
+
+    /// Bytes of one struct.
     pub(super) fn len(&self) -> usize {
         self.bytes
+    }
+
+    pub(super) fn tickets(&self) -> usize {
+        self.tickets
     }
 }
 

@@ -12,6 +12,7 @@ mod asan;
 mod buffer;
 mod cuda;
 mod fiber;
+mod graph;
 mod host;
 mod kernel;
 mod reals;
@@ -27,6 +28,8 @@ use std::time::Instant;
 
 pub use buffer::{Buffer, Slice, SliceMut};
 pub use cuda::Gpu;
+use graph::Work;
+pub use graph::{Graph, Recording};
 pub use host::{HostOptions, host_threads};
 pub(crate) use kernel::kernel_args;
 pub use kernel::{
@@ -58,10 +61,11 @@ struct Inner {
     wgmma: bool,
     /// `DILT_SYNC=1`: synchronize after each launch, so that an error names its kernel.
     sync_each_launch: bool,
-    recording: Mutex<Option<Vec<host::Recorded>>>,
+    recording: Mutex<Option<Vec<Work>>>,
     trace: Mutex<Option<Vec<Traced>>>,
-    graphs: AtomicUsize,
-    /// Memory that was dropped while a captured step that may use it was alive.
+    /// Recorded steps that may use memory of this handle.
+    recorded: AtomicUsize,
+    /// Memory that was dropped while there were such steps.
     deferred: Mutex<Vec<(u64, usize)>>,
 }
 
@@ -128,7 +132,7 @@ impl Device {
             sync_each_launch,
             recording: Mutex::new(None),
             trace: Mutex::new(None),
-            graphs: AtomicUsize::new(0),
+            recorded: AtomicUsize::new(0),
             deferred: Mutex::new(Vec::new()),
         }))
     }
@@ -306,7 +310,7 @@ impl Device {
             return Err(Error::Shape { op: "copy", what: "number of elements".into(), expected, got });
         }
         let bytes = from.len() * size_of::<T>();
-        self.submit(host::Recorded::Copy { from: from.ptr().address(), to: to.ptr().address(), bytes })
+        self.submit(Work::Copy { from: from.ptr().address(), to: to.ptr().address(), bytes })
     }
 
     /// Sets every byte to zero. Can be captured.
@@ -314,7 +318,7 @@ impl Device {
     /// # Errors
     /// [`Error::Device`] if the device fails.
     pub fn zero<T: bytemuck::Pod>(&self, to: SliceMut<T>) -> Result<()> {
-        self.submit(host::Recorded::Zero { to: to.ptr().address(), bytes: to.len() * size_of::<T>() })
+        self.submit(Work::Zero { to: to.ptr().address(), bytes: to.len() * size_of::<T>() })
     }
 
     /// Launches a kernel.
@@ -337,7 +341,7 @@ impl Device {
             return Err(fail("the grid is empty, or has more than 65535 blocks in y or z".into()));
         }
         let args = kernel::ArgBytes::new(args);
-        let submit = || self.submit(host::Recorded::Launch { kernel: kernel.name, launch, args });
+        let submit = || self.submit(Work::Launch { kernel: kernel.name, launch, args });
         let result = if lock(&self.0.trace).is_some() { self.timed(kernel.name, submit) } else { submit() };
         result.map_err(|error| match error {
             Error::Device(problem) => fail(problem),
@@ -362,48 +366,19 @@ impl Device {
         (lock(&self.0.trace).take().unwrap_or_default(), result)
     }
 
-    /// Does a piece of work now, or adds it to the step that is being captured.
-    fn submit(&self, work: host::Recorded) -> Result<()> {
+    /// Does a piece of work now, or adds it to the step that is being recorded.
+    fn submit(&self, work: Work) -> Result<()> {
+        if let Some(list) = lock(&self.0.recording).as_mut() {
+            list.push(work);
+            return Ok(());
+        }
         match &self.0.backend {
-            Backend::Host(host) => {
-                if let Some(list) = lock(&self.0.recording).as_mut() {
-                    list.push(work);
-                    return Ok(());
-                }
-                host.run(&work)
-            }
+            Backend::Host(host) => host.run(&work),
             Backend::Cuda(cuda) => {
                 cuda.run(&work)?;
-                let capturing = lock(&self.0.recording).is_some();
-                if self.0.sync_each_launch && !capturing { cuda.synchronize() } else { Ok(()) }
+                if self.0.sync_each_launch { cuda.synchronize() } else { Ok(()) }
             }
         }
-    }
-
-    /// Records the launches, copies and zeroings of `step` without doing them. Run the step once before, so that
-    /// everything it needs is loaded. Nothing may be allocated, written or read inside.
-    ///
-    /// # Errors
-    /// What `step` returns, or [`Error::Device`] if it cannot be captured.
-    pub fn capture(&self, step: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        if lock(&self.0.recording).replace(Vec::new()).is_some() {
-            return Err(Error::Device("capture: a step is being captured already".into()));
-        }
-        let begun = match &self.0.backend {
-            Backend::Host(_) => Ok(()),
-            Backend::Cuda(cuda) => cuda.begin_capture(),
-        };
-        let result = begun.and_then(|()| step());
-        let list = lock(&self.0.recording).take().unwrap_or_default();
-        let work = match &self.0.backend {
-            Backend::Host(_) => result.map(|()| Captured::Host(list))?,
-            Backend::Cuda(cuda) => {
-                let graph = cuda.end_capture();
-                result.and(graph).map(Captured::Cuda)?
-            }
-        };
-        self.0.graphs.fetch_add(1, Ordering::SeqCst);
-        Ok(Graph { device: self.clone(), work })
     }
 
     /// Waits until everything launched has finished.
@@ -429,7 +404,7 @@ impl Device {
     }
 
     fn free(&self, address: u64, bytes: usize) {
-        if self.0.graphs.load(Ordering::SeqCst) > 0 {
+        if self.0.recorded.load(Ordering::SeqCst) > 0 {
             lock(&self.0.deferred).push((address, bytes));
             return;
         }
@@ -447,42 +422,6 @@ pub struct Traced {
     pub kernel: &'static str,
     /// Milliseconds from submission to end; `None` if it failed.
     pub ms: Option<f64>,
-}
-
-/// A captured step, to be done again and again.
-pub struct Graph {
-    device: Device,
-    work: Captured,
-}
-
-enum Captured {
-    Host(Vec<host::Recorded>),
-    Cuda(cuda::Graph),
-}
-
-impl Graph {
-    /// Does the captured step once more.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the device fails.
-    pub fn replay(&self) -> Result<()> {
-        match (&self.work, &self.device.0.backend) {
-            (Captured::Host(list), Backend::Host(host)) => list.iter().try_for_each(|work| host.run(work)),
-            (Captured::Cuda(graph), Backend::Cuda(cuda)) => cuda.replay(graph),
-            _ => unreachable!("a graph is captured and replayed by the same device"),
-        }
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if self.device.0.graphs.fetch_sub(1, Ordering::SeqCst) == 1 {
-            // What the step was using may still run; an error here would have shown, or will show, elsewhere.
-            let _ = self.device.synchronize();
-            let deferred = std::mem::take(&mut *lock(&self.device.0.deferred));
-            deferred.into_iter().for_each(|(address, bytes)| self.device.free(address, bytes));
-        }
-    }
 }
 
 /// A point in time on a stream; see [`Device::event`].
