@@ -30,6 +30,11 @@ pub struct ExperimentOptions {
     /// than 8, set the environment variable CUDA_DEVICE_MAX_CONNECTIONS=32.
     #[arg(long, default_value_t = 1, value_name = "K", allow_negative_numbers = true, help_heading = "Computing")]
     pub streams: usize,
+    /// Do the steps of the trainings that run side by side together: what they launch alike, tickets of one architecture
+    /// nearly all of it, is one launch for up to 16 of them, where each by itself is too small for the device. The result is
+    /// the same. They wait for each other; not yet tried on a GPU, and on a CPU nothing is gained.
+    #[arg(long, help_heading = "Computing")]
+    array: bool,
     #[command(flatten)]
     pub common: Common,
 }
@@ -56,7 +61,7 @@ impl ExperimentOptions {
             return Err(dilt::Error::Usage(format!("{what}, got {}", self.streams)).into());
         }
         let device = self.common.open()?;
-        let streams = Streams::open(&device, self.streams)?;
+        let streams = Streams::open(&device, self.streams, self.array)?;
         Ok(Opened { options: self, device, streams, data, config, recipe })
     }
 }

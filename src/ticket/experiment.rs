@@ -385,6 +385,7 @@ impl<'a> Repetition<'a> {
         if let Some(steps) = task.stop {
             training.stop_after(steps);
         }
+        training.join(streams.array());
         let bar = progress.stage(folder.name(), training.total_steps());
         let mut shown = |done, loss| bar.show(done, loss);
         let mut observer = Saver::new(folder, done, identity, &mut shown)?.beside(streams);

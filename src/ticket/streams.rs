@@ -13,6 +13,7 @@ use std::thread;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::train::TicketArray;
 
 /// Most trainings at a time.
 const MOST: usize = 32;
@@ -28,6 +29,7 @@ pub struct Streams {
     ended: Condvar,
     /// The first error of a job on a thread of its own: no other begins after it.
     failure: Mutex<Option<Error>>,
+    array: Option<TicketArray>,
 }
 
 /// A handle that one job has, given back when dropped.
@@ -49,17 +51,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Streams {
     /// Opens `count` handles to a device; a single one is `device` itself. With several, the pool of threads that the host
-    /// device computes on must not count on the calling thread, which waits for its jobs.
+    /// device computes on must not count on the calling thread, which waits for its jobs, and trainings may do their steps
+    /// together, as an `array`.
     ///
     /// # Errors
     /// [`Error::Usage`] for a number out of range; as [`Device::open`].
-    pub fn open(device: &Device, count: usize) -> Result<Self> {
+    pub fn open(device: &Device, count: usize, array: bool) -> Result<Self> {
         let idle = match count {
             1 => vec![device.clone()],
             // None of them is `device`: while one captures a step, masks are combined on that.
             2..=MOST => (0..count).map(|_| device.with_policy(device.policy())).collect::<Result<_>>()?,
             _ => return Err(Error::Usage(format!("--streams: expected a number from 1 to {MOST}, got {count}"))),
         };
+        if array && count == 1 {
+            return Err(Error::Usage("--array: expected --streams of at least 2 with it, got 1".into()));
+        }
+        let array = array.then(|| device.with_policy(device.policy()).map(TicketArray::new)).transpose()?;
         Ok(Streams {
             count,
             idle: Mutex::new(idle),
@@ -67,12 +74,18 @@ impl Streams {
             begun: Mutex::default(),
             ended: Condvar::new(),
             failure: Mutex::default(),
+            array,
         })
     }
 
     /// Most trainings at a time.
     pub fn count(&self) -> usize {
         self.count
+    }
+
+    /// What trainings do their steps in, if together.
+    pub fn array(&self) -> Option<&TicketArray> {
+        self.array.as_ref()
     }
 
     /// Does one job as soon as a handle is idle.

@@ -118,6 +118,11 @@ impl<'a> Feed<'a> {
         self.device.write(&order, self.order.slice_mut(0..rows * self.batch))
     }
 
+    /// Whether all of a chunk's examples are there from its beginning, so that [`Feed::step`] has nothing to do.
+    pub(super) fn waits_for_no_step(&self) -> bool {
+        matches!(self.supply, Supply::Resident { .. })
+    }
+
     /// Brings the examples of the next step to the device, when everything launched before has read those of the last.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! too, so that nothing waits for the device within a chunk, unless the images are files: then each step's are decoded
 //! ahead by other threads, and copied when the step before is done.
 
+mod array;
 mod batches;
 mod checkpoint;
 mod decode;
@@ -15,6 +16,7 @@ mod metrics;
 mod recipe;
 mod run;
 
+pub use array::TicketArray;
 pub use checkpoint::Checkpoint;
 pub use evaluate::{Score, evaluate, observe, refresh_statistics, row_magnitudes};
 pub use labelled::{Images, Labelled};

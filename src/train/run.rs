@@ -1,5 +1,6 @@
 //! The training loop.
 
+use super::array::{Seat, TicketArray};
 use super::batches::Batches;
 use super::feed::Feed;
 use super::labelled::Labelled;
@@ -58,7 +59,14 @@ pub struct Training<'a> {
     rows: usize,
     stop: usize,
     tables: Tables,
-    graph: Option<Graph>,
+    array: Option<&'a TicketArray>,
+    replayed: Option<Replayed<'a>>,
+}
+
+/// The captured step: of this training, or one with those of others.
+enum Replayed<'a> {
+    Alone(Graph),
+    Together(Seat<'a>),
 }
 
 /// On the device: one row per step of a chunk.
@@ -105,13 +113,19 @@ impl<'a> Training<'a> {
             rows,
             stop: recipe.total_steps(data.len()),
             tables,
-            graph: None,
+            array: None,
+            replayed: None,
         })
     }
 
     /// Stops after so many steps; the learning rates stay those of the whole training.
     pub fn stop_after(&mut self, steps: usize) {
         self.stop = self.stop.min(steps);
+    }
+
+    /// Does its steps together with other trainings.
+    pub fn join(&mut self, array: Option<&'a TicketArray>) {
+        self.array = array;
     }
 
     /// Steps of the whole training, or those after which it stops.
@@ -151,6 +165,8 @@ impl<'a> Training<'a> {
             }
             observer.chunk(&chunk, network, step, total)?;
         }
+        // Where steps are done together, the others need not wait for this training any more.
+        self.replayed = None;
         Ok(())
     }
 
@@ -190,18 +206,11 @@ impl<'a> Training<'a> {
         device.write(&rate, tables.rate.slice_mut(0..rows))?;
         device.write(&corrections, tables.corrections.slice_mut(0..2 * rows))?;
         self.feed.chunk(rows)?;
-        for step in first_step..first_step + rows {
+        let (mut step, end) = (first_step, first_step + rows);
+        while step < end {
             let _range = range(format_args!("step {step}"));
             self.feed.step()?;
-            match &self.graph {
-                Some(graph) => graph.replay()?,
-                None => {
-                    // Once without capture, so that everything is loaded; then captured, to be replayed from now on.
-                    self.step(network)?;
-                    let device = self.device.clone();
-                    self.graph = Some(device.capture(|| self.step(network))?);
-                }
-            }
+            step += self.steps(network, end - step)?;
         }
         Ok(Chunk {
             first_step,
@@ -211,6 +220,29 @@ impl<'a> Training<'a> {
             count,
             rate,
         })
+    }
+
+    /// Does the next steps, one at least and at most so many; how many they were.
+    fn steps(&mut self, network: &mut Network, most: usize) -> Result<usize> {
+        match &self.replayed {
+            Some(Replayed::Alone(graph)) => graph.replay().map(|()| 1),
+            Some(Replayed::Together(seat)) => {
+                let steps = if self.feed.waits_for_no_step() { most } else { 1 };
+                self.device.synchronize()?;
+                seat.replay(steps).map(|()| steps)
+            }
+            None => {
+                // Once without capture, so that everything is loaded; then recorded, to be replayed from now on.
+                self.step(network)?;
+                let device = self.device.clone();
+                let step = device.record(|| self.step(network))?;
+                self.replayed = Some(match self.array {
+                    Some(array) => Replayed::Together(array.join(step)),
+                    None => Replayed::Alone(device.together(&[&step])?),
+                });
+                Ok(1)
+            }
+        }
     }
 
     /// The examples of the steps from `from` on.
