@@ -58,11 +58,12 @@ enum Command {
 
 impl Command {
     /// Trainings that run side by side.
-    fn streams(&self) -> usize {
+    fn side_by_side(&self) -> usize {
         match self {
             Command::Find(command) => command.options.streams,
             Command::Assemble(command) => command.options.streams,
             Command::Transfer(command) => command.options.streams,
+            Command::Bench(command) => command.tickets.unwrap_or(1),
             _ => 1,
         }
     }
@@ -71,7 +72,7 @@ impl Command {
 /// Runs the command that the arguments name. Wrong arguments exit with 2, as clap does.
 pub fn run() -> anyhow::Result<()> {
     let command = Cli::parse().command;
-    if command.streams() == 1 {
+    if command.side_by_side() == 1 {
         // This thread is one of the pool that host kernels run on: otherwise each launch puts it to sleep and wakes it. Not
         // where it waits for trainings on other threads, and would leave the pool one short. An error means that there is
         // a pool already, which serves as well.

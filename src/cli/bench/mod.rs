@@ -2,6 +2,7 @@
 
 mod op;
 mod operations;
+mod tickets;
 mod traffic;
 
 use std::path::PathBuf;
@@ -59,6 +60,10 @@ pub struct Bench {
     /// from shapes: nothing is measured.
     #[arg(long, conflicts_with_all = ["plan", "kernels"])]
     bytes: bool,
+    /// Measure steps of so many such networks too, 2 to 32: side by side, each on a stream of its own, and together, what they
+    /// launch alike as one launch; what --streams and --array of dilt find do.
+    #[arg(long, value_name = "K", allow_negative_numbers = true, conflicts_with_all = ["bytes", "op"])]
+    pub tickets: Option<usize>,
     /// Measure one operation by itself, on random numbers and with cold caches; list shows them all with their sizes.
     #[arg(long, value_name = "NAME", conflicts_with_all = [
         "ticket", "random_ticket", "plan", "kernels", "batch", "model", "set", "image_size", "data",
@@ -112,10 +117,10 @@ struct KernelTime {
     ms: f64,
 }
 
-/// What the network, or the ticket, takes; and its dense network beside it.
+/// What the network, or the ticket, takes, or several of it; and its dense network beside it.
 #[derive(Serialize)]
 struct Row {
-    name: &'static str,
+    name: String,
     images_per_second: f64,
     ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,6 +188,10 @@ impl Bench {
                 format!("expected --batch from 1 to {MOST_SAMPLES} and --runs of at least 1, got {batch}, {runs}");
             return Err(dilt::Error::Usage(message).into());
         }
+        if let Some(count) = self.tickets.filter(|count| !(2..=tickets::MOST).contains(count)) {
+            let message = format!("--tickets: expected a number from 2 to {}, got {count}", tickets::MOST);
+            return Err(dilt::Error::Usage(message).into());
+        }
         if let Some(op) = &self.op {
             return op::run(op, &self.shape, self.runs.unwrap_or(30), self.bytes, &self.common);
         }
@@ -237,13 +246,22 @@ impl Bench {
         let network = trained.last_mut().expect("one at least");
         let kernels = if self.kernels { kernel_times(&device, || train(network))? } else { Vec::new() };
         drop(trained);
+        let mut rows = vec![step];
+        if let Some(count) = self.tickets {
+            let open = |_| self.network(&device.with_policy(device.policy())?, &model, &weights, training);
+            let mut networks = (0..count).map(open).collect::<anyhow::Result<Vec<_>>>()?;
+            let times = tickets::measure(&device, &mut networks, self.runs(), train)?;
+            for (how, ms) in ["side by side", "together"].into_iter().zip(times) {
+                rows.push(self.timed(format!("{count} steps {how}"), count, ms, &step_work, &ceilings));
+            }
+        }
         let mut evaluated = open(Use::Evaluate)?;
         let forward = |network: &mut Network| network.forward(Mode::Evaluate);
         let evaluation_work = evaluation_work.iter().collect::<Vec<_>>();
-        let evaluation = self.row("evaluation", &device, &mut evaluated, forward, &evaluation_work, &ceilings)?;
+        rows.push(self.row("evaluation", &device, &mut evaluated, forward, &evaluation_work, &ceilings)?);
         let masks = MaskSet::of_weights(&weights.masks);
         let result = Measured {
-            rows: vec![step, evaluation],
+            rows,
             model: model.name.clone(),
             batch: self.batch,
             density: masks.density(),
@@ -319,22 +337,24 @@ impl Bench {
                 }
             }
         }
-        let median = |mut taken: Vec<f64>| {
-            taken.sort_by(f64::total_cmp);
-            taken[taken.len() / 2]
-        };
         let mut medians: Vec<f64> = graphs.into_iter().map(|(_, taken)| median(taken)).collect();
         let ms = medians.pop().expect("one network at least");
-        let flop = layers.iter().map(|layer| layer.total().flop).sum();
-        Ok(Row {
+        Ok(Row { dense_ms: medians.pop(), ..self.timed(name.into(), 1, ms, layers, ceilings) })
+    }
+
+    /// What it means that `networks` of them took so long for what one of them has to do in `layers`.
+    fn timed(&self, name: String, networks: usize, ms: f64, layers: &[&LayerWork], ceilings: &Ceilings) -> Row {
+        let flop = networks * layers.iter().map(|layer| layer.total().flop).sum::<usize>();
+        let roofline = networks as f64 * ceilings.roofline(layers.iter().copied());
+        Row {
             name,
-            images_per_second: 1e3 * self.batch as f64 / ms,
+            images_per_second: 1e3 * (networks * self.batch) as f64 / ms,
             ms,
-            dense_ms: medians.pop(),
+            dense_ms: None,
             flop,
             share_of_ceiling: ceilings.share(flop, ms / 1e3),
-            share_of_roofline: ceilings.roofline(layers.iter().copied()) / (ms / 1e3),
-        })
+            share_of_roofline: roofline / (ms / 1e3),
+        }
     }
 
     fn layers(
@@ -376,6 +396,11 @@ impl Bench {
         }
         Ok(layers)
     }
+}
+
+fn median(mut taken: Vec<f64>) -> f64 {
+    taken.sort_by(f64::total_cmp);
+    taken[taken.len() / 2]
 }
 
 /// The kernels of some work, the longest first.
@@ -442,7 +467,7 @@ fn to_table(result: &Measured) -> String {
             share(row.share_of_roofline),
         ];
         let beside = row.dense_ms.map(|dense| [format!("{dense:.2}"), format!("{:.2}", dense / row.ms)]);
-        [row.name.to_owned()].into_iter().chain(numbers).chain(beside.into_iter().flatten()).collect::<Vec<_>>()
+        [row.name.clone()].into_iter().chain(numbers).chain(beside.into_iter().flatten()).collect::<Vec<_>>()
     });
     let mut columns = vec!["", "ms", "images/s", "of ceiling", "of roofline"];
     if dense.is_some() {
