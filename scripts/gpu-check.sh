@@ -7,8 +7,9 @@
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
 #   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg, and crossover-bf16 of both
-#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16, of a Hopper GPU the dense ones in
-#               bf16 by wgmma too (DILT_WGMMA=1): steps.jsonl; the times that plans in bf16 go by: tuning.json
+#   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16, small ones several at a time
+#               too, of a Hopper GPU the dense ones in bf16 by wgmma too (DILT_WGMMA=1): steps.jsonl; the times that plans in
+#               bf16 go by: tuning.json
 #   ops         the single operations that peers do too, products by wgmma too: ops.jsonl; then the benches of all operations:
 #               ops.log
 #   peers       PyTorch's side of steps and ops on the same GPU: torch.jsonl
@@ -78,7 +79,7 @@ check() {
 }
 
 # Tests that launch kernels themselves; those of files and commands have nothing to show to a sanitizer.
-kernels=(attention:: augment:: ceiling:: conv:: conv_sparse:: conv_wgmma:: device:: distances:: dropout:: gelu:: gw::
+kernels=(array::memory array::more attention:: augment:: ceiling:: conv:: conv_sparse:: conv_wgmma:: device:: distances:: dropout:: gelu:: gw::
     layer_norm:: loss:: moments:: norm:: norm_before:: norm_pair:: optimizer:: pointwise:: pool:: prune:: row_map:: step:: tokens::)
 sanitizers() {
     local sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)} folder tool start=$SECONDS
@@ -115,18 +116,19 @@ crossover() {
 # shellcheck disable=SC2329  # steps calls it
 line() { "$@" | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)))'; }
 
-# Dense, then random tickets from half to a hundredth; of ResNet-50 two of them, which take long.
+# Dense, of small networks several at a time too; then random tickets from half to a hundredth; of ResNet-50 two of them, which
+# take long.
 # shellcheck disable=SC2329  # check calls it
 steps() {
-    local model batch sparsity sparsities precision bench jobs
+    local model batch at_a_time tickets sparsity sparsities precision bench jobs
     jobs=$(python3 -c '
 import json, sys
 for job in map(json.loads, open(sys.argv[1])):
     if job["kind"] == "step":
         large = job["flop"][0] > 1e12
-        print(job["model"], job["batch"], *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))' \
+        print(job["model"], job["batch"], "-" if large else "4,16", *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))' \
         "$here/peers/jobs.jsonl") || return 1
-    while read -r model batch sparsities; do
+    while read -r model batch at_a_time sparsities; do
         for precision in f32 bf16; do
             bench=(bench --model "$model" --batch "$batch" --precision "$precision" --runs 20 --kernels -q --json --device cuda)
             # Without a table of rates a plan multiplies densely.
@@ -135,6 +137,9 @@ for job in map(json.loads, open(sys.argv[1])):
             if [ "$precision" = bf16 ] && [ "$hopper" = 1 ]; then
                 DILT_WGMMA=1 line "$DILT_BIN" "${bench[@]}" || return 1
             fi
+            for tickets in ${at_a_time//[-,]/ }; do
+                line "$DILT_BIN" "${bench[@]}" --tickets "$tickets" || return 1
+            done
             for sparsity in $sparsities; do
                 line "$DILT_BIN" "${bench[@]}" --random-ticket "$sparsity" || return 1
             done

@@ -225,6 +225,22 @@ fn what_a_step_moves_is_counted() {
 }
 
 #[test]
+fn several_tickets_are_measured_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let command = ["bench", "--tickets", "3", "--random-ticket", "0.5", "--batch", "8", "--runs", "2", "-q"];
+    let result = json(folder.path(), &command);
+    let rows = result["rows"].as_array().unwrap();
+    let number = |row: usize, key: &str| rows[row][key].as_f64().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["training step", "3 steps side by side", "3 steps together", "evaluation"]);
+    for row in [1, 2] {
+        assert_eq!(number(row, "flop"), 3.0 * number(0, "flop"));
+        assert!((number(row, "images_per_second") - 3e3 * 8.0 / number(row, "ms")).abs() < 1e-6);
+    }
+    assert!(output(folder.path(), &command).contains("3 steps together"));
+}
+
+#[test]
 fn a_bench_without_sense_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     fails(folder.path(), &["bench", "--random-ticket", "1.5"], 2, &["--random-ticket", "1.5"]);
@@ -232,4 +248,13 @@ fn a_bench_without_sense_is_refused() {
     fails(folder.path(), &["bench", "--ticket", "t", "--runs", "0"], 2, &["--runs of at least 1"]);
     fails(folder.path(), &["bench", "--ticket", "t", "--batch", "0"], 2, &["--batch from 1"]);
     fails(folder.path(), &["bench", "--ticket", "t"], 1, &["t:"]);
+    for tickets in ["1", "33"] {
+        fails(
+            folder.path(),
+            &["bench", "--tickets", tickets],
+            2,
+            &["--tickets: expected a number from 2 to 32", tickets],
+        );
+    }
+    fails(folder.path(), &["bench", "--bytes", "--tickets", "2"], 2, &["cannot be used with"]);
 }

@@ -11,7 +11,9 @@ use dilt::nn::model::Model;
 use dilt::nn::network::Network;
 use dilt::nn::plan::{OptimizerKind, Use};
 use dilt::nn::weights::Weights;
-use dilt::train::{Augmentation, Checkpoint, Chunk, Images, Labelled, Observer, Recipe, Training, evaluate};
+use dilt::train::{
+    Augmentation, Checkpoint, Chunk, Images, Labelled, Observer, Recipe, TicketArray, Training, evaluate,
+};
 
 use crate::command::{dilt, failed};
 use crate::support::devices;
@@ -121,6 +123,30 @@ fn same(a: &Weights, b: &Weights) -> bool {
 /// The host as it is, and the GPU where there is one: what differs between the host's forms is tested elsewhere.
 fn host_and_gpu() -> Vec<Device> {
     devices().into_iter().filter(|case| ["host", "cuda"].contains(&&*case.label)).map(|case| case.device).collect()
+}
+
+#[test]
+fn files_are_decoded_for_each_step_of_trainings_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, recipe) = (in_files(folder.path()), recipe(Augmentation::Crop, 0.0));
+    for device in host_and_gpu() {
+        let array = TicketArray::new(device.with_policy(device.policy()).unwrap());
+        let expected = train(&device, &data, 2, &recipe, usize::MAX).unwrap().network.weights().unwrap();
+        let one = || {
+            let device = device.with_policy(device.policy()).unwrap();
+            let images = Images::new(&device, &data, &data.train).unwrap().with_workers(2);
+            let examples = labelled(&device, &images, &data);
+            let mut network = Network::new(&device, &model(), BATCH, Use::Train(OptimizerKind::Sgd)).unwrap();
+            network.load(&init::draw(&model(), 0)).unwrap();
+            let mut training = Training::new(&mut network, &examples, &recipe, 7).unwrap();
+            training.join(Some(&array));
+            training.run(&mut network, 0, &mut ()).unwrap();
+            network.weights().unwrap()
+        };
+        let weights =
+            std::thread::scope(|scope| [(); 2].map(|()| scope.spawn(one)).map(|thread| thread.join().unwrap()));
+        assert!(weights.iter().all(|weights| same(weights, &expected)));
+    }
 }
 
 #[test]

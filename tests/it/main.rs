@@ -1,6 +1,7 @@
 //! All integration tests, in one binary: one link, and one thing to carry to a machine with a GPU.
 
 mod agreement;
+mod array;
 mod attention;
 mod augment;
 mod bad_input;

@@ -16,9 +16,9 @@ fn find(streams: &str) -> Vec<&str> {
 
 #[test]
 fn any_number_of_trainings_at_a_time_gives_the_same_run_folder() {
-    let folders = ["1", "2", "3"].map(|streams| {
+    let folders = [find("1"), find("2"), find("3"), [find("3"), vec!["--array"]].concat()].map(|find| {
         let folder = tempfile::tempdir().unwrap();
-        (output(folder.path(), &[find(streams), vec!["--json"]].concat()), folder)
+        (output(folder.path(), &[find, vec!["--json"]].concat()), folder)
     });
     for (text, folder) in &folders[1..] {
         assert_eq!(*text, folders[0].0);
@@ -46,8 +46,9 @@ fn a_find_killed_with_three_trainings_at_a_time_goes_on_with_one() {
     let begin = Instant::now();
     let expected = json(whole.path(), &more("3"));
     let whole_run = begin.elapsed();
-    for (percent, streams) in [(5, "3"), (25, "3"), (35, "2"), (50, "3")] {
-        kill_after(broken.path(), &more(streams), whole_run * percent / 100);
+    for (percent, streams, array) in [(5, "3", true), (25, "3", false), (35, "2", true), (50, "3", true)] {
+        let array = if array { vec!["--array"] } else { Vec::new() };
+        kill_after(broken.path(), &[more(streams), array].concat(), whole_run * percent / 100);
     }
     assert_eq!(json(broken.path(), &more("1")), expected);
     assert_same_files(broken.path(), whole.path());
@@ -85,6 +86,7 @@ fn a_wrong_number_of_trainings_is_refused() {
         fails(folder.path(), &find(streams), 2, &["--streams", got]);
     }
     fails(folder.path(), &[find("2"), vec!["--tune"]].concat(), 2, &["--streams", "--tune", "got 2"]);
+    fails(folder.path(), &[find("1"), vec!["--array"]].concat(), 2, &["--array: expected --streams of at least 2"]);
     assert!(!folder.path().join("runs").exists());
 }
 
@@ -97,9 +99,10 @@ fn error(folder: &Path, args: &[&str]) -> String {
 
 #[test]
 fn a_training_that_fails_is_named_once_and_stops_the_others() {
-    for streams in ["1", "3"] {
+    for how in [vec!["1"], vec!["3"], vec!["3", "--array"]] {
         let folder = tempfile::tempdir().unwrap();
-        let said = error(folder.path(), &[find(streams), vec!["--lr", "1e30", "--clip-norm", "1e38"]].concat());
+        let diverges = ["--lr", "1e30", "--clip-norm", "1e38"];
+        let said = error(folder.path(), &[find(how[0]), how[1..].to_vec(), diverges.to_vec()].concat());
         assert_eq!(said.matches("diverged").count(), 1, "{said}");
         assert!(said.contains("error: seed_") && said.contains("/search/"), "{said}");
         assert!(!said.contains("stopped") && !said.contains("panicked"), "{said}");
