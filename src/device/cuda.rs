@@ -3,23 +3,27 @@
 //! cudarc's lowest level is used on purpose: its safe level tracks events for every allocation, which breaks capture,
 //! and pools memory, which this runtime has no use for since it allocates once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use cudarc::driver::{result, sys};
 
-use super::Launch;
 use super::graph::Work;
 use super::kernel::{CUDA_ARCHS, CUDA_IMAGES, KERNEL_FILES, host_kernel};
+use super::{Launch, lock};
 use crate::error::{Error, Result};
 use crate::profile::range;
 
 pub(super) struct Cuda {
-    index: usize,
+    loaded: Arc<Loaded>,
+    stream: sys::CUstream,
+}
+
+/// A GPU with its kernels, which all handles to it share.
+struct Loaded {
     context: sys::CUcontext,
     device: sys::CUdevice,
-    stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     functions: HashMap<&'static str, Function>,
     name: String,
@@ -38,6 +42,10 @@ struct Function {
 unsafe impl Send for Cuda {}
 // SAFETY: as above; the driver serialises calls on one stream.
 unsafe impl Sync for Cuda {}
+// SAFETY: as above; it does not change once it is loaded.
+unsafe impl Send for Loaded {}
+// SAFETY: as above.
+unsafe impl Sync for Loaded {}
 
 fn failed(what: &str) -> impl Fn(result::DriverError) -> Error {
     move |error| {
@@ -116,28 +124,31 @@ pub(super) fn status() -> String {
     }
 }
 
-impl Cuda {
-    pub(super) fn open(index: usize) -> Result<Self> {
-        driver().as_ref().map_err(|why| Error::Device(format!("device cuda: {why}; use --device host")))?;
-        if index >= count() {
-            return Err(Error::Device(format!("device cuda:{index}: this machine has {} GPU(s)", count())));
+impl Loaded {
+    /// The GPU of this number: as others have it already, or with its kernels loaded now.
+    fn find(index: usize) -> Result<Arc<Self>> {
+        static LOADED: Mutex<BTreeMap<usize, Weak<Loaded>>> = Mutex::new(BTreeMap::new());
+        // Held while they load, so that another thread waits for them.
+        let mut all = lock(&LOADED);
+        if let Some(loaded) = all.get(&index).and_then(Weak::upgrade) {
+            return Ok(loaded);
         }
         let device = result::device::get(index as i32).map_err(failed("no such device"))?;
-        // SAFETY: the device is valid.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("no context"))?;
-        // SAFETY: the context is valid, and released in Drop.
-        unsafe { result::ctx::set_current(context) }.map_err(failed("context"))?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
         let Gpu { name, capability, .. } = Gpu::find(index)?;
+        // SAFETY: the device is valid; the context is released in Drop.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("no context"))?;
         let (modules, functions) = (Vec::new(), HashMap::new());
-        let mut cuda = Cuda { index, context, device, stream, modules, functions, name, capability };
-        cuda.load_kernels()?;
-        Ok(cuda)
+        let mut loaded = Loaded { context, device, modules, functions, name, capability };
+        loaded.enter()?;
+        loaded.load_kernels()?;
+        let loaded = Arc::new(loaded);
+        all.insert(index, Arc::downgrade(&loaded));
+        Ok(loaded)
     }
 
-    /// Another stream on the same GPU.
-    pub(super) fn reopen(&self) -> Result<Self> {
-        Cuda::open(self.index)
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context is valid until Drop.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("context"))
     }
 
     /// Loads every kernel now: a module that loads during a capture would break it.
@@ -188,25 +199,45 @@ impl Cuda {
         }
         Ok(Some(handle))
     }
+}
 
-    /// Whether a kernel can be launched in this shape for several tickets at once, whose number is then the grid's z.
-    pub(super) fn launches_arrays(&self, kernel: &str, launch: &Launch) -> bool {
-        let fits = u64::from(launch.grid[1]) * u64::from(launch.grid[2]) <= 65_535;
-        fits && self.functions.get(kernel).is_some_and(|function| function.array.is_some())
+impl Cuda {
+    pub(super) fn open(index: usize) -> Result<Self> {
+        driver().as_ref().map_err(|why| Error::Device(format!("device cuda: {why}; use --device host")))?;
+        if index >= count() {
+            return Err(Error::Device(format!("device cuda:{index}: this machine has {} GPU(s)", count())));
+        }
+        Self::on(Loaded::find(index)?)
+    }
+
+    fn on(loaded: Arc<Loaded>) -> Result<Self> {
+        loaded.enter()?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
+        Ok(Cuda { loaded, stream })
+    }
+
+    /// Another stream on the same GPU.
+    pub(super) fn reopen(&self) -> Result<Self> {
+        Self::on(self.loaded.clone())
     }
 
     fn enter(&self) -> Result<()> {
-        // SAFETY: the context is valid until Drop.
-        unsafe { result::ctx::set_current(self.context) }.map_err(failed("context"))
+        self.loaded.enter()
     }
 
     pub(super) fn description(&self) -> String {
-        format!("cuda sm_{}{} {}", self.capability.0, self.capability.1, self.name)
+        format!("cuda sm_{}{} {}", self.loaded.capability.0, self.loaded.capability.1, self.loaded.name)
     }
 
     /// Whether this GPU runs the code for sm_90a, which no other does.
     pub(super) fn has_wgmma(&self) -> bool {
-        self.capability == (9, 0) && CUDA_ARCHS.contains(&"90a")
+        self.loaded.capability == (9, 0) && CUDA_ARCHS.contains(&"90a")
+    }
+
+    /// Whether a kernel can be launched in this shape for several tickets at once, whose number is then the grid's z.
+    pub(super) fn launches_arrays(&self, kernel: &str, launch: &Launch) -> bool {
+        let fits = u64::from(launch.grid[1]) * u64::from(launch.grid[2]) <= 65_535;
+        fits && self.loaded.functions.get(kernel).is_some_and(|function| function.array.is_some())
     }
 
     /// A tensor of bf16 and a box of it, sizes innermost first, as the driver encodes them.
@@ -303,6 +334,7 @@ impl Cuda {
             Work::Launch { kernel, launch, args } => {
                 let _range = range(kernel);
                 let function = self
+                    .loaded
                     .functions
                     .get(kernel)
                     .ok_or_else(|| Error::Device("there is no kernel of this name in kernels/".into()))?;
@@ -380,13 +412,24 @@ impl Drop for Cuda {
         if self.enter().is_err() {
             return;
         }
-        // SAFETY: all handles were made in `open` and are used no more; errors of a dead context change nothing.
+        // SAFETY: the stream was made in `on` and is used no more; errors of a dead context change nothing.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            let _ = result::stream::destroy(self.stream);
+        }
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        // SAFETY: all handles were made in `find`, and streams that used them are gone.
+        unsafe {
             for module in self.modules.drain(..) {
                 let _ = result::module::unload(module);
             }
-            let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }
     }

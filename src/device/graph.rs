@@ -94,7 +94,8 @@ impl Device {
 
     /// Steps of several trainings as one, on this handle's stream: each in its own order, and what they launch at the same
     /// place and in the same shape as one launch, so that many small ones fill the device as a large one does. The steps
-    /// must not depend on each other. What each computes is what it computes alone, to the bit.
+    /// must not depend on each other, and before a replay all must be done that was launched on the handles of their own. What
+    /// each computes is what it computes alone, to the bit.
     ///
     /// # Errors
     /// [`Error::Device`] if the device fails.
