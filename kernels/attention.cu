@@ -242,7 +242,7 @@ KERNEL(attention_forward_128_f32, AttentionForwardArgs, ForwardTiles<128>, THREA
     forward(a, tile, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
-KERNEL(attention_backward_queries_32_f32, AttentionBackwardArgs, BackwardTiles<32>, THREADS) {
+KERNEL(attention_backward_queries_32_f32, AttentionBackwardArgs, BackwardTiles<32>, THREADS, 0, 3) {
     SHARED(BackwardTiles<32>, tile);
     backward<32, false>(a, tile, threadIdx.x, blockIdx.x, blockIdx.y);
 }
@@ -257,7 +257,7 @@ KERNEL(attention_backward_queries_128_f32, AttentionBackwardArgs, BackwardTiles<
     backward<128, false>(a, tile, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
-KERNEL(attention_backward_keys_32_f32, AttentionBackwardArgs, BackwardTiles<32>, THREADS) {
+KERNEL(attention_backward_keys_32_f32, AttentionBackwardArgs, BackwardTiles<32>, THREADS, 0, 2) {
     SHARED(BackwardTiles<32>, tile);
     backward<32, true>(a, tile, threadIdx.x, blockIdx.x, blockIdx.y);
 }

@@ -1,7 +1,7 @@
 // attention_direct.cu - attention on the host: a block of one thread owns a head of a sample, and makes all its gradients
 // in one kernel, five products. Seven where the keys' sums take several tiles and gradients are bf16: there the queries'
 // sums cannot wait in dqkv from tile to tile without being rounded, so that they have a pass of their own.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/attention.cuh"
 
 // A panel is a few vectors of queries: one to each lane, so that softmax over the keys needs no sum over lanes. Every

@@ -277,7 +277,7 @@ DEVICE void backward(const AttentionBackwardArgs& a, BackwardTiles<HEAD_DIM>& ti
     SHARED(BackwardTiles<head_dim>, tile);      \
     backward<head_dim, of_keys>(a, tile, threadIdx.x, blockIdx.x, blockIdx.y)
 
-KERNEL(attention_forward_32_bf16, AttentionForwardArgs, ForwardTiles<32>, THREADS, 4) { FORWARD_KERNEL(32); }
+KERNEL(attention_forward_32_bf16, AttentionForwardArgs, ForwardTiles<32>, THREADS, 0, 4) { FORWARD_KERNEL(32); }
 KERNEL(attention_forward_64_bf16, AttentionForwardArgs, ForwardTiles<64>, THREADS) { FORWARD_KERNEL(64); }
 KERNEL(attention_forward_128_bf16, AttentionForwardArgs, ForwardTiles<128>, THREADS) { FORWARD_KERNEL(128); }
 KERNEL(attention_backward_queries_32_bf16, AttentionBackwardArgs, BackwardTiles<32>, THREADS) { BACKWARD_KERNEL(32, false); }

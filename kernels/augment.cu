@@ -103,7 +103,7 @@ DEVICE void resample(const ResampleArgs& a, int sample, int64_t example, int fir
     }
 }
 
-BARRIER_FREE_KERNEL(REAL(augment_resample), ResampleArgs, THREADS, 8) {
+BARRIER_FREE_KERNEL(REAL(augment_resample), ResampleArgs, THREADS, 0, 8) {
     const GatherShape& d = a.batch.shape;
     const int h = blockIdx.x, begin = blockIdx.y * a.input.columns, end = int(min64(begin + a.input.columns, d.w));
     for (int sample = threadIdx.x; sample < d.n; sample += blockDim.x) {

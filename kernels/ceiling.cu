@@ -10,7 +10,7 @@
 // that reads a line before it writes to it moves half as much again as is counted.
 // mma.sync is what tensor cores of sm_80 do at best; those of sm_90 do more with wgmma (ceiling_wgmma.cu).
 // Limit: copy bytes, the others arithmetic. Not measured on a GPU yet.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/lib/mma.cuh"
 
 struct CeilingCopyArgs {

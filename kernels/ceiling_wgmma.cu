@@ -5,7 +5,7 @@
 // left: [ROWS, 64], right: [COLUMNS, 64], bf16, one box each; sum: [blocks, ROWS, COLUMNS] f32. A block has two groups of
 // four warps, one below the other, each of which keeps two groups of products under way.
 // Limit: tensor cores. Not measured on a GPU yet.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/lib/hopper.cuh"
 
 struct MultiplyBoxesArgs {

@@ -313,7 +313,7 @@ KERNEL(conv_forward_64x128_f32, ConvArgs, Product64Wide::Shared, THREADS, 2) {
     staged<false, false, 64, 128, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-KERNEL(conv_forward_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2) {
+KERNEL(conv_forward_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2, 1) {
     SHARED(Product128::Shared, stage);
     staged<false, false, 128, 128, 8, 8>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
@@ -328,7 +328,7 @@ KERNEL(conv_input_gradient_32x256_f32, ConvArgs, Product32::Shared, THREADS, 2) 
     staged<true, false, 32, 256, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-KERNEL(conv_input_gradient_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3) {
+KERNEL(conv_input_gradient_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3, 2) {
     SHARED(Product64::Shared, stage);
     staged<true, false, 64, 64, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
@@ -338,12 +338,12 @@ KERNEL(conv_input_gradient_64x128_f32, ConvArgs, Product64Wide::Shared, THREADS,
     staged<true, false, 64, 128, 8, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-KERNEL(conv_input_gradient_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2) {
+KERNEL(conv_input_gradient_128x128_f32, ConvArgs, Product128::Shared, THREADS, 2, 1) {
     SHARED(Product128::Shared, stage);
     staged<true, false, 128, 128, 8, 8>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-KERNEL(conv_input_gradient_pointwise_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3) {
+KERNEL(conv_input_gradient_pointwise_64x64_f32, ConvArgs, Product64::Shared, THREADS, 3, 2) {
     SHARED(Product64::Shared, stage);
     staged<true, true, 64, 64, 4, 4>(a, stage, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }

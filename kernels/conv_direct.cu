@@ -1,6 +1,6 @@
 // conv_direct.cu - convolution on the host: the formulas of conv.cu, each thread a register tile that reads rows where they
 // lie; the cache does the staging. In f32 filters of one tap and stride 1 are in linear.cu.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/conv.cuh"
 
 // Register tiles: rows x vectors of samples for the product, rows x taps for the weight gradient. The accumulators and

@@ -11,9 +11,9 @@
 // Each group fetches its own columns: of a group that keeps a share d of them, four groups fetch 4 d, where a block of 128 rows
 // that fetched all columns for its groups to pick from would fetch 1. So that would pay above d = 1/4, where dense products do.
 //
-// On a Hopper GPU wgmma would gain nothing, by arithmetic: 64 samples by a group's 32 rows by 16 entries are 3 KiB from shared
-// memory, of samples 2 and of weights 1, as they are here; that takes 24 cycles at 128 bytes each, where wgmma has multiplied in
-// 16. Two thirds of its rate is what mma.sync comes to there by itself. With the rows as its 64 rows, half would be empty.
+// wgmma on a Hopper GPU is not tried. By arithmetic it would be bound by the same bytes: 64 samples by a group's 32 rows by 16
+// entries are 3 KiB from shared memory, of samples 2 and of weights 1, as they are here, 24 cycles at 128 bytes each; its
+// products take 16, so two thirds of its rate at most. With the rows as its 64 rows, half would be empty.
 //
 // Sums are f32 in an order that depends on the shape and the mask alone. Limit: bytes from the second-level cache, 16
 // multiply-adds for each; not measured yet.

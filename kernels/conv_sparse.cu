@@ -95,11 +95,11 @@ DEVICE void staged_gradient(const ConvSparseGradientArgs& a, const Chunk& chunk,
 // ---------------------------------------------------------------------------------------------------------- kernels
 
 // Grid of the products: column tiles, row tiles. Of the weight gradient: chunks, one a warp; splits.
-BARRIER_FREE_KERNEL(REAL(conv_sparse_forward), ConvSparseArgs, ROW_THREADS, 2) {
+BARRIER_FREE_KERNEL(REAL(conv_sparse_forward), ConvSparseArgs, ROW_THREADS, 2, 1) {
     staged_rows<false>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 
-BARRIER_FREE_KERNEL(REAL(conv_sparse_input_gradient), ConvSparseArgs, ROW_THREADS, 2) {
+BARRIER_FREE_KERNEL(REAL(conv_sparse_input_gradient), ConvSparseArgs, ROW_THREADS, 2, 1) {
     staged_rows<true>(a, threadIdx.x, blockIdx.x, blockIdx.y);
 }
 

@@ -1,7 +1,7 @@
 // conv_sparse_direct.cu - convolution with kept weights alone on the host: a thread owns a pixel, some vectors of samples, and
 // groups of rows one after the other; of the weight gradient a chunk of a list's entries. Lists and sums as in
 // conv_sparse.cuh. Limit: reads of x from cache, one for each R multiply-adds.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/conv_sparse.cuh"
 
 // The same for every instruction set, since src/ops/conv_sparse.rs cuts the grid by it.

@@ -6,7 +6,7 @@
 // d: [splits, n + 1, squared_pitch], row n holds squared lengths: cosine needs nothing else. C: [n, pitch], divided by its
 // largest element, zeros beyond column n. Splits are added in f64, in order. C is symmetric to the bit: below the diagonal
 // nothing is read. Limit: bytes, and the f64 units of a GPU that has few.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/lib/device.cuh"
 
 struct DistanceMatrixArgs {

@@ -8,7 +8,7 @@
 //
 // A block owns a 64 x 64 tile of d and a split of the features, which pass through memory of its own, 64 at a time. Their
 // sums are f32, added to f32 totals. Limit: additions and multiplications, 3 an element of d and a feature.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/lib/device.cuh"
 
 struct RepresentationArgs {

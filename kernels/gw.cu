@@ -6,7 +6,7 @@
 // Up to 256 rows and columns the matrix stays on the chip, half of it in registers, half in shared memory; beyond that
 // it is read from the second-level cache. Limit: multiply-adds of the products; in the iterations, reads of the matrix
 // and, where it is small, the two barriers. Not measured on a GPU.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/gw.cuh"
 
 constexpr int THREADS = 256;

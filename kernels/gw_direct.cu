@@ -1,7 +1,7 @@
 // gw_direct.cu - the couplings of gw.cuh on the host: a block owns 64 x 64 of a product, or all iterations of a coupling,
 // whose matrix stays in the second-level cache. Limit: multiply-adds of the products; in the iterations, reads of the
 // matrix, which passes once for both of its scalings.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/gw.cuh"
 #include "kernels/linear.cuh"
 

@@ -316,7 +316,7 @@ DEVICE void backward(const LayerNormBackwardArgs& a, WarpColumns* shared, const 
     body(a, &shared, Share<1, TILE / 32, true>{tile, tile * TILE + lane, columns_of(a.shape), lane, warp, false})
 
 // Grid of these four: tiles.
-KERNEL(REAL(layer_norm_forward_staged), LayerNormForwardArgs, WarpColumns, THREADS, 4) { BY_WARPS(forward); }
+KERNEL(REAL(layer_norm_forward_staged), LayerNormForwardArgs, WarpColumns, THREADS, 4, 3) { BY_WARPS(forward); }
 
 BARRIER_FREE_KERNEL(REAL(layer_norm_forward_direct), LayerNormForwardArgs, 1) { BY_ONE_THREAD(forward); }
 

@@ -8,7 +8,7 @@
 // the staged tilings of conv.cu, whose formulas these are; its direct ones would read every row of x from another page.
 //
 // All three are the product of linear.cuh; the weight gradient's b is x transposed. Limit: multiply-adds.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/linear.cuh"
 
 // Forward and input gradient.

@@ -225,7 +225,7 @@ KERNEL(REAL(norm_backward_sums), NormBackwardArgs, WarpSums, THREADS, 3) {
     WITH_LANES(backward_sums, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }
 
-KERNEL(REAL(norm_backward), NormBackwardArgs, WarpSums, THREADS, 6) {
+KERNEL(REAL(norm_backward), NormBackwardArgs, WarpSums, THREADS, 6, 5) {
     SHARED(WarpSums, shared);
     WITH_LANES(backward, a, shared, blockIdx, threadIdx.x, blockDim.x);
 }

@@ -20,7 +20,7 @@
 // clear is not looked at, whatever it holds.
 // Limit: bytes, one read of the weights a pass, and five passes (three digits, ties, clear); the first is held up by
 // shared-memory atomics where many weights share a digit.
-#define DILT_ALONE
+#define DILT_NO_ARRAYS
 #include "kernels/lib/device.cuh"
 
 constexpr int THREADS = 256;

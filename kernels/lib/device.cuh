@@ -6,7 +6,9 @@
 //   BARRIER_FREE_KERNEL(name, Args, max_threads) { }   one that uses neither: the host runs it as a plain loop
 //
 // Both take one more argument where ptxas guesses wrong: the blocks that a multiprocessor shall hold at a time, whose
-// number limits a thread's registers.
+// number limits a thread's registers; 0 lets it guess. And after that another number for the entry for arrays, where that would
+// spill registers: an array is for launches that by themselves have too few blocks to fill multiprocessors. A file whose kernels
+// no training on a GPU launches defines DILT_NO_ARRAYS before it includes anything: they have no such entry.
 //
 // Activations, and weights as products read them, are `Real`: float, or bf16. A file that names its kernels REAL(name) is
 // compiled for both, to name_f32 and name_bf16; another is for the one that its kernels' names end with.
@@ -37,10 +39,9 @@ using Real = float;
 #ifdef __CUDACC__
 
 // A kernel has a second entry, name_array: the same for several tickets in one launch (`Device::together`), whose number in the
-// array is blockIdx.z; their own z lies in y. A file whose kernels no training launches defines DILT_ALONE before it includes
-// anything.
-#ifdef DILT_ALONE
-#define DILT_ARRAY(name, Args, ...)
+// array is blockIdx.z; their own z lies in y. It finds its arguments at an address that it computes, which takes registers.
+#ifdef DILT_NO_ARRAYS
+#define DILT_ARRAY(name, Args, max_threads, ...)
 #else
 template <class Args>
 struct ArrayArgs {  // made by ArgBytes of src/device/kernel.rs
@@ -48,20 +49,26 @@ struct ArrayArgs {  // made by ArgBytes of src/device/kernel.rs
     Args of[MOST];
     uint32_t height;  // blocks in y of one
 };
-#define DILT_ARRAY(name, Args, ...)                                                                          \
-    extern "C" __global__ void __launch_bounds__(__VA_ARGS__)                                                \
+#define DILT_ARRAY(name, Args, max_threads, ...)                                                             \
+    extern "C" __global__ void __launch_bounds__(max_threads, blocks_of_array(__VA_ARGS__))                  \
         name##_array(const __grid_constant__ ArrayArgs<Args> a) {                                            \
         const uint32_t z = blockIdx.y / a.height;                                                            \
         name##_body(a.of[blockIdx.z], dim3(blockIdx.x, blockIdx.y - z * a.height, z),                        \
                     dim3(gridDim.x, a.height, gridDim.y / a.height));                                        \
     }
 #endif
-#define DILT_CUDA_KERNEL(name, Args, ...)                                                                    \
+// Of the blocks that a KERNEL line gives: 0 where ptxas may choose.
+constexpr int blocks_of_one(int blocks = 0, int = 0) { return blocks; }
+constexpr int blocks_of_array() { return 0; }
+constexpr int blocks_of_array(int blocks) { return blocks; }
+constexpr int blocks_of_array(int, int array_blocks) { return array_blocks; }
+#define DILT_CUDA_KERNEL(name, Args, max_threads, ...)                                                       \
     DEVICE void name##_body(const Args& a, dim3 blockIdx, dim3 gridDim);                                     \
-    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args a) {         \
+    extern "C" __global__ void __launch_bounds__(max_threads, blocks_of_one(__VA_ARGS__))                    \
+        name(const __grid_constant__ Args a) {                                                               \
         name##_body(a, blockIdx, gridDim);                                                                   \
     }                                                                                                        \
-    DILT_ARRAY(name, Args, __VA_ARGS__)                                                                      \
+    DILT_ARRAY(name, Args, max_threads, __VA_ARGS__)                                                         \
     DEVICE void name##_body([[maybe_unused]] const Args& a, [[maybe_unused]] dim3 blockIdx,                  \
                             [[maybe_unused]] dim3 gridDim)
 #define KERNEL(name, Args, Shared, ...) DILT_CUDA_KERNEL(name, Args, __VA_ARGS__)
