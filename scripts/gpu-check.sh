@@ -79,8 +79,8 @@ check() {
 }
 
 # Tests that launch kernels themselves; those of files and commands have nothing to show to a sanitizer.
-kernels=(array::memory array::more attention:: augment:: ceiling:: conv:: conv_sparse:: conv_wgmma:: device:: distances:: dropout:: gelu:: gw::
-    layer_norm:: loss:: moments:: norm:: norm_before:: norm_pair:: optimizer:: pointwise:: pool:: prune:: row_map:: step:: tokens::)
+kernels=(array::memory array::more attention:: augment:: ceiling:: conv:: conv_sparse:: conv_wgmma:: device:: distances::
+    dropout:: gelu:: gw:: layer_norm:: loss:: moments:: norm:: norm_before:: norm_pair:: optimizer:: pointwise:: pool:: prune:: row_map:: step:: tokens::)
 sanitizers() {
     local sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)} folder tool start=$SECONDS
     for folder in "${CUDA_HOME:-/usr/local/cuda}"/bin "${CUDA_HOME:-/usr/local/cuda}"/compute-sanitizer; do
@@ -126,7 +126,8 @@ import json, sys
 for job in map(json.loads, open(sys.argv[1])):
     if job["kind"] == "step":
         large = job["flop"][0] > 1e12
-        print(job["model"], job["batch"], "-" if large else "4,16", *([0.9, 0.98] if large else [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]))' \
+        tickets, sparsities = ("-", [0.9, 0.98]) if large else ("4,16", [0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
+        print(job["model"], job["batch"], tickets, *sparsities)' \
         "$here/peers/jobs.jsonl") || return 1
     while read -r model batch at_a_time sparsities; do
         for precision in f32 bf16; do

@@ -91,8 +91,8 @@ def whole_steps(steps, peers):
             continue
         job = f"step {result['model']}, batch {result['batch']}"
         kept = "all" if result["density"] == 1 else number(100 * result["density"], 1) + " %"
-        # Of several steps at a time; what they are of has a result of its own.
-        several = [row for row in result["rows"] if " steps " in row["name"]]
+        # Where several are measured at a time, one by itself has a result of its own.
+        several = [row for row in result["rows"] if row.get("networks", 1) > 1]
         for row in several or result["rows"]:
             for peer in beside(peers, job, row["name"], result["precision"]):
                 own = [result["model"], str(result["batch"]), precision_of(result), kept, row["name"],

@@ -128,15 +128,11 @@ fn merged(lists: &[&[Work]], arrays: impl Fn(&str, &Launch) -> bool) -> Vec<Work
                 let (alike, others): (Vec<&Work>, _) = left.into_iter().partition(|other| other.is_like(first));
                 match first {
                     Work::Launch { kernel, launch, args } if alike.len() > 1 && arrays(kernel, launch) => {
-                        let args_of = |work: &&Work| match work {
-                            Work::Launch { args, .. } => args.clone(),
-                            _ => unreachable!("what is like a launch is one"),
-                        };
-                        for tickets in alike.chunks(ArgBytes::most_tickets(args.len())) {
-                            let args =
-                                ArgBytes::array(&tickets.iter().map(args_of).collect::<Vec<_>>(), launch.grid[1]);
-                            work.push(Work::Launch { kernel, launch: *launch, args });
-                        }
+                        let all: Vec<&ArgBytes> = alike.into_iter().filter_map(Work::args).collect();
+                        work.extend(all.chunks(ArgBytes::most_tickets(args.len())).map(|tickets| {
+                            let args = ArgBytes::array(tickets, launch.grid[1]);
+                            Work::Launch { kernel, launch: *launch, args }
+                        }));
                     }
                     _ => work.extend(alike.into_iter().cloned()),
                 }
@@ -155,6 +151,13 @@ impl Work {
                 one == another && here == there
             }
             _ => std::ptr::eq(self, other),
+        }
+    }
+
+    fn args(&self) -> Option<&ArgBytes> {
+        match self {
+            Work::Launch { args, .. } => Some(args),
+            _ => None,
         }
     }
 

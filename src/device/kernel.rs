@@ -188,11 +188,11 @@ impl ArgBytes {
     /// Most structs of so many bytes that one launch takes: `ArrayArgs` of `kernels/lib/device.cuh`, whose 4 KiB are the most
     /// that every driver takes.
     pub(super) fn most_tickets(bytes: usize) -> usize {
-        ((4096 - size_of::<Line>()) / bytes).clamp(1, 16)
+        ((4096 - size_of::<Line>()) / bytes).min(16)
     }
 
     /// The `ArrayArgs` of some tickets, of structs of one kernel: these, room up to the most, and blocks in y of each.
-    pub(super) fn array(tickets: &[ArgBytes], height: u32) -> Self {
+    pub(super) fn array(tickets: &[&ArgBytes], height: u32) -> Self {
         let bytes = tickets[0].bytes;
         let most = Self::most_tickets(bytes);
         assert!(tickets.len() <= most && tickets.iter().all(|ticket| ticket.bytes == bytes && ticket.tickets == 1));

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::train::TicketArray;
 
 /// Most trainings at a time.
-const MOST: usize = 32;
+pub const MOST: usize = 32;
 
 /// Handles to one device, as many as trainings may run at a time.
 pub struct Streams {

@@ -118,8 +118,8 @@ impl<'a> Feed<'a> {
         self.device.write(&order, self.order.slice_mut(0..rows * self.batch))
     }
 
-    /// Whether all of a chunk's examples are there from its beginning, so that [`Feed::step`] has nothing to do.
-    pub(super) fn waits_for_no_step(&self) -> bool {
+    /// Whether all images lie on the device, so that nothing is to be brought there between the steps of a chunk.
+    pub(super) fn is_resident(&self) -> bool {
         matches!(self.supply, Supply::Resident { .. })
     }
 

@@ -227,7 +227,7 @@ impl<'a> Training<'a> {
         match &self.replayed {
             Some(Replayed::Alone(graph)) => graph.replay().map(|()| 1),
             Some(Replayed::Together(seat)) => {
-                let steps = if self.feed.waits_for_no_step() { most } else { 1 };
+                let steps = if self.feed.is_resident() { most } else { 1 };
                 self.device.synchronize()?;
                 seat.replay(steps).map(|()| steps)
             }

@@ -6,7 +6,7 @@ use crate::command::{SMALL, dilt, failed, fails, json, keys, output};
 
 const BENCH: [&str; 9] = ["bench", "--ticket", "t", "--set", "widths=[4,8,16]", "--batch", "8", "--runs", "1"];
 
-const ROW: [&str; 6] = ["flop", "images_per_second", "ms", "name", "share_of_ceiling", "share_of_roofline"];
+const ROW: [&str; 7] = ["flop", "images_per_second", "ms", "name", "networks", "share_of_ceiling", "share_of_roofline"];
 
 /// Demands that the share of the ceiling is that of so many operations, and that of the roofline no smaller.
 fn shares_are_of_the_ceilings(result: &Value, row: &Value, flop: f64) {
@@ -234,6 +234,7 @@ fn several_tickets_are_measured_at_a_time() {
     let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["training step", "3 steps side by side", "3 steps together", "evaluation"]);
     for row in [1, 2] {
+        assert_eq!((number(row, "networks"), number(0, "networks")), (3.0, 1.0));
         assert_eq!(number(row, "flop"), 3.0 * number(0, "flop"));
         assert!((number(row, "images_per_second") - 3e3 * 8.0 / number(row, "ms")).abs() < 1e-6);
     }

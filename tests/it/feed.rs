@@ -104,12 +104,25 @@ fn labelled<'a>(device: &Device, images: &'a Images, data: &DataSet) -> Labelled
 
 /// Trains to the end, or to a step.
 fn train(device: &Device, data: &DataSet, workers: usize, recipe: &Recipe, stop: usize) -> dilt::Result<Trained> {
+    train_in(None, device, data, workers, recipe, stop)
+}
+
+/// The same, its steps together with those of others.
+fn train_in(
+    array: Option<&TicketArray>,
+    device: &Device,
+    data: &DataSet,
+    workers: usize,
+    recipe: &Recipe,
+    stop: usize,
+) -> dilt::Result<Trained> {
     let images = Images::new(device, data, &data.train)?.with_workers(workers);
     let examples = labelled(device, &images, data);
     let mut network = Network::new(device, &model(), BATCH, Use::Train(OptimizerKind::Sgd))?;
     network.load(&init::draw(&model(), 0))?;
     let mut training = Training::new(&mut network, &examples, recipe, 7)?;
     training.stop_after(stop);
+    training.join(array);
     let mut losses = Losses(Vec::new());
     training.run(&mut network, 0, &mut losses)?;
     Ok(Trained { network, loss: losses.0 })
@@ -134,14 +147,8 @@ fn files_are_decoded_for_each_step_of_trainings_together() {
         let expected = train(&device, &data, 2, &recipe, usize::MAX).unwrap().network.weights().unwrap();
         let one = || {
             let device = device.with_policy(device.policy()).unwrap();
-            let images = Images::new(&device, &data, &data.train).unwrap().with_workers(2);
-            let examples = labelled(&device, &images, &data);
-            let mut network = Network::new(&device, &model(), BATCH, Use::Train(OptimizerKind::Sgd)).unwrap();
-            network.load(&init::draw(&model(), 0)).unwrap();
-            let mut training = Training::new(&mut network, &examples, &recipe, 7).unwrap();
-            training.join(Some(&array));
-            training.run(&mut network, 0, &mut ()).unwrap();
-            network.weights().unwrap()
+            let trained = train_in(Some(&array), &device, &data, 2, &recipe, usize::MAX).unwrap();
+            trained.network.weights().unwrap()
         };
         let weights =
             std::thread::scope(|scope| [(); 2].map(|()| scope.spawn(one)).map(|thread| thread.join().unwrap()));

@@ -24,6 +24,7 @@ use dilt::nn::ways::{Lists, MaskedLayer, Way};
 use dilt::nn::weights::Weights;
 use dilt::ops::kept::{Pass, group_rows};
 use dilt::report::table::table;
+use dilt::ticket::streams;
 use dilt::train::{MOST_SAMPLES, Recipe};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -121,6 +122,8 @@ struct KernelTime {
 #[derive(Serialize)]
 struct Row {
     name: String,
+    /// That are at work at a time.
+    networks: usize,
     images_per_second: f64,
     ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -188,8 +191,8 @@ impl Bench {
                 format!("expected --batch from 1 to {MOST_SAMPLES} and --runs of at least 1, got {batch}, {runs}");
             return Err(dilt::Error::Usage(message).into());
         }
-        if let Some(count) = self.tickets.filter(|count| !(2..=tickets::MOST).contains(count)) {
-            let message = format!("--tickets: expected a number from 2 to {}, got {count}", tickets::MOST);
+        if let Some(count) = self.tickets.filter(|count| !(2..=streams::MOST).contains(count)) {
+            let message = format!("--tickets: expected a number from 2 to {}, got {count}", streams::MOST);
             return Err(dilt::Error::Usage(message).into());
         }
         if let Some(op) = &self.op {
@@ -348,6 +351,7 @@ impl Bench {
         let roofline = networks as f64 * ceilings.roofline(layers.iter().copied());
         Row {
             name,
+            networks,
             images_per_second: 1e3 * (networks * self.batch) as f64 / ms,
             ms,
             dense_ms: None,

@@ -6,9 +6,6 @@ use std::time::Instant;
 use dilt::device::{Device, Graph, Recording};
 use dilt::nn::network::Network;
 
-/// Most networks at a time, as of `--streams`.
-pub const MOST: usize = 32;
-
 /// Times of so many runs are taken of each way, by turns; the median is told.
 const ROUNDS: usize = 5;
 
