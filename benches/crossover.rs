@@ -27,16 +27,17 @@ use rand_chacha::ChaCha8Rng;
 
 const SPARSITIES: [f64; 10] = [0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995];
 const MASKS: [&str; 2] = ["random", "regrouped"];
-/// Rows that keep the same columns.
+/// Rows that keep the same columns, at least.
 const REGROUPED: usize = 32;
 const RUNS: usize = 7;
 /// A cell that has taken so long has two runs at least, and no more.
 const LONG: Duration = Duration::from_secs(1);
 
-fn mask(kind: &str, shape: &ConvShape, sparsity: f64) -> Mask {
+/// Regrouped for groups of `rows` rows.
+fn mask(kind: &str, shape: &ConvShape, sparsity: f64, rows: usize) -> Mask {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let columns = shape.weight_len() / shape.filters();
-    let groups = shape.filters().div_ceil(REGROUPED);
+    let groups = shape.filters().div_ceil(REGROUPED.max(rows));
     let kept: Vec<Vec<bool>> =
         (0..groups).map(|_| (0..columns).map(|_| !rng.random_bool(sparsity)).collect()).collect();
     Mask::from_fn(&[shape.filters(), columns], |place| match kind {
@@ -105,8 +106,8 @@ fn main() -> anyhow::Result<()> {
         let mut trial = Trial::new(&device, &shape, precision)?;
         for sparsity in SPARSITIES.into_iter().step_by(if quick { 4 } else { 1 }) {
             for kind in MASKS {
-                let layer =
-                    MaskedLayer::new(&shape, precision, &mask(kind, &shape, sparsity), group_rows(&device, precision));
+                let rows = group_rows(&device, &shape, precision);
+                let layer = MaskedLayer::new(&shape, precision, &mask(kind, &shape, sparsity, rows), rows);
                 let what = format!("{name}, {kind}, {:.1} % pruned", 100.0 * sparsity);
                 for (way, seconds) in measure(&device, &what, &mut trial, &layer, if quick { 1 } else { RUNS })? {
                     let multiplied = layer.multiplied(way);
@@ -118,7 +119,8 @@ fn main() -> anyhow::Result<()> {
     eprintln!();
     std::fs::create_dir_all(out).with_context(|| out.to_owned())?;
     let [table, figure] = ["csv", "svg"].map(|kind| {
-        let name = if precision.is_f32() { "crossover" } else { "crossover-bf16" };
+        let precision = if precision.is_f32() { "" } else { "-bf16" };
+        let name = format!("crossover{precision}{}", if device.wgmma() { "-wgmma" } else { "" });
         Path::new(out).join(format!("{name}.{kind}"))
     });
     std::fs::write(&table, csv(&cells)).with_context(|| table.display().to_string())?;

@@ -11,10 +11,6 @@
 // Each group fetches its own columns: of a group that keeps a share d of them, four groups fetch 4 d, where a block of 128 rows
 // that fetched all columns for its groups to pick from would fetch 1. So that would pay above d = 1/4, where dense products do.
 //
-// wgmma on a Hopper GPU is not tried. By arithmetic it would be bound by the same bytes: 64 samples by a group's 32 rows by 16
-// entries are 3 KiB from shared memory, of samples 2 and of weights 1, as they are here, 24 cycles at 128 bytes each; its
-// products take 16, so two thirds of its rate at most. With the rows as its 64 rows, half would be empty.
-//
 // Sums are f32 in an order that depends on the shape and the mask alone. Limit: bytes from the second-level cache, 16
 // multiply-adds for each; not measured yet.
 #include "kernels/conv_kept.cuh"
@@ -25,19 +21,6 @@ constexpr int HALVES = GROUP_ROWS / 16;
 constexpr int ENTRIES = 16;                        // that a tensor core takes at a time
 constexpr int PACKED = ENTRIES * GROUP_ROWS;       // their weights
 constexpr int PACKED_CHUNKS = PACKED / CHUNK;
-
-// Where an entry reads, from a pixel's origin.
-struct Entry {
-    int offset, rows, columns;
-};
-
-template <class Args>
-DEVICE Entry entry_of(const Args& a, uint32_t entry) {
-    const uint32_t shift = a.shifts[entry];
-    return {a.offsets[entry], shift_rows(shift), shift_columns(shift)};
-}
-// What is in no image.
-DEVICE Entry no_entry() { return {0, -(1 << 15), 0}; }
 
 template <bool GRADIENT, int COLUMNS>
 struct GroupProduct {

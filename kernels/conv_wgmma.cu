@@ -10,12 +10,10 @@
 //   input gradient    w   [K, channels], transposed           dy  [K, samples], transposed
 //   weight gradient   dy  [K, samples]                        x   [channels, samples]
 //
-// Of a block's nine warps one thread of the last fetches stages; the others are two groups of four, one above the other or,
-// of 64 rows, side by side, that multiply them. A stage is fetched again once both have read it.
+// Of a block's nine warps one thread of the last fetches the stages that the others multiply (conv_boxes.cuh).
 //
 // Sums are f32 in an order that depends on the shape alone. Limit: tensor cores; not run on a GPU yet.
-#include "kernels/conv_mma.cuh"
-#include "kernels/lib/hopper.cuh"
+#include "kernels/conv_boxes.cuh"
 
 struct ConvBoxesArgs {
     TensorMap w;     // forward: [filter, 1, 1, K], box [64, 1, 1, rows]; input gradient: [channels, taps, 1, K], box [64, 1, 1, 64]
@@ -31,69 +29,26 @@ struct ConvGradientBoxesArgs {
 
 constexpr int BLOCK_THREADS = THREADS + 32;
 
-// A block's tile of ROWS x COLUMNS sums, and what its two groups of warps own of it.
-template <int ROWS, int COLUMNS, int DEEP, bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-struct BoxTile {
-    static constexpr int STAGES = DEEP, LEFTS = 1, WIDTH = ROWS == 128 ? COLUMNS : COLUMNS / 2, RIGHTS = WIDTH / 8;
-    static_assert(ROWS == 64 || ROWS == 128, "one or two groups' rows");
-    DEVICE static int row(int warp) { return ROWS == 128 ? warp * 16 : warp % 4 * 16; }
-    DEVICE static int column(int warp) { return ROWS == 128 ? 0 : warp / 4 * WIDTH; }
-
-    struct alignas(1024) Stage {
-        bf16 left[ROWS * BOX];
-        bf16 right[COLUMNS * BOX];
-    };
-    struct Shared {
-        union {
-            Stage stage[STAGES];
-            Epilogue<BoxTile, ROWS, COLUMNS> epilogue;
-        };
-        PhaseBarrier full[STAGES], empty[STAGES];
-        PixelClass pixels;  // kept here for the end, not in registers
-    };
-
-    // Adds `steps` stages, which fetch(stage, barrier) brings one after the other, to the sums of each warp but the last, which
-    // calls meanwhile(stage) while wgmma is at work.
-    template <class Fetch, class Meanwhile>
-    DEVICE static void multiply(Shared& shared, int thread, int steps, Fetch fetch, SumTile (&sum)[RIGHTS],
-                                Meanwhile meanwhile) {
-        const int warp = thread / 32, lane = thread % 32;
-        if (thread == 0) {
-            for (int i = 0; i < STAGES; ++i) start(shared.full[i], 1), start(shared.empty[i], WARPS);
-            barriers_started();
-        }
-        __syncthreads();
-        if (warp == WARPS) {
-            if (lane == 0)
-                for (int step = 0; step < steps; ++step) {
-                    const int i = step % STAGES, round = step / STAGES;
-                    if (round > 0) wait_phase(shared.empty[i], (round - 1) % 2);
-                    arrive_expecting(shared.full[i], sizeof(Stage));
-                    fetch(shared.stage[i], shared.full[i]);
-                }
-            __syncwarp();
-        } else {
-            WarpGroupProduct<WIDTH, LEFT_TRANSPOSED, RIGHT_TRANSPOSED> product(thread);
+// Adds `steps` stages, which fetch(stage, barrier) brings one after the other, to the sums of each warp but the last, which
+// calls meanwhile(stage) while wgmma is at work.
+template <class Tile, class Fetch, class Meanwhile>
+DEVICE void multiply_boxes(typename Tile::Shared& shared, int thread, int steps, Fetch fetch, SumTile (&sum)[Tile::RIGHTS],
+                           Meanwhile meanwhile) {
+    Tile::begin(shared, thread, 1);
+    if (thread / 32 == WARPS) {
+        if (thread % 32 == 0)
             for (int step = 0; step < steps; ++step) {
-                const int i = step % STAGES;
-                wait_phase(shared.full[i], step / STAGES % 2);
-                const bf16* left = shared.stage[i].left + row(warp) / BOX * BOX * BOX;
-                const bf16* right = shared.stage[i].right + column(warp) * BOX;
-                product.begin();
-                UNROLL for (int k = 0; k < BOX; k += 16)
-                    product.add(sum, operand<LEFT_TRANSPOSED>(left, k), operand<RIGHT_TRANSPOSED>(right, k));
-                product.commit();
-                meanwhile(shared.stage[i]);
-                // The stage before this one has been read.
-                product.template wait<1>(sum);
-                __syncwarp();
-                if (lane == 0 && step > 0) arrive(shared.empty[(step - 1) % STAGES]);
+                const int i = step % Tile::STAGES;
+                Tile::wait_until_read(shared, step);
+                arrive_expecting(shared.full[i], sizeof(typename Tile::Stage));
+                fetch(shared.stage[i], shared.full[i]);
             }
-            product.template wait<0>(sum);
-        }
-        __syncthreads();
+        __syncwarp();
+    } else {
+        Tile::multiply(shared, thread, steps, sum, meanwhile);
     }
-};
+    __syncthreads();
+}
 
 // Forward and input gradient: a block's tile of ROWS features x COLUMNS pixels and samples.
 template <bool GRADIENT, int ROWS, int COLUMNS, int DEEP>
@@ -130,7 +85,7 @@ struct BoxProduct {
         };
         SumTile sum[1][Tile::RIGHTS];
         clear(sum[0]);
-        Tile::multiply(shared, thread, steps, fetch, sum[0], [](const auto&) {});
+        multiply_boxes<Tile>(shared, thread, steps, fetch, sum[0], [](const auto&) {});
         const int warp = thread / 32;
         const auto row_of = [&](int row) { return row0 + row < Pass::rows(d) ? uint32_t(row0 + row) : NONE; };
         if (warp < WARPS)
@@ -173,7 +128,7 @@ struct BoxGradient {
         RowSums<ROWS, BOX, BOX> row_sums;
         const bool summed = a.conv.row_sums && column_tile == 0;
         // A row's elements are out of order in a box, but its own.
-        Tile::multiply(shared, thread, steps, fetch, sum, [&](const typename Tile::Stage& stage) {
+        multiply_boxes<Tile>(shared, thread, steps, fetch, sum, [&](const typename Tile::Stage& stage) {
             if (summed) row_sums.add(thread, stage.left);
         });
         const int warp = thread / 32, lane = thread % 32;

@@ -6,7 +6,8 @@
 # Host objects: no weak symbols, of which the linker would keep one copy for all instruction sets. CUDA code, where the
 # build had nvcc: no serialised wgmma (C75xx), no spills; in the machine code of sm_80 and sm_90a no local memory (LDL,
 # STL), in the products of kernels/*_mma.cu tensor cores (HMMA) and asynchronous copies (LDGSTS), and in those of
-# kernels/*_wgmma.cu for sm_90a wgmma (HGMMA) and TMA (UTMALDG). The entries for arrays of tickets are kernels as others are.
+# kernels/*_wgmma.cu for sm_90a wgmma (HGMMA) and TMA (UTMALDG), or of groups of rows asynchronous copies that are shown to wgmma
+# (LDGSTS, FENCE.VIEW.ASYNC). The entries for arrays of tickets are kernels as others are.
 # Tools: nm; cuobjdump and nvdisasm beside NVCC or in PATH; DILT_REQUIRE_NVCC=1 demands the CUDA half.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -55,42 +56,46 @@ if [ -z "$cuobjdump" ] || ! PATH=$tools command -v nvdisasm >/dev/null; then
     fail "cuobjdump and nvdisasm are needed beside NVCC or in PATH"
     exit 1
 fi
-# Of tensor-core products: which instructions must be there, beside no local memory anywhere.
-kernels_of() {
-    local file
+# Of the kernels of files: which instructions must be in their machine code, a line each.
+demand() {
+    local instructions=$1 file kernel instruction
+    shift
     for file in "$@"; do
-        sed -n 's/^KERNEL(\([a-z0-9_]*\).*/\1/p' "$file"
-        grep -q '^#define DILT_NO_ARRAYS' "$file" || sed -n 's/^KERNEL(\([a-z0-9_]*\).*/\1_array/p' "$file"
+        for kernel in $(sed -n 's/^KERNEL(\([a-z0-9_]*\).*/\1/p' "$file"); do
+            for instruction in $instructions; do
+                echo "$kernel $instruction"
+                grep -q '^#define DILT_NO_ARRAYS' "$file" || echo "${kernel}_array $instruction"
+            done
+        done
     done
 }
-mma=$(kernels_of kernels/*_mma.cu)
-wgmma=$(kernels_of kernels/*_wgmma.cu)
+portable=$(demand "HMMA LDGSTS" kernels/*_mma.cu)
+hopper=$(for file in kernels/*_wgmma.cu; do
+    case $file in
+    *_groups_wgmma.cu) demand "HGMMA LDGSTS FENCE.VIEW.ASYNC" "$file" ;;
+    *) demand "HGMMA UTMALDG" "$file" ;;
+    esac
+done)
 for arch in sm_80 sm_90a; do
     code=$(for fatbin in "${fatbins[@]}"; do
         PATH=$tools cuobjdump --dump-sass --gpu-architecture "$arch" "$fatbin"
     done)
     kernels=$(grep -c 'Function : ' <<<"$code" || true)
     [ "$kernels" -gt 0 ] || fail "no machine code for $arch in $out"
-    hopper=$([ "$arch" = sm_80 ] || echo "$wgmma")
-    wrong=$(awk -v allowed="$allowed" -v mma="${mma//$'\n'/ }" -v wgmma="${hopper//$'\n'/ }" '
-        function demand(kernels, instruction, counts,    names, i) {
-            for (i = split(kernels, names, " "); i > 0; --i)
-                if (!counts[names[i]]) print names[i] ": no " instruction
-        }
+    demanded=$portable
+    [ "$arch" = sm_80 ] || demanded+=$'\n'$hopper
+    wrong=$(demanded=$demanded awk -v allowed="$allowed" '
+        BEGIN { count = split(ENVIRON["demanded"], demands, "\n") }
         /Function : / { kernel = $3 }
         / (LDL|STL)[. ]/ && kernel !~ allowed { local_memory[kernel]++ }
-        / HMMA/ { products[kernel]++ }
-        / LDGSTS/ { copies[kernel]++ }
-        / HGMMA/ { group_products[kernel]++ }
-        / UTMALDG/ { boxes[kernel]++ }
+        match($0, / (HMMA|LDGSTS|HGMMA|UTMALDG|FENCE\.VIEW\.ASYNC)/) { seen[kernel substr($0, RSTART, RLENGTH)] = 1 }
         END {
             for (kernel in local_memory) print kernel ": " local_memory[kernel] " instructions of local memory"
-            demand(mma, "HMMA", products)
-            demand(mma, "LDGSTS", copies)
-            demand(wgmma, "HGMMA", group_products)
-            demand(wgmma, "UTMALDG", boxes)
+            for (i = 1; i <= count; ++i)
+                if (!(demands[i] in seen)) print "not there: " demands[i]
         }' <<<"$code")
     [ -z "$wrong" ] || fail "machine code of $arch:"$'\n'"$wrong"
-    echo "machine code: $kernels kernels of $arch looked at for local memory, $(wc -w <<<"$mma $hopper") for tensor cores and asynchronous copies"
+    echo "machine code: $kernels kernels of $arch looked at for local memory," \
+        "$(cut -d' ' -f1 <<<"$demanded" | sort -u | wc -l) for tensor cores and asynchronous copies"
 done
 exit "$failed"

@@ -6,7 +6,8 @@
 #   tests       all tests, each of which compares the GPU with goldens or with the host device
 #   sanitizers  the tests of kernels under compute-sanitizer's memcheck, racecheck, synccheck and initcheck, side by side,
 #               where it is installed (COMPUTE_SANITIZER names it if it is not in PATH)
-#   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg, and crossover-bf16 of both
+#   crossover   where masks begin to pay, layer by layer: crossover.csv, crossover.svg, and of both crossover-bf16 and, on a
+#               Hopper GPU, crossover-bf16-wgmma
 #   steps       whole steps of the jobs that peers do too, dense and of tickets, in f32 and bf16, small ones several at a time
 #               too, of a Hopper GPU the dense ones in bf16 by wgmma too (DILT_WGMMA=1): steps.jsonl; the times that plans in
 #               bf16 go by: tuning.json
@@ -109,7 +110,8 @@ sanitizers() {
 # shellcheck disable=SC2329  # check calls it
 crossover() {
     "$here/bin/bench-crossover" --out "$out" || return 1
-    "$here/bin/bench-crossover" --precision bf16 --out "$out"
+    "$here/bin/bench-crossover" --precision bf16 --out "$out" || return 1
+    [ "$hopper" = 0 ] || DILT_WGMMA=1 "$here/bin/bench-crossover" --precision bf16 --out "$out"
 }
 
 # A line of JSON of what one command prints.

@@ -28,6 +28,9 @@ DEVICE int bytes_to(int step) {
     return TRANSPOSED ? step * 2 * BOX : step * 2;
 }
 
+// Where in a box the 16 bytes number `chunk` of a row lie, in elements: for who does not leave that to TMA.
+DEVICE int place_in_box(int row, int chunk) { return row * BOX + (chunk ^ row % 8) * 8; }
+
 #ifdef __CUDACC__
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -75,6 +78,9 @@ DEVICE void copy_box(bf16* to, const TensorMap& map, PhaseBarrier& barrier, int 
         ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
+
+// Shows to wgmma what this thread has written to shared memory; before it arrives where others wait for that.
+DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // 16 steps of an operand, from `step` on: a descriptor.
 struct Operand {
@@ -177,6 +183,7 @@ DEVICE void arrive_expecting(PhaseBarrier& barrier, int bytes) {
 }
 DEVICE void arrive(PhaseBarrier& barrier) { arrive_expecting(barrier, 0); }
 #define wait_phase(barrier, phase) dilt_host_phase(DILT_SITE, &(barrier).parity, phase, &(barrier))
+DEVICE void show_to_products() {}
 
 struct DiltTensorMap {
     const bf16* first;

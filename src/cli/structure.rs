@@ -49,7 +49,7 @@ pub struct StructureOptions {
     /// Share of the rows that refill would remove that refill+ keeps.
     #[arg(long, default_value_t = 0.1, allow_negative_numbers = true, help_heading = "Tickets")]
     growth: f64,
-    /// Most rows of a group.
+    /// Most rows of a group: 64 where DILT_WGMMA=1 multiplies, else 32 or fewer.
     #[arg(long, default_value_t = 32, value_name = "ROWS", help_heading = "Tickets")]
     group: usize,
     /// Under regroup each row keeps more than so many times what it loses.

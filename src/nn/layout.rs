@@ -78,7 +78,6 @@ pub(super) fn plan_layers(
     memory_for: Use,
     planning: &Planning,
 ) -> Result<Vec<Option<PlannedLayer>>> {
-    let rows = group_rows(device, computed.precision);
     let passes = if memory_for == Use::Evaluate { &Pass::ALL[..1] } else { &Pass::ALL };
     let masked = |layer: &Layer| {
         let Layer::Conv { weight, .. } = *layer else { return Ok(None) };
@@ -89,7 +88,7 @@ pub(super) fn plan_layers(
             return Ok(None);
         }
         let shape = computed.conv_shape(layer, batch.next_multiple_of(SAMPLE_ALIGNMENT))?;
-        Ok(Some(MaskedLayer::new(&shape, computed.precision, &mask, rows)))
+        Ok(Some(MaskedLayer::new(&shape, computed.precision, &mask, group_rows(device, &shape, computed.precision))))
     };
     // Finding groups of rows takes a while; choosing may measure, and has the device for itself.
     let layers: Result<Vec<Option<MaskedLayer>>> = computed.layers.par_iter().map(masked).collect();

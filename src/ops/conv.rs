@@ -215,9 +215,10 @@ impl ConvShape {
             return None;
         }
         let Extent { rows, classes, columns, .. } = self.extent(kernels.gradient);
+        let wgmma = self.by_wgmma(device, precision);
         Some(match groups {
-            Some(groups) => kernels.group_tile(groups * classes, columns).columns,
-            None if self.by_wgmma(device, precision) => kernels.wgmma_tile(rows, columns * classes).columns,
+            Some(groups) => kernels.group_tile(wgmma, groups * classes, columns).columns,
+            None if wgmma => kernels.wgmma_tile(rows, columns * classes).columns,
             None => kernels.of(precision, rows, columns * classes, self.r * self.s == 1).columns,
         })
     }

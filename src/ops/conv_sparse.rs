@@ -1,6 +1,7 @@
 //! Convolution with kept weights alone: what a pruned weight would multiply is never read. Rows by themselves
 //! (`kernels/conv_sparse.cu`, on the host `conv_sparse_direct.cu`), groups of 8 (`conv_groups.cu`, on the host
-//! `conv_sparse_direct.cu`), and in bf16 groups of 32 on tensor cores (`conv_groups_mma.cu`).
+//! `conv_sparse_direct.cu`), and in bf16 on tensor cores groups of 32 (`conv_groups_mma.cu`) and, by wgmma, of 64
+//! (`conv_groups_wgmma.cu`).
 
 use half::bf16;
 
@@ -58,6 +59,7 @@ static WEIGHT_GRADIENT: Kernels<ConvSparseGradientArgs> = Kernels {
 const BLOCK_ROWS: usize = 64;
 const STAGED_COLUMNS: usize = 128;
 const THREADS: u32 = 256;
+const WGMMA_THREADS: u32 = 384;
 const ROW_THREADS: u32 = 512;
 const WARP_ROWS: usize = 4;
 const WARP: u32 = 32;
@@ -108,9 +110,11 @@ fn product(
     };
     let n = shape.n as usize;
     let (kernel, grid, block) = match (list.form, device.policy()) {
-        (Form::Tiles, _) => {
-            let tile = tiles.group_tile(list.groups * classes, columns);
-            (&tile.kernel, [columns.div_ceil(tile.columns), list.groups, classes], THREADS)
+        (Form::Tiles | Form::Boxes, _) => {
+            let wgmma = list.form == Form::Boxes;
+            let tile = tiles.group_tile(wgmma, list.groups * classes, columns);
+            let threads = if wgmma { WGMMA_THREADS } else { THREADS };
+            (&tile.kernel, [columns.div_ceil(tile.columns), list.groups, classes], threads)
         }
         (form, Policy::Direct) => {
             let grid = [pixels, n.div_ceil(BLOCK_SAMPLES), list.groups.div_ceil(BLOCK_ROWS / form.rows())];
@@ -144,7 +148,7 @@ impl KeptWeights {
 
     /// Groups of rows that tensor cores multiply.
     fn groups_of(&self, pass: Pass) -> Option<usize> {
-        let list = self.list("groups", pass).ok().filter(|list| list.form == Form::Tiles)?;
+        let list = self.list("groups", pass).ok().filter(|list| list.form.on_tensor_cores())?;
         Some(list.groups)
     }
 }
@@ -166,7 +170,7 @@ pub fn conv_sparse_forward(
     check_len(op, "y", y.len(), shape.output_len())?;
     let list = weights.list(op, Pass::Forward)?;
     epilogue.check(op, &shape, x, weights.statistics_tile(device))?;
-    let tensor_cores = list.form == Form::Tiles;
+    let tensor_cores = list.form.on_tensor_cores();
     let operands = Operands { from: x, to: y.ptr(), epilogue: epilogue.args(&shape, tensor_cores)? };
     product(device, weights, list, operands, &FORWARD, &tiles::FORWARD)?;
     epilogue.finish(device, &shape, tensor_cores, y.view())
@@ -191,7 +195,7 @@ pub fn conv_sparse_input_gradient(
     check_len(op, "dx", dx.len(), shape.input_len())?;
     let list = weights.list(op, Pass::InputGradient)?;
     how.check(op, &shape, dy, weights.gradient_tiles(device))?;
-    let tensor_cores = list.form == Form::Tiles;
+    let tensor_cores = list.form.on_tensor_cores();
     let operands = Operands { from: dy, to: dx.ptr(), epilogue: how.args(&shape, tensor_cores)? };
     product(device, weights, list, operands, &INPUT_GRADIENT, &tiles::INPUT_GRADIENT)?;
     how.finish(device, tensor_cores, dx)
@@ -217,9 +221,9 @@ pub fn conv_sparse_weight_gradient(
     check_len(op, "dy", dy.len(), shape.output_len())?;
     check_len(op, "dw", dw.len(), weights.weight_len())?;
     let form = weights.list(op, Pass::WeightGradient)?.form;
-    let kernel = match form {
-        Form::Tiles => &tiles::GROUP_GRADIENT.kernel,
-        _ => WEIGHT_GRADIENT.of(device, weights, form),
+    let kernel = match form.on_tensor_cores() {
+        true => &tiles::group_gradient(form == Form::Boxes).kernel,
+        false => WEIGHT_GRADIENT.of(device, weights, form),
     };
     if let Some(dbias) = dbias {
         check_len(op, "dbias", dbias.len(), shape.filters())?;
@@ -248,6 +252,7 @@ pub fn conv_sparse_weight_gradient(
     };
     let (blocks, block) = match (form, device.policy()) {
         (Form::Tiles, _) => (chunks, THREADS),
+        (Form::Boxes, _) => (chunks, WGMMA_THREADS),
         (_, Policy::Direct) => (chunks, 1),
         (_, Policy::Staged) => (chunks.div_ceil(BLOCK_CHUNKS), THREADS),
     };

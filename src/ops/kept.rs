@@ -1,5 +1,5 @@
 //! Lists of a convolution's kept weights: for each pass that they serve, where each of them reads, as the kernels of
-//! `kernels/conv_sparse.cuh` and `kernels/conv_groups_mma.cu` take it.
+//! `kernels/conv_sparse.cuh`, `kernels/conv_groups_mma.cu` and `kernels/conv_groups_wgmma.cu` take it.
 
 use half::bf16;
 
@@ -18,8 +18,9 @@ static GATHER: RealKernel<ConvSparseGatherArgs> = real_kernel!("conv_sparse_gath
 
 /// What the kernels call a row that is not there, or the place of a weight that is not kept.
 const NONE: u32 = u32::MAX;
-/// Entries that a tensor core takes at a time.
+/// Entries of a tile: what a tensor core takes at a time, and of wgmma's a stage.
 const TILE_ENTRIES: usize = 16;
+const BOX_ENTRIES: usize = 64;
 /// The shift of an entry that fills up a tile: above every image that has a list ([`MOST_SIDE`]).
 const NOWHERE: u32 = 0x8000_0000;
 /// Rows and columns of an image or filter stay below this: sums of two are 16 bits.
@@ -66,12 +67,15 @@ pub(super) enum Form {
     Groups,
     /// In groups that share what they read, as tensor cores take them.
     Tiles,
+    /// In larger groups, as wgmma takes them.
+    Boxes,
 }
 
 impl Form {
-    /// Of groups on this device.
-    fn of_groups(policy: Policy, precision: Precision) -> Self {
-        match (policy, precision) {
+    /// Of groups of a layer on this device.
+    fn of_groups(device: &Device, shape: &ConvShape, precision: Precision) -> Self {
+        match (device.policy(), precision) {
+            _ if shape.by_wgmma(device, precision) => Form::Boxes,
             (Policy::Staged, Precision::Bf16) => Form::Tiles,
             _ => Form::Groups,
         }
@@ -83,13 +87,27 @@ impl Form {
             Form::Rows => 1,
             Form::Groups => 8,
             Form::Tiles => 32,
+            Form::Boxes => 64,
         }
+    }
+
+    /// Entries of a tile, where tensor cores multiply.
+    fn tile_entries(self) -> Option<usize> {
+        match self {
+            Form::Rows | Form::Groups => None,
+            Form::Tiles => Some(TILE_ENTRIES),
+            Form::Boxes => Some(BOX_ENTRIES),
+        }
+    }
+
+    pub(super) fn on_tensor_cores(self) -> bool {
+        self.tile_entries().is_some()
     }
 }
 
-/// Rows of a group that share what they read, at most: 32 on tensor cores, else 8.
-pub fn group_rows(device: &Device, precision: Precision) -> usize {
-    Form::of_groups(device.policy(), precision).rows()
+/// Rows of a layer's groups that share what they read, at most: 32 on tensor cores and 64 by wgmma, else 8.
+pub fn group_rows(device: &Device, shape: &ConvShape, precision: Precision) -> usize {
+    Form::of_groups(device, shape, precision).rows()
 }
 
 /// Which rows of a layer share their reads: groups of at most [`group_rows`], each row in one.
@@ -139,7 +157,7 @@ pub struct KeptWeights {
 
 /// How the weight gradient is cut into blocks.
 pub(super) struct Chunks {
-    /// Group, tap (of tiles: 0), first entry and the one after the last of each chunk of the list of output channels.
+    /// Group, tap (on tensor cores 0), first entry and the one after the last of each chunk of the list of output channels.
     pub chunks: Buffer<u32>,
     /// Sums of the splits, each in the order of the list's places.
     pub partial: Buffer<f32>,
@@ -147,21 +165,23 @@ pub(super) struct Chunks {
     pub splits: usize,
 }
 
-/// The kept weights by groups of rows, a group by taps; of tiles by classes of pixels, then by taps.
+/// The kept weights by groups of rows, a group by taps; on tensor cores by classes of pixels, then by taps.
 pub(super) struct List {
     pub form: Form,
     pub groups: usize,
     /// `[groups, rows of one]`; empty for rows by themselves.
     pub rows: Buffer<u32>,
-    /// Where the entries of each slot begin: `[groups, taps]` and one more, of tiles `[groups, classes]` and one more.
+    /// Where the entries of each slot begin: `[groups, taps]` and one more, on tensor cores `[groups, classes]` and one
+    /// more.
     pub starts: Buffer<u32>,
     /// Where each entry reads, in elements, and in rows and columns where a kernel asks for it.
     pub offsets: Buffer<i32>,
     pub shifts: Buffer<u32>,
     /// Of each value, its place in w; in the order of the values.
     pub places: Buffer<u32>,
-    /// `[entries, rows of a group]`, and `[entries / 16, 2, 32, 8]` of tiles.
+    /// `[entries, rows of a group]`.
     pub values: Buffer<f32>,
+    /// On tensor cores instead: `[entries / 16, 2, 32, 8]`, by wgmma `[entries / 64, 64 rows, 64]`.
     pub left_tiles: Buffer<bf16>,
 }
 
@@ -195,7 +215,7 @@ impl List {
         let [c, k, r, s] = [shape.c, shape.k, shape.r, shape.s].map(|size| size as usize);
         let (rows, stride) = if transposed { (c, shape.stride as usize) } else { (k, 1) };
         let [height, width] = if transposed { [shape.p, shape.q] } else { [shape.h, shape.w] }.map(i64::from);
-        let form = groups.map_or(Form::Rows, |_| Form::of_groups(device.policy(), precision));
+        let form = groups.map_or(Form::Rows, |_| Form::of_groups(device, shape, precision));
         let size = form.rows();
         // Of each row, its group and its place in that.
         let mut homes: Vec<(usize, usize)> = (0..rows).map(|row| (row, 0)).collect();
@@ -212,15 +232,15 @@ impl List {
         };
         // The class of the pixels that a tap is for, as `Taps::pixels` numbers them.
         let class = |tap: usize| (tap + stride - shape.pad as usize % stride) % stride;
-        let slots = if form == Form::Tiles { stride * stride } else { r * s };
+        let slots = if form.on_tensor_cores() { stride * stride } else { r * s };
         let entry = |(rank, &at): (u32, &u32)| {
             let place = at as usize;
             let [k, c, r0, s0] = [place / (c * r * s), place / (r * s) % c, place / s % r, place % s];
             let (row, channel) = if transposed { (c, k) } else { (k, c) };
             let (group, lane) = homes[row];
-            let slot = match form {
-                Form::Tiles => class(r0) * stride + class(s0),
-                _ => order(r0, r) * s + order(s0, s),
+            let slot = match form.on_tensor_cores() {
+                true => class(r0) * stride + class(s0),
+                false => order(r0, r) * s + order(s0, s),
             };
             let [down, across] = [r0, s0].map(|tap| if transposed { -((tap / stride) as i64) } else { tap as i64 });
             let offset = ((channel as i64 * height + down) * width + across) * i64::from(shape.n);
@@ -245,8 +265,8 @@ impl List {
                 places.resize(first + size, NONE);
                 entry.iter().for_each(|entry| places[first + entry.lane] = entry.place);
             }
-            if form == Form::Tiles {
-                offsets.resize(offsets.len().next_multiple_of(TILE_ENTRIES), 0);
+            if let Some(tile) = form.tile_entries() {
+                offsets.resize(offsets.len().next_multiple_of(tile), 0);
                 shifts.resize(offsets.len(), NOWHERE);
                 places.resize(offsets.len() * size, NONE);
             }
@@ -256,10 +276,17 @@ impl List {
         for slot in 1..starts.len() {
             starts[slot] = starts[slot].max(starts[slot - 1]);
         }
-        if form == Form::Tiles {
-            places = places.chunks_exact(TILE_ENTRIES * size).flat_map(|tile| as_lanes_hold(tile, size)).collect();
+        match form {
+            Form::Rows | Form::Groups => {}
+            Form::Tiles => {
+                places = places.chunks_exact(TILE_ENTRIES * size).flat_map(|tile| as_lanes_hold(tile, size)).collect();
+            }
+            Form::Boxes => {
+                places = places.chunks_exact(BOX_ENTRIES * size).flat_map(|tile| as_rows(tile, size)).collect();
+            }
         }
-        let shifted = form == Form::Tiles || (summed && form == Form::Rows && device.policy() == Policy::Staged);
+        let tensor_cores = form.on_tensor_cores();
+        let shifted = tensor_cores || (summed && form == Form::Rows && device.policy() == Policy::Staged);
         let values = |wanted: bool| if gathered && wanted { places.len() } else { 0 };
         let list = List {
             form,
@@ -269,14 +296,14 @@ impl List {
             offsets: device.upload(&offsets)?,
             shifts: device.upload(if shifted { &shifts } else { &[] })?,
             places: device.upload(&places)?,
-            values: device.alloc(values(form != Form::Tiles))?,
-            left_tiles: device.alloc(values(form == Form::Tiles))?,
+            values: device.alloc(values(!tensor_cores))?,
+            left_tiles: device.alloc(values(tensor_cores))?,
         };
         Ok((list, starts))
     }
 
     fn gather(&mut self, device: &Device, precision: Precision, w: Slice<f32>) -> Result<()> {
-        if self.form == Form::Tiles {
+        if self.form.on_tensor_cores() {
             return gather_weights(device, w, self.places.view(), self.left_tiles.view_mut());
         }
         let (count, values) = (self.places.len() as i64, self.values.view_mut().ptr());
@@ -301,6 +328,11 @@ fn as_lanes_hold(places: &[u32], rows: usize) -> impl Iterator<Item = u32> {
         let (row, entry) = (half * 16 + lane / 4 + word % 2 * 8, lane % 4 * 2 + word / 2 * 8 + second);
         places[entry * rows + row]
     })
+}
+
+/// The places of entries of `rows` rows, row by row.
+fn as_rows(places: &[u32], rows: usize) -> impl Iterator<Item = u32> {
+    (0..rows).flat_map(move |row| places.iter().skip(row).step_by(rows).copied())
 }
 
 impl KeptWeights {
@@ -340,7 +372,7 @@ impl KeptWeights {
             return refuse("place of a kept weight", format!("one below {}", shape.weight_len()), last.to_string());
         }
         if let Some(groups) = groups {
-            let most = group_rows(device, precision);
+            let most = group_rows(device, shape, precision);
             for (rows, groups, what) in [
                 (shape.k as usize, &groups.outputs, "groups of output channels"),
                 (shape.c as usize, &groups.inputs, "groups of input channels"),
@@ -417,14 +449,14 @@ impl KeptWeights {
 impl Chunks {
     /// Chunks of the list and splits: a function of shape, mask and policy alone.
     fn new(device: &Device, shape: &ConvShape, precision: Precision, list: &List, starts: &[u32]) -> Result<Self> {
-        let taps = (shape.r * shape.s) as usize;
+        let (taps, wgmma) = ((shape.r * shape.s) as usize, list.form == Form::Boxes);
         // Slots that a chunk may lie in, and its entries at most. Chunks of groups have one tap.
         let (step, length) = match (list.form, device.policy()) {
             (Form::Rows, Policy::Direct) => (taps, DIRECT_CHUNK),
             (Form::Rows, Policy::Staged) => (taps, STAGED_CHUNK),
             (Form::Groups, Policy::Direct) => (1, DIRECT_GROUP_CHUNK),
             (Form::Groups, Policy::Staged) => (1, STAGED_GROUP_CHUNK),
-            (Form::Tiles, _) => (1, tiles::GROUP_GRADIENT.columns),
+            (Form::Tiles | Form::Boxes, _) => (1, tiles::group_gradient(wgmma).columns),
         };
         let slots = (starts.len() - 1) / list.groups;
         let mut chunks = Vec::new();
@@ -438,9 +470,9 @@ impl Chunks {
         let bytes = (shape.input_len() + shape.output_len()) * precision.bytes();
         let rows = shape.p as usize * (shape.n as usize).div_ceil(BLOCK_SAMPLES);
         let (units, splits) = match (list.form, device.policy()) {
-            (Form::Tiles, _) => {
+            (Form::Tiles | Form::Boxes, _) => {
                 let columns = shape.output_len() / shape.filters();
-                (columns, tiles::group_gradient_splits(count, columns))
+                (columns, tiles::group_gradient_splits(wgmma, count, columns))
             }
             (_, Policy::Direct) => (rows, bytes / DIRECT_GRADIENT_BYTES),
             (_, Policy::Staged) => (rows * shape.q as usize, GRADIENT_BLOCKS / count.div_ceil(BLOCK_CHUNKS).max(1)),

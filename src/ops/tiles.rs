@@ -27,8 +27,9 @@ pub(super) struct Product {
     pointwise: Option<[Tile<ConvArgs>; 3]>,
     /// By wgmma; the last from as many blocks on as fill a GPU.
     wgmma: [Tile<ConvBoxesArgs>; 3],
-    /// Of groups of rows in bf16.
+    /// Of groups of rows in bf16, and of larger ones by wgmma.
     groups: [Tile<ConvSparseArgs>; 2],
+    groups_wgmma: [Tile<ConvSparseArgs>; 2],
     /// Whether it is the input gradient.
     pub gradient: bool,
     /// The host's.
@@ -73,6 +74,12 @@ macro_rules! group_products {
         [tile(concat!($name, "_32x128_bf16"), 32, 128), tile(concat!($name, "_32x256_bf16"), 32, 256)]
     };
 }
+/// The same by wgmma.
+macro_rules! group_products_wgmma {
+    ($name:literal) => {
+        [tile(concat!($name, "_64x128_bf16"), 64, 128), tile(concat!($name, "_64x256_bf16"), 64, 256)]
+    };
+}
 
 pub(super) static FORWARD: Product = Product {
     f32: all_products!("conv_forward", "f32"),
@@ -80,6 +87,7 @@ pub(super) static FORWARD: Product = Product {
     pointwise: None,
     wgmma: wgmma_products!("conv_forward_wgmma"),
     groups: group_products!("conv_groups_forward"),
+    groups_wgmma: group_products_wgmma!("conv_groups_forward_wgmma"),
     gradient: false,
     direct: real_kernel!("conv_forward_direct"),
 };
@@ -90,6 +98,7 @@ pub(super) static INPUT_GRADIENT: Product = Product {
     pointwise: Some(products!("conv_input_gradient_pointwise", "f32")),
     wgmma: wgmma_products!("conv_input_gradient_wgmma"),
     groups: group_products!("conv_groups_input_gradient"),
+    groups_wgmma: group_products_wgmma!("conv_groups_input_gradient_wgmma"),
     gradient: true,
     direct: real_kernel!("conv_input_gradient_direct"),
 };
@@ -114,9 +123,10 @@ static WGMMA_WEIGHT_GRADIENT: [Tile<ConvGradientBoxesArgs>; 2] = [
     tile("conv_weight_gradient_wgmma_128x128_bf16", 128, 128),
 ];
 
-/// Of groups of rows in bf16, by a group's entries.
-pub(super) static GROUP_GRADIENT: Tile<ConvSparseGradientArgs> =
-    tile("conv_groups_weight_gradient_32x128_bf16", 32, 128);
+/// Of groups of rows in bf16, by a group's entries, and of larger groups by wgmma.
+static GROUP_GRADIENT: Tile<ConvSparseGradientArgs> = tile("conv_groups_weight_gradient_32x128_bf16", 32, 128);
+static WGMMA_GROUP_GRADIENT: Tile<ConvSparseGradientArgs> =
+    tile("conv_groups_weight_gradient_wgmma_64x128_bf16", 64, 128);
 
 /// Blocks from which on a larger tile of a product pays: they fill most of 132 multiprocessors twice.
 const PRODUCT_BLOCKS: usize = 200;
@@ -124,7 +134,7 @@ const PRODUCT_BLOCKS: usize = 200;
 const WGMMA_BLOCKS: usize = 132;
 /// Blocks that a weight gradient aims for: two for each of 132 multiprocessors.
 const GRADIENT_BLOCKS: usize = 264;
-/// The same of groups, whose blocks are smaller: three for each.
+/// The same of groups of 32, whose blocks are smaller: three for each.
 const GROUP_GRADIENT_BLOCKS: usize = 396;
 
 impl Product {
@@ -162,9 +172,10 @@ impl Product {
     }
 
     /// The tile for so many groups of rows, classes of pixels apart, with `columns` each.
-    pub(super) fn group_tile(&self, groups: usize, columns: usize) -> &Tile<ConvSparseArgs> {
-        let [narrow, wide] = &self.groups;
-        if groups * columns.div_ceil(wide.columns) >= PRODUCT_BLOCKS { wide } else { narrow }
+    pub(super) fn group_tile(&self, wgmma: bool, groups: usize, columns: usize) -> &Tile<ConvSparseArgs> {
+        let ([narrow, wide], blocks) =
+            if wgmma { (&self.groups_wgmma, WGMMA_BLOCKS) } else { (&self.groups, PRODUCT_BLOCKS) };
+        if groups * columns.div_ceil(wide.columns) >= blocks { wide } else { narrow }
     }
 }
 
@@ -196,7 +207,13 @@ pub(super) fn wgmma_weight_gradient(
     (tile, (GRADIENT_BLOCKS / blocks).min(columns / 512).max(1))
 }
 
+/// The tile for the weight gradient of groups.
+pub(super) fn group_gradient(wgmma: bool) -> &'static Tile<ConvSparseGradientArgs> {
+    if wgmma { &WGMMA_GROUP_GRADIENT } else { &GROUP_GRADIENT }
+}
+
 /// The splits of the `columns` of a weight gradient of so many chunks of groups.
-pub(super) fn group_gradient_splits(chunks: usize, columns: usize) -> usize {
-    (GROUP_GRADIENT_BLOCKS / chunks.max(1)).min(columns / 256).max(1)
+pub(super) fn group_gradient_splits(wgmma: bool, chunks: usize, columns: usize) -> usize {
+    let (blocks, least) = if wgmma { (GRADIENT_BLOCKS, 512) } else { (GROUP_GRADIENT_BLOCKS, 256) };
+    (blocks / chunks.max(1)).min(columns / least).max(1)
 }

@@ -67,6 +67,9 @@ pub(super) const BY_WGMMA: &[Check] = &[
     |t| convolution_weight_gradient(t, &boxes(72, 64, 2)?),
     |t| convolution_weight_gradient(t, &boxes(70, 130, 1)?),
     |t| convolution_weight_gradient(t, &linear()?),
+    |t| kept_weights(t, &boxes(72, 130, 2)?),
+    |t| kept_weights(t, &long(64, 72)?),
+    |t| kept_weights(t, &long(72, 64)?),
 ];
 
 /// The other checks.
@@ -258,7 +261,7 @@ fn kept_weights(t: &mut Trial, shape: &ConvShape) -> Result<()> {
     let kept = Kept { places: &places, packed: false };
     let w = t.floats(shape.weight_len())?;
     let (x, dy) = (t.real_samples(shape.input_len())?, t.real_samples(shape.output_len())?);
-    for groups in [None, Some(RowGroups::neighbours(shape, group_rows(t.device, t.precision)))] {
+    for groups in [None, Some(RowGroups::neighbours(shape, group_rows(t.device, shape, t.precision)))] {
         let mut weights = KeptWeights::new(t.device, shape, t.precision, &kept, groups.as_ref(), &Pass::ALL)?;
         weights.gather(t.device, w.view())?;
         let mut y = t.unwritten_reals(shape.output_len())?;

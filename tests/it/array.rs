@@ -194,9 +194,11 @@ fn products_by_wgmma_go_together_too() {
     let wide = model("resnet8", Precision::Bf16, &["image=[3,4,4]", "widths=[64,64,64]"]);
     for case in ways_to_cut() {
         let Some(device) = by_wgmma(&case.device) else { continue };
-        let mut jobs: Vec<Job> = (0..2).map(|seed| Job { examples: 64, ..Job::new(&wide, seed) }).collect();
-        jobs.iter_mut().for_each(|job| (job.recipe.batch, job.recipe.epochs) = (64, 2));
-        trains_as_alone(&device, &jobs, &case.label);
+        for way in [Way::Dense, Way::Groups] {
+            let mut jobs: Vec<Job> = (0..2).map(|seed| Job { way, examples: 64, ..Job::new(&wide, seed) }).collect();
+            jobs.iter_mut().for_each(|job| (job.recipe.batch, job.recipe.epochs) = (64, 2));
+            trains_as_alone(&device, &jobs, &format!("{}, {}", case.label, way.name()));
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::conv::{beside, gelu_of};
-use crate::support::{Storage, close_within, judge_bf16, on_devices, read, refuses_precision, unwritten};
+use crate::support::{Storage, by_wgmma, close_within, judge_bf16, on_devices, read, refuses_precision, unwritten};
 use crate::training::Descent;
 
 /// Of the largest value, since the sums are the same in another order.
@@ -60,9 +60,10 @@ fn thirds(rows: usize) -> Vec<usize> {
     (0..3).flat_map(|first| (first..rows).step_by(3)).collect()
 }
 
-/// Three in five weights of a layer, of its thirds of rows in groups of 32, as tensor cores multiply them in a pass.
+/// Three in five weights of a layer, of its thirds of rows in groups, as tensor cores multiply them in a pass.
 pub fn in_groups(device: &Device, shape: &ConvShape, w: &[f32], pass: Pass) -> KeptWeights {
-    let grouped = |rows: usize| thirds(rows).chunks(32).map(<[usize]>::to_vec).collect();
+    let size = group_rows(device, shape, Precision::Bf16);
+    let grouped = |rows: usize| thirds(rows).chunks(size).map(<[usize]>::to_vec).collect();
     let groups = RowGroups { outputs: grouped(shape.filters()), inputs: grouped(shape.channels()) };
     let places: Vec<u32> = (0..shape.weight_len() as u32).filter(|place| place % 5 < 3).collect();
     let kept = Kept { places: &places, packed: false };
@@ -108,7 +109,7 @@ impl<'a> Masked<'a> {
         let grouped = |rows: usize| {
             let order = thirds(rows);
             let (few, rest) = order.split_at(rows.min(3));
-            let rest = rest.chunks(group_rows(device, precision));
+            let rest = rest.chunks(group_rows(device, self.shape, precision));
             [few].into_iter().chain(rest).map(<[usize]>::to_vec).collect()
         };
         RowGroups { outputs: grouped(self.shape.filters()), inputs: grouped(self.shape.channels()) }
@@ -238,6 +239,48 @@ fn kept_weights_give_what_masked_ones_give_in_every_pass() {
         }
         results
     });
+}
+
+#[test]
+fn groups_by_wgmma_give_what_masked_weights_give_in_every_pass() {
+    let host = Device::host(HostOptions::default()).unwrap();
+    for (input, filters, filter, stride, pad, n) in [
+        ([72, 3, 4], 130, [3, 3], 1, 1, 64),
+        ([64, 5, 4], 70, [3, 3], 2, 1, 64),
+        ([130, 3, 2], 64, [1, 1], 2, 0, 128),
+        // Enough columns for the larger tile.
+        ([64, 1, 1], 72, [1, 1], 1, 0, 66 * 256),
+    ] {
+        let shape = ConvShape::new(input, filters, filter, stride, pad, n).unwrap();
+        // A sanitizer sees as much in the others, and takes minutes for this.
+        if cfg!(dilt_sanitize) && n > 128 {
+            continue;
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(n as u64);
+        let names: &[&str] = if n > 128 { &["clustered"] } else { &["none", "few", "clustered"] };
+        for (name, kept) in masks(&shape, &mut rng).into_iter().filter(|(name, _)| names.contains(name)) {
+            let masked = Masked::new(&shape, &kept, &mut rng);
+            let want = masked.dense(&host);
+            on_devices(|device, label| {
+                let Some(device) = by_wgmma(device) else { return Vec::new() };
+                let what = format!("{label}: {shape}, {name}");
+                let (launches, done) = device.trace(|| {
+                    masked.sparse(&device, Storage::Bf16, true, false);
+                    Ok(())
+                });
+                done.unwrap();
+                let kernels =
+                    launches.iter().map(|launch| launch.kernel).filter(|name| name.starts_with("conv_groups"));
+                let (by_wgmma, others): (Vec<_>, Vec<_>) = kernels.partition(|name| name.contains("_wgmma_64x"));
+                // Four forward, three input gradients, and of what is kept a weight gradient.
+                assert_eq!((by_wgmma.len(), others), (7 + usize::from(!kept.is_empty()), vec![]), "{what}");
+                judge_bf16(&what, |storage| {
+                    let got = masked.sparse(&device, storage, true, false).into_iter();
+                    got.zip(&want).map(|((name, got), (_, want))| (name, got, want.clone())).collect()
+                })
+            });
+        }
+    }
 }
 
 fn all(places: &[u32]) -> Kept<'_> {

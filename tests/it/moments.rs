@@ -245,6 +245,19 @@ fn a_convolution_by_wgmma_sums_each_tile_of_what_it_stores() {
 }
 
 #[test]
+fn groups_of_rows_by_wgmma_sum_each_tile_of_what_they_store() {
+    let layers = [
+        layer!("groups_forward_wgmma_64x128", [64, 4, 5], 72, [3, 3], 2, 1, 64, [1, 50], 0.0, 1.0),
+        layer!("groups_forward_wgmma_64x256", [64, 1, 1], 130, [1, 1], 1, 0, 11264, [11261], 2.0, 0.5),
+    ];
+    on_devices(|device, label| {
+        let Some(device) = by_wgmma(device) else { return Vec::new() };
+        let layers = layers.iter().filter(|layer| !cfg!(dilt_sanitize) || !large(layer));
+        layers.flat_map(|layer| layer.groups(&device, label)).collect()
+    });
+}
+
+#[test]
 fn statistics_that_nothing_makes_are_refused() {
     let device = Device::host(HostOptions { policy: Policy::Staged, ..HostOptions::default() }).unwrap();
     let shape = ConvShape::new([8, 2, 2], 8, [1, 1], 1, 0, 64).unwrap();

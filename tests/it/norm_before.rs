@@ -325,6 +325,17 @@ fn wgmma_begins_the_backward_pass_of_the_norm_before() {
 }
 
 #[test]
+fn groups_of_rows_by_wgmma_begin_the_backward_pass_of_the_norm_before() {
+    let layers = [
+        layer!("groups_input_gradient_wgmma_64x128", [72, 4, 2], 64, 3, 2, 1, 64, 50, 4.0),
+        layer!("groups_input_gradient_wgmma_64x256", [130, 1, 1], 64, 1, 1, 0, 11264, 11261, 1.0),
+    ];
+    on_tensor_cores(&layers, |layer, device, label| {
+        by_wgmma(device).map_or_else(Vec::new, |device| layer.groups(&device, label))
+    });
+}
+
+#[test]
 fn sums_that_nothing_makes_are_refused() {
     let refused = |policy: Policy, image: usize, precision: Precision, missing: usize, features: usize| {
         let device = Device::host(HostOptions { policy, ..HostOptions::default() }).unwrap();

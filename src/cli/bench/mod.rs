@@ -377,7 +377,8 @@ impl Bench {
             let parameter = &network.computed().parameters[*weight];
             let mask = network.compaction().mask(*weight, &parameter.shape, &weights.masks[&parameter.name]);
             let shape = network.computed().conv_shape(layer, self.batch.next_multiple_of(8))?;
-            let own = MaskedLayer::new(&shape, model.precision, &mask, group_rows(device, model.precision));
+            let rows = group_rows(device, &shape, model.precision);
+            let own = MaskedLayer::new(&shape, model.precision, &mask, rows);
             let measured = measure(device, &own, &Pass::ALL)?;
             let packed = choice.needs_kept_alone();
             let weight_bytes = 4 * if packed { mask.count() } else { mask.len() };
