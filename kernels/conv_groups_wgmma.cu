@@ -1,7 +1,7 @@
 // conv_groups_wgmma.cu - the products of conv_groups_mma.cu on a Hopper GPU: of groups of 64 rows, by wgmma. bf16 with f32 sums.
 //
-// Lists are those of groups of 32, but for the entries, which come 64 at a time, a stage, and their weights [64 rows][64 entries].
-// So the rows of a group are the rows of a product: with 32, half of each would be empty.
+// Lists are those of groups of 32, but for the entries, which come 64 at a time, a stage, and their weights, [64 rows][64] of a
+// stage. So the rows of a group are the rows of a product: with 32, half of each would be empty.
 //
 // N is a multiple of 64. What entries read lies anywhere, where TMA on this GPU brings nothing but boxes: four warps of twelve
 // copy, 16 bytes at a time, to the places where wgmma looks for them, and tell the others of a stage once they have shown it to
@@ -16,8 +16,8 @@ constexpr int COPYING = 128;  // threads
 constexpr int BLOCK_THREADS = THREADS + COPYING;
 constexpr int LINE = BOX / CHUNK;  // copies of a box's row
 constexpr int DEEP = 4;            // stages
-// Copies of so many stages are under way while the one before them is told of. With one more none would ever come: a stage is read
-// when the next has come, which would wait for copies to where it lies.
+// Copies of so many stages are under way when the one before them is told of. One more, and all would wait: who multiplies gives
+// a stage back when the next has come, and that would be told of once there are copies in the stage given back.
 constexpr int UNDER_WAY = DEEP - 2;
 
 // What the copying warps do: fetch(stage, step) starts a thread's copies, COPIES of them.
@@ -42,7 +42,8 @@ template <bool GRADIENT, int COLUMNS>
 struct GroupProduct {
     using Tile = BoxTile<BOX, COLUMNS, DEEP, false, true>;
     using Shared = typename Tile::Shared;
-    static constexpr int X_CHUNKS = COLUMNS / CHUNK, X_APART = COPYING / X_CHUNKS;  // of an entry; entries between a thread's copies
+    // Copies of an entry, and entries between those of a thread.
+    static constexpr int X_CHUNKS = COLUMNS / CHUNK, X_APART = COPYING / X_CHUNKS;
     static constexpr int X_LOADS = BOX / X_APART, W_APART = COPYING / LINE, W_LOADS = BOX / W_APART;
     static_assert(COPYING % X_CHUNKS == 0 && BOX % X_APART == 0, "whole threads");
 

@@ -9,7 +9,7 @@ struct ConvSparseArgs {
     const uint32_t* rows;    // [groups, R], or NONE; null where R = 1: rows in their order
     const uint32_t* starts;  // [groups, taps] and one more: where the entries of a group's tap begin; R >= 32: [groups, classes]
     const int32_t* offsets;  // [entries]: where each reads, in elements from a pixel's origin
-    const uint32_t* shifts;  // [entries], R >= 32: the same in rows and columns; above every image where an entry fills up 16 or 64
+    const uint32_t* shifts;  // [entries], R >= 32: in rows and columns; above every image where an entry fills up 16 or 64
     const float* values;     // [entries, R], rounded as products read weights; R >= 32: null
     const bf16* left_tiles;  // R = 32: [entries / 16, 2, 32, 8]; R = 64: [entries / 64, 64 rows, 64]
     Real* to;
