@@ -99,15 +99,10 @@ DEVICE float row_sum(float value) {
     return value;
 }
 
-DEVICE Samples<8> as_stored(Samples<8> y) {
-    UNROLL for (int e = 0; e < 8; ++e) y[e] = widen(round_to_bf16(y[e]));
-    return y;
-}
-
 // Of a row of which each of LANES lanes has 8 values, as they are stored, `live` a bit for each true one; the others are zero.
 template <int LANES>
 DEVICE Moments row_moments(Samples<8> y, uint32_t live, float items) {
-    y = as_stored(y);
+    y = as_stored<8>(y);
     const float mean = row_sum<LANES>(lane_sum<8>(y)) / items;
     const Samples<8> off = kept<8>(y - mean, live);
     const float left = row_sum<LANES>(lane_sum<8>(off)), squares = row_sum<LANES>(lane_sum<8>(off * off));
@@ -120,7 +115,7 @@ DEVICE Samples<8> before_norm(const NormBeforeArgs& norm, uint32_t row, int64_t 
                               GradientSums (&sums)[2]) {
     const uint32_t feature = norm.source ? norm.source[row] : row;
     Normaliser of[2];
-    Samples<8> dz = as_stored(dy), off[2] = {splat<8>(0.0f), splat<8>(0.0f)};
+    Samples<8> dz = as_stored<8>(dy), off[2] = {splat<8>(0.0f), splat<8>(0.0f)};
     UNROLL for (int k = 0; k < 2; ++k) {
         if (feature == NONE || !norm.norms[k].x) continue;
         of[k] = Normaliser(norm.norms[k], feature);
@@ -208,7 +203,7 @@ DEVICE void write_sums(const Args& a, const PixelClass& own, Epilogue<Warp, ROWS
                 if (GRADIENT && end.norm.sums[0]) y = before_norm(end.norm, row, place, pitch, y, gradient);
                 store<8>(a.to + own_place, y);
                 if (!GRADIENT && end.beside) {
-                    const Samples<8> stored = as_stored(y);
+                    const Samples<8> stored = as_stored<8>(y);
                     store<8>(end.beside + own_place,
                              end.operand ? load<8>(end.operand + own_place) + stored : gelu<8>(stored));
                 }

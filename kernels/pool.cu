@@ -8,14 +8,7 @@
 // A NaN is a maximum, as in PyTorch. One thread makes one vector of samples of one pixel, and gathers: the backward
 // pass looks at the windows that cover its pixel, in their order, and needs no atomics. Padded samples stay zero, since
 // every window holds a pixel and theirs are zero. Limit: bytes; the overlap of windows is read from cache.
-#include "kernels/lib/device.cuh"
-
-struct PoolShape {
-    int32_t c, h, w;              // channels, rows and columns of x
-    int32_t p, q;                 // rows and columns of y
-    int32_t kernel, stride, pad;  // the same in both directions
-    int32_t n;                    // samples of a pixel, a multiple of 8
-};
+#include "kernels/pool.cuh"
 
 struct MaxPoolForwardArgs {
     const Real* x;
@@ -45,21 +38,6 @@ struct MeanPoolArgs {
 constexpr int THREADS = 256;
 constexpr int L = ROW_LANES;
 
-// The taps of a vector of windows, as they lie in memory.
-struct alignas(L) Index {
-    uint8_t lane[L];
-};
-
-// The windows along one axis that cover coordinate `at` of the padded image: window o covers kernel ones from o*stride.
-struct Windows {
-    int first, end;
-};
-
-DEVICE Windows windows_over(int at, int outputs, const PoolShape& d) {
-    const int first = at < d.kernel ? 0 : (at - d.kernel) / d.stride + 1;
-    return {first, int(min64(outputs, at / d.stride + 1))};
-}
-
 // Grid: vectors of a channel's output, channels.
 BARRIER_FREE_KERNEL(REAL(max_pool_forward), MaxPoolForwardArgs, THREADS) {
     const PoolShape& d = a.shape;
@@ -67,27 +45,10 @@ BARRIER_FREE_KERNEL(REAL(max_pool_forward), MaxPoolForwardArgs, THREADS) {
     const int64_t base = int64_t(blockIdx.y) * d.p * d.q * d.n;
     const int vectors = d.n / L;
     EACH(i, int64_t(d.p) * d.q * vectors) {
-        const int pixel = int(i) / vectors, n = int(i) % vectors * L;
-        const int top = pixel / d.q * d.stride - d.pad, left = pixel % d.q * d.stride - d.pad;
-        const int r0 = int(max64(0, -top)), r1 = int(min64(d.kernel, d.h - top));
-        const int s0 = int(max64(0, -left)), s1 = int(min64(d.kernel, d.w - left));
-        Samples<L> best = load<L>(x + ((top + r0) * d.w + left + s0) * d.n + n);
-        Samples<L> index = splat<L>(float(r0 * d.kernel + s0));
-        for (int r = r0; r < r1; ++r) {
-            for (int s = s0; s < s1; ++s) {
-                const Samples<L> tap = splat<L>(float(r * d.kernel + s));
-                const Samples<L> value = load<L>(x + ((top + r) * d.w + left + s) * d.n + n);
-                // best stays where value <= best, and where it is NaN: there best <= best fails.
-                const Samples<L> larger = where_at_most<L>(value, best, best, value);
-                const Samples<L> where = where_at_most<L>(value, best, index, tap);
-                index = where_at_most<L>(best, best, where, index);
-                best = where_at_most<L>(best, best, larger, best);
-            }
-        }
-        Index taps;
-        UNROLL for (int lane = 0; lane < L; ++lane) taps.lane[lane] = uint8_t(index[lane]);
-        store<L>(a.y + base + i * L, best);
-        *reinterpret_cast<Index*>(a.index + base + i * L) = taps;
+        const int n = int(i) % vectors * L;
+        Taps<L> taps;
+        store<L>(a.y + base + i * L, pool<L>(d, int(i) / vectors, taps, [&](int pixel) { return load<L>(x + pixel * d.n + n); }));
+        *reinterpret_cast<Taps<L>*>(a.index + base + i * L) = taps;
     }
 }
 
@@ -95,28 +56,10 @@ BARRIER_FREE_KERNEL(REAL(max_pool_forward), MaxPoolForwardArgs, THREADS) {
 BARRIER_FREE_KERNEL(REAL(max_pool_backward), MaxPoolBackwardArgs, THREADS) {
     const PoolShape& d = a.shape;
     const int64_t from = int64_t(blockIdx.y) * d.p * d.q * d.n;
-    const Real* dy = a.dy + from;
-    const uint8_t* index = a.index + from;
     Real* dx = a.dx + int64_t(blockIdx.y) * d.h * d.w * d.n;
     const int vectors = d.n / L;
-    EACH(i, int64_t(d.h) * d.w * vectors) {
-        const int pixel = int(i) / vectors, n = int(i) % vectors * L;
-        const int h = pixel / d.w + d.pad, w = pixel % d.w + d.pad;
-        const Windows down = windows_over(h, d.p, d), across = windows_over(w, d.q, d);
-        const Samples<L> zero = splat<L>(0.0f);
-        Samples<L> sum = zero;
-        for (int p = down.first; p < down.end; ++p) {
-            for (int q = across.first; q < across.end; ++q) {
-                const int tap = (h - p * d.stride) * d.kernel + w - q * d.stride;
-                const int at = (p * d.q + q) * d.n + n;
-                const Index winner = *reinterpret_cast<const Index*>(index + at);
-                Samples<L> off;  // from the tap that won
-                UNROLL for (int lane = 0; lane < L; ++lane) off[lane] = float(winner.lane[lane] - tap);
-                sum += where_at_most<L>(off * off, zero, load<L>(dy + at), zero);
-            }
-        }
-        store<L>(dx + i * L, sum);
-    }
+    EACH(i, int64_t(d.h) * d.w * vectors)
+        store<L>(dx + i * L, pooled_gradient<L>(d, a.dy + from, a.index + from, int(i) / vectors, int(i) % vectors * L));
 }
 
 // One thread per vector of y.

@@ -151,6 +151,11 @@ DEVICE bf16 round_to_bf16(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
     return y;
 }
+template <int L>
+DEVICE Samples<L> rounded_to_bf16(Samples<L> x) {
+    UNROLL for (int i = 0; i < L; ++i) x.lane[i] = widen(round_to_bf16(x.lane[i]));
+    return x;
+}
 // Two of them in a word, `low` in its lower half.
 DEVICE uint32_t round_pair(float low, float high) {
     uint32_t pair;
@@ -240,6 +245,15 @@ DEVICE void transpose(Samples<L> (&rows)[L]) {
 DEVICE float widen(float x) { return x; }
 DEVICE void put(float* p, float x) { *p = x; }
 DEVICE void put(bf16* p, float x) { *p = round_to_bf16(x); }
+
+// x as it is read where it has been stored among activations.
+template <int L>
+DEVICE Samples<L> as_stored(const Samples<L>& x) {
+    if constexpr (sizeof(Real) == sizeof(float))
+        return x;
+    else
+        return rounded_to_bf16<L>(x);
+}
 
 // Lanes of the vectors that cut every row of samples evenly, since rows are padded to a multiple of 8.
 constexpr int ROW_LANES = LANES < 8 ? LANES : 8;

@@ -139,12 +139,20 @@ DEVICE Samples<L> load(const bf16* p) {
     const typename SamplesOf<L>::halves halves = *reinterpret_cast<const typename SamplesOf<L>::unaligned_halves*>(p);
     return (Samples<L>)(__builtin_convertvector(halves, typename SamplesOf<L>::bits) << 16);
 }
+// Of each the nearest bf16, in the upper half of its word.
+template <int L>
+DEVICE typename SamplesOf<L>::bits nearest_bf16(const Samples<L>& x) {
+    const auto bits = (typename SamplesOf<L>::bits)x;
+    return x == x ? bits + 0x7fff + (bits >> 16 & 1) : (bits & 0) + 0x7fff0000;
+}
+template <int L>
+DEVICE Samples<L> rounded_to_bf16(const Samples<L>& x) {
+    return (Samples<L>)(nearest_bf16<L>(x) & 0xffff0000);
+}
 template <int L>
 DEVICE void store(bf16* p, const Samples<L>& x) {
-    const auto bits = (typename SamplesOf<L>::bits)x;
-    const auto rounded = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : (bits & 0) + 0x7fff;
     *reinterpret_cast<typename SamplesOf<L>::unaligned_halves*>(p) =
-        __builtin_convertvector(rounded, typename SamplesOf<L>::halves);
+        __builtin_convertvector(nearest_bf16<L>(x) >> 16, typename SamplesOf<L>::halves);
 }
 // R values that are each multiplied with a vector: it is loaded into all lanes from where it lies.
 template <int R>

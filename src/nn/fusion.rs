@@ -21,8 +21,10 @@ pub(super) struct Fusion {
     pub gradient_is_summed: bool,
     /// Of a batch norm that adds what another has made, in training: both passes of that layer are its own, but for statistics.
     pub added_norm: Option<usize>,
-    /// Of that other norm.
-    pub is_added: bool,
+    /// Of a max pool that alone reads what a batch norm makes, in training: as above.
+    pub pooled_norm: Option<usize>,
+    /// Of that other norm, whose result is not written then.
+    pub is_within: bool,
     /// Of a convolution: a second value, which it writes too.
     pub beside: Option<Beside>,
     /// Of a convolution: what it reads is GELU of this value, whose gradient it writes instead of that of what it reads.
@@ -110,6 +112,18 @@ impl Model {
         (features(input) == features(output) && features(also) == features(output)).then_some(added)
     }
 
+    /// The batch norm that has made what a max pool reads, if nothing else reads that and it is nothing but a norm.
+    pub(super) fn pooled_norm(&self, pool: usize) -> Option<usize> {
+        let Layer::MaxPool { input, .. } = self.layers[pool] else { return None };
+        let norm = self.writer(input).filter(|_| self.only_reader(input) == Some(pool))?;
+        matches!(self.layers[norm], Layer::Norm { residual: None, .. }).then_some(norm)
+    }
+
+    /// The batch norm both of whose passes, but for statistics, are those of this layer, in training.
+    pub(super) fn norm_within(&self, layer: usize) -> Option<usize> {
+        self.added_norm(layer).or_else(|| self.pooled_norm(layer))
+    }
+
     /// How many norms a norm's passes are of.
     pub(super) fn norms_of(&self, norm: usize) -> usize {
         1 + usize::from(self.added_norm(norm).is_some())
@@ -170,7 +184,13 @@ pub(super) fn fusions(
             Layer::Norm { .. } if memory_for != Use::Evaluate => {
                 fusions[index].added_norm = computed.added_norm(index);
                 if let Some(added) = fusions[index].added_norm {
-                    fusions[added].is_added = true;
+                    fusions[added].is_within = true;
+                }
+            }
+            Layer::MaxPool { .. } if memory_for != Use::Evaluate => {
+                fusions[index].pooled_norm = computed.pooled_norm(index);
+                if let Some(norm) = fusions[index].pooled_norm {
+                    fusions[norm].is_within = true;
                 }
             }
             Layer::Gelu { input, output } => {

@@ -25,6 +25,7 @@ use crate::ops::norm::{
 };
 use crate::ops::norm_join::{norm_join, norm_join_gradient, norm_statistics};
 use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use crate::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};
 use crate::ops::tokens::{
@@ -49,7 +50,7 @@ impl Network {
     }
 
     /// The same; after each layer `done` is told its index in [`Network::computed`] and what it wrote, which later layers
-    /// may write over. In training the result of a norm that another adds is not written.
+    /// may write over. In training the result of a norm that another adds or a max pool reads is not written.
     ///
     /// # Errors
     /// [`crate::Error::Launch`] if the device fails; what `done` returns.
@@ -62,7 +63,7 @@ impl Network {
             let mut y = std::mem::take(&mut self.values[slot]);
             let mut beside = beside_slot.map(|slot| std::mem::take(&mut self.values[slot]));
             let _range = range(format_args!("{} forward", self.layer_name(index)));
-            let is_left_out = self.fusions[index].is_added && mode == Mode::Train;
+            let is_left_out = self.fusions[index].is_within && mode == Mode::Train;
             let written = self
                 .layer_forward(index, mode, y.view_mut(), beside.as_mut().map(RealBuffer::view_mut))
                 .and_then(|()| if is_left_out { Ok(()) } else { done(index, y.view()) });
@@ -153,12 +154,12 @@ impl Network {
                     let [mean, var] = ranges.map(|range| statistics.slice(range));
                     return norm_eval(device, &shape, norm, affine, mean, var, y);
                 }
-                let Fusion { added_norm, is_added, .. } = fusions[index];
-                if (added_norm.is_some() || is_added) && fused_norm.is_none() {
+                let Fusion { added_norm, is_within, .. } = fusions[index];
+                if (added_norm.is_some() || is_within) && fused_norm.is_none() {
                     let (running, saved) = batch_statistics(statistics, saved, ranges.clone());
                     norm_statistics(device, &shape, x, count, NORM_EPSILON, running, saved, scratch.view_mut())?;
                 }
-                if is_added {
+                if is_within {
                     return Ok(());
                 }
                 if let Some(added) = added_norm {
@@ -177,8 +178,15 @@ impl Network {
                 shortcut_forward(device, &model.shortcut_shape(layer, n)?, map, value(input), y)
             }
             Layer::MaxPool { input, .. } => {
-                let picked = pool_indices[plan.kept_slots[index]].view_mut();
-                max_pool_forward(device, &model.pool_shape(layer, n)?, value(input), picked, y)
+                let (shape, picked) = (model.pool_shape(layer, n)?, pool_indices[plan.kept_slots[index]].view_mut());
+                let Some(norm) = fusions[index].pooled_norm.filter(|_| train) else {
+                    return max_pool_forward(device, &shape, value(input), picked, y);
+                };
+                let Layer::Norm { input, relu, .. } = model.layers[norm] else { unreachable!("a batch norm") };
+                let map = maps[norm].as_ref();
+                let norm = normalised(model, plan, values, parameters, saved, norm);
+                let norm = NormPool { norm, relu, map, count };
+                norm_pool_forward(device, &model.norm_shape(input, n)?, &shape, norm, picked, y)
             }
             Layer::MeanPool { input, .. } => {
                 mean_pool_forward(device, &model.mean_pool_shape(input, n)?, value(input), y)
@@ -226,7 +234,7 @@ impl Network {
     /// [`crate::Error::Launch`] if the device fails.
     pub fn backward(&mut self) -> Result<()> {
         for index in (0..self.computed.layers.len()).rev() {
-            // What no parameter comes before has no gradient, nor what another norm adds, whose backward pass is that one's.
+            // What no parameter comes before has no gradient, nor what a norm makes whose backward pass is another layer's.
             let Some(slot) = self.plan.gradient_slots[self.computed.layers[index].output()] else { continue };
             let mut dy = std::mem::take(&mut self.value_gradients[slot]);
             let _range = range(format_args!("{} backward", self.layer_name(index)));
@@ -363,8 +371,16 @@ impl Network {
                 shortcut_backward(device, &model.shortcut_shape(layer, n)?, map, dy, dx)
             }
             Layer::MaxPool { input, .. } => {
-                let picked = pool_indices[plan.kept_slots[index]].view();
-                max_pool_backward(device, &model.pool_shape(layer, n)?, dy, picked, at(value_gradients, slot(input)))
+                let (shape, picked) = (model.pool_shape(layer, n)?, pool_indices[plan.kept_slots[index]].view());
+                let Some(norm) = fusions[index].pooled_norm else {
+                    return max_pool_backward(device, &shape, dy, picked, at(value_gradients, slot(input)));
+                };
+                let Layer::Norm { input: x, relu, .. } = model.layers[norm] else { unreachable!("a batch norm") };
+                let [dgamma, dbeta] = gradients.disjoint_mut(affine(norm));
+                let to = NormGradients { dgamma, dbeta, dx: at(value_gradients, slot(x)) };
+                let norm = NormPool { norm: normalised(norm), relu, map: maps[norm].as_ref(), count };
+                let of_norm = model.norm_shape(x, n)?;
+                norm_pool_backward(device, &of_norm, &shape, norm, dy, picked, scratch.view_mut(), to)
             }
             Layer::MeanPool { input, .. } => {
                 mean_pool_backward(device, &model.mean_pool_shape(input, n)?, dy, at(value_gradients, slot(input)))

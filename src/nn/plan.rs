@@ -408,16 +408,16 @@ fn gradient_owners(model: &Model) -> Vec<ValueId> {
 }
 
 /// In a backward pass: from the first layer, seen from the end, that reads a value to the layer that writes it, for the
-/// values that own the memory of their gradient. A norm that adds another writes the gradient of what that reads, and there is
-/// none of what it makes.
+/// values that own the memory of their gradient. A layer that does another norm's work writes the gradient of what that reads, and
+/// there is none of what it makes.
 fn gradient_lives(model: &Model, owners: &[ValueId]) -> Vec<Life> {
     let have = model.have_gradients();
     let (mut lives, mut unwritten): (Vec<Life>, Vec<ValueId>) = (vec![None; model.values.len()], Vec::new());
     lives[model.output()] = Some((0, 0));
     for (time, layer) in model.layers.iter().rev().enumerate() {
-        let added = model.added_norm(model.layers.len() - 1 - time).map(|added| &model.layers[added]);
-        unwritten.extend(added.map(Layer::output));
-        let values = layer.inputs().chain([layer.output()]).chain(added.into_iter().flat_map(Layer::inputs));
+        let norm = model.norm_within(model.layers.len() - 1 - time).map(|norm| &model.layers[norm]);
+        unwritten.extend(norm.map(Layer::output));
+        let values = layer.inputs().chain([layer.output()]).chain(norm.into_iter().flat_map(Layer::inputs));
         for value in values.filter(|value| have[*value] && !unwritten.contains(value)) {
             lives[owners[value]].get_or_insert((time + 1, time + 1)).1 = time + 1;
         }

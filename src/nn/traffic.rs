@@ -200,6 +200,16 @@ pub fn norm_pair_backward(precision: Precision, elements: usize, summed: bool) -
     Work::reals(precision, if summed { 3 } else { 6 } * elements, 2 * elements)
 }
 
+/// Batch norm of x elements, whose statistics are there, and the max pool that reads its result and writes y elements.
+pub fn norm_pool_forward(precision: Precision, x: usize, y: usize) -> Work {
+    Work::reals(precision, x, y) + Work { written: y, ..Work::default() }
+}
+
+/// Its backward pass, by two kernels that both read everything.
+pub fn norm_pool_backward(precision: Precision, x: usize, y: usize) -> Work {
+    Work::reals(precision, 2 * (x + y), x) + Work { read: 2 * y, ..Work::default() }
+}
+
 /// Layer norm, which keeps mean and deviation of each column.
 pub fn layer_norm_forward(shape: &LayerNormShape, precision: Precision) -> Work {
     Work::reals(precision, shape.len(), shape.len()) + Work::elements(0, 2 * shape.columns())
@@ -361,9 +371,9 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
             let x = elements(input);
             let gradient = residual.is_some_and(has_gradient);
             let relu_of_sum = relu && residual.is_some();
-            let Fusion { norm, gradient_is_summed, added_norm, is_added, .. } = layout.fusions[index];
+            let Fusion { norm, gradient_is_summed, added_norm, is_within, .. } = layout.fusions[index];
             let statistics = reals(if norm.is_some() { 0 } else { x }, 0);
-            if is_added {
+            if is_within {
                 return Ok((statistics, Work::default()));
             }
             if added_norm.is_some() {
@@ -386,6 +396,12 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
         }
         // A byte for each window says where its maximum is.
         Layer::MaxPool { input, .. } => {
+            if let Some(Layer::Norm { input: x, .. }) =
+                layout.fusions[index].pooled_norm.map(|norm| &model.layers[norm])
+            {
+                let x = elements(*x);
+                return Ok((norm_pool_forward(precision, x, y), norm_pool_backward(precision, x, y)));
+            }
             let (forward, backward) = moved(elements(input));
             (Work { written: forward.written + y, ..forward }, Work { read: backward.read + y, ..backward })
         }

@@ -25,6 +25,7 @@ pub mod loss;
 pub mod norm;
 pub mod norm_join;
 pub mod norm_pair;
+pub mod norm_pool;
 pub mod optimizer;
 pub mod pointwise;
 pub mod pool;
@@ -104,6 +105,7 @@ pub fn layouts() -> Vec<Layout> {
         norm::layouts(),
         norm_join::layouts(),
         norm_pair::layouts(),
+        norm_pool::layouts(),
         optimizer::layouts(),
         pointwise::layouts(),
         pool::layouts(),

@@ -89,6 +89,11 @@ impl NormShape {
         self.features as usize
     }
 
+    /// Pixels and samples of a row.
+    pub(super) fn row(&self) -> [usize; 2] {
+        [self.pixels, self.n].map(|x| x as usize)
+    }
+
     /// Rows of y.
     fn outputs(&self, map: Option<&RowMap>) -> usize {
         map.map_or(self.features(), RowMap::outputs)

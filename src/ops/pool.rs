@@ -66,6 +66,15 @@ impl PoolShape {
         [self.p as usize, self.q as usize]
     }
 
+    pub(super) fn channels(&self) -> usize {
+        self.c as usize
+    }
+
+    /// Pixels and samples of a row of x.
+    pub(super) fn input_row(&self) -> [usize; 2] {
+        [self.h * self.w, self.n].map(|x| x as usize)
+    }
+
     /// Elements of x, `[c, h, w, n]`.
     pub fn input_len(&self) -> usize {
         [self.c, self.h, self.w, self.n].map(|x| x as usize).iter().product()

@@ -9,10 +9,12 @@ use crate::ops::norm::{
 };
 use crate::ops::norm_join::{norm_join, norm_join_gradient};
 use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use crate::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
+use crate::ops::pool::PoolShape;
 
 /// What has activations.
 pub(super) const OF_ACTIVATIONS: &[Check] =
-    &[in_training, in_evaluation, |t| gradient(t, true), |t| gradient(t, false), of_a_sum];
+    &[in_training, in_evaluation, |t| gradient(t, true), |t| gradient(t, false), of_a_sum, in_a_pool];
 
 /// What tensor cores have summed.
 pub(super) const OTHERS: &[Check] = &[of_tiles, gradient_of_tiles];
@@ -138,6 +140,29 @@ fn of_a_sum(t: &mut Trial) -> Result<()> {
         t.close_reals("dx", dx)?;
     }
     Ok(())
+}
+
+/// With the max pool that reads it, forward and backward.
+fn in_a_pool(t: &mut Trial) -> Result<()> {
+    let (shape, pool, count) = (shape()?, PoolShape::new(FEATURES, [30, 20], 3, 2, 1, SAMPLES)?, t.count()?);
+    let (x, dy) = (t.real_samples(shape.len())?, t.real_samples(pool.output_len())?);
+    let [gamma, beta, mean] = [t.floats(FEATURES)?, t.floats(FEATURES)?, t.floats(FEATURES)?];
+    let invstd = t.positive(FEATURES)?;
+    let norm =
+        Normalised { x: x.view(), gamma: gamma.view(), beta: beta.view(), mean: mean.view(), invstd: invstd.view() };
+    let input = NormPool { norm, relu: true, map: None, count: count.view() };
+    let (mut index, mut y) = (t.device.alloc::<u8>(pool.output_len())?, t.unwritten_reals(pool.output_len())?);
+    norm_pool_forward(t.device, &shape, &pool, input, index.view_mut(), y.view_mut())?;
+    t.close_reals("y", &y)?;
+    t.exact("index", &index)?;
+    let (mut dgamma, mut dbeta) = (t.unwritten(FEATURES)?, t.unwritten(FEATURES)?);
+    let (mut scratch, mut dx) = (t.unwritten(shape.scratch_len())?, t.unwritten_reals(shape.len())?);
+    let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+    let (dy, index, scratch) = (dy.view(), index.view(), scratch.view_mut());
+    norm_pool_backward(t.device, &shape, &pool, input, dy, index, scratch, to)?;
+    t.close("dgamma", &dgamma)?;
+    t.close("dbeta", &dbeta)?;
+    t.close_reals("dx", &dx)
 }
 
 /// From the sums of more tiles than a block has threads.

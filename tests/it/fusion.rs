@@ -52,7 +52,7 @@ struct Passes {
     values: Vec<Vec<f32>>,
     gradients: BTreeMap<String, Vec<f32>>,
     launched: BTreeMap<&'static str, usize>,
-    beginnings: [usize; 3],
+    beginnings: [usize; 4],
 }
 
 impl Passes {
@@ -98,11 +98,12 @@ fn passes(device: &Device, model: &Model, weights: &Weights, way: Way) -> Passes
 }
 
 /// Launches that begin the backward passes of batch norms: of what tensor cores have summed one for each norm, else one for a norm,
-/// or for two that are added.
-const BEGINNINGS: [&str; 3] = ["norm_join_gradient", "norm_backward_sums", "norm_pair_backward_sums"];
+/// for two that are added, or for one that a max pool reads.
+const BEGINNINGS: [&str; 4] =
+    ["norm_join_gradient", "norm_backward_sums", "norm_pair_backward_sums", "norm_pool_backward_sums"];
 
 /// How many there are of each: tensor cores sum for norms with a convolution as their first reader that multiplies on them.
-fn beginnings(device: &Device, network: &Network) -> [usize; 3] {
+fn beginnings(device: &Device, network: &Network) -> [usize; 4] {
     let (layers, values) = (&network.computed().layers, &network.computed().values);
     let summed = |output: usize| {
         let first = layers.iter().position(|layer| layer.inputs().any(|input| input == output)).unwrap();
@@ -121,11 +122,14 @@ fn beginnings(device: &Device, network: &Network) -> [usize; 3] {
         _ => None,
     };
     let all_added: Vec<usize> = layers.iter().filter_map(added).collect();
-    let mut counts = [0; 3];
+    let pooled = |layer: &Layer| if let Layer::MaxPool { input, .. } = *layer { Some(input) } else { None };
+    let pooled: Vec<usize> = layers.iter().filter_map(pooled).collect();
+    let mut counts = [0; 4];
     for layer in layers.iter().filter(|layer| matches!(layer, Layer::Norm { .. })) {
         let is_pair = added(layer).is_some();
         match summed(layer.output()) {
             _ if all_added.contains(&layer.output()) => {}
+            _ if pooled.contains(&layer.output()) => counts[3] += 1,
             true => counts[0] += 1 + usize::from(is_pair),
             false => counts[1 + usize::from(is_pair)] += 1,
         }
@@ -238,11 +242,12 @@ fn a_residual_networks_products_begin_the_backward_passes_of_its_norms() {
                     // Norms have a few features: a rounding that falls otherwise decides about one.
                     let got = judged(&device, &label, &models, &weights, way, 3.0);
                     assert_eq!(BEGINNINGS.map(|kernel| got.launched(kernel)), got.beginnings, "{label}");
-                    let [summed, _, of_pairs] = got.beginnings;
+                    let [summed, _, of_pairs, of_pools] = got.beginnings;
                     let by_products = device.policy() != Policy::Direct && way != Way::Direct;
                     assert!(!by_products || summed >= 5, "{label}: {summed}");
                     let adds_norms = name != "resnet20" && weights.masks.is_empty();
                     assert!(!adds_norms || by_products || of_pairs > 0, "{label}: {of_pairs}");
+                    assert_eq!(of_pools, usize::from(name != "resnet20"), "{label}");
                     if weights.masks.is_empty() {
                         break;
                     }

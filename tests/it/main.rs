@@ -40,6 +40,7 @@ mod network;
 mod norm;
 mod norm_before;
 mod norm_pair;
+mod norm_pool;
 mod optimizer;
 mod partition;
 mod peers;

@@ -324,16 +324,17 @@ fn norms_normalise_what_is_stored(
     let trained = network.weights().unwrap();
     let (compaction, computed) = (network.compaction(), network.computed());
     let (mut norms, mut fused, mut mapped) = (0, 0, false);
-    // What a norm makes that another adds is nowhere but here; how many such norms there are, summed for by tensor cores or not.
-    let (mut unwritten, mut of_pairs) = (vec![Vec::new(); values.len()], [0, 0]);
+    // What a norm makes that another adds, or a max pool reads, is nowhere but here; how many norms there are that other kernels
+    // see to, summed for by tensor cores or not.
+    let (mut unwritten, mut elsewhere) = (vec![Vec::new(); values.len()], [0, 0]);
     for layer in &computed.layers {
         let Layer::Norm { scale, shift, statistics, input, residual, relu, output } = *layer else { continue };
         norms += 1;
         let writer = computed.layers.iter().position(|layer| layer.output() == input).unwrap();
         let direct = network.choices()[writer].as_ref().is_some_and(|choice| choice.ways[0] == Way::Direct);
         fused += usize::from(!direct);
-        let is_of_pair = [Some(output), residual].into_iter().flatten().any(|value| values[value].is_empty());
-        of_pairs[usize::from(direct)] += usize::from(is_of_pair);
+        let is_elsewhere = [Some(output), residual].into_iter().flatten().any(|value| values[value].is_empty());
+        elsewhere[usize::from(direct)] += usize::from(is_elsewhere);
         let of =
             |of: &Weights, name: &str, feature: u32| f64::from(of.tensors[name].as_slice().unwrap()[feature as usize]);
         let (from, to) = (compaction.features(input), compaction.features(output));
@@ -380,10 +381,13 @@ fn norms_normalise_what_is_stored(
             }
         }
     }
-    let [summed, others] = of_pairs;
-    let launched = ["norm_join", "norm_eval", "norm_statistics", "norm_forward", "norm_pair_forward"].map(launched);
-    let alone = norms - fused;
-    let expected = [fused + others, fused - summed, alone, alone - others, (summed + others) / 2];
+    let [summed, others] = elsewhere;
+    let pools = computed.layers.iter().filter(|layer| matches!(layer, Layer::MaxPool { .. })).count();
+    let kernels =
+        ["norm_join", "norm_eval", "norm_statistics", "norm_forward", "norm_pair_forward", "norm_pool_forward"];
+    let launched = kernels.map(launched);
+    let (alone, pairs) = (norms - fused, (summed + others - pools) / 2);
+    let expected = [fused + others, fused - summed, alone, alone - others, pairs, pools];
     assert!(norms > 0 && launched == expected, "{label}: {launched:?} for {expected:?}");
     mapped
 }

@@ -17,7 +17,9 @@ use dilt::ops::norm::{
     norm_backward, norm_forward,
 };
 use dilt::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use dilt::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
 use dilt::ops::optimizer::{AdamW, OptimizerInput, Sgd, adamw_step, sgd_step};
+use dilt::ops::pool::PoolShape;
 use dilt::ops::prune::{Selection, prune_scratch_len, prune_smallest};
 use ndarray::Array2;
 
@@ -27,6 +29,8 @@ const CONV: &[(&str, usize)] =
     &[("c", 64), ("h", 32), ("w", 32), ("k", 64), ("r", 3), ("s", 3), ("stride", 1), ("pad", 1), ("n", 128)];
 const LINEAR: &[(&str, usize)] = &[("c", 384), ("k", 1536), ("t", 197), ("n", 64)];
 const NORM: &[(&str, usize)] = &[("c", 64), ("h", 32), ("w", 32), ("n", 128)];
+/// Read by windows of 3 x 3, stride 2.
+const NORM_POOL: &[(&str, usize)] = &[("c", 64), ("h", 112), ("w", 112), ("n", 32)];
 const LAYER_NORM: &[(&str, usize)] = &[("d", 384), ("t", 197), ("n", 64)];
 const ATTENTION: &[(&str, usize)] = &[("heads", 6), ("head_dim", 64), ("t", 197), ("n", 64)];
 const ELEMENTS: &[(&str, usize)] = &[("elements", 25_000_000)];
@@ -54,6 +58,8 @@ pub(super) const OPS: &[Op] = &[
     op("norm_backward", NORM, norm_backward_work, time_norm_backward),
     op("norm_pair_forward", NORM, norm_pair_forward_work, time_norm_pair_forward),
     op("norm_pair_backward", NORM, norm_pair_backward_work, time_norm_pair_backward),
+    op("norm_pool_forward", NORM_POOL, norm_pool_forward_work, time_norm_pool_forward),
+    op("norm_pool_backward", NORM_POOL, norm_pool_backward_work, time_norm_pool_backward),
     op("layer_norm_forward", LAYER_NORM, layer_norm_forward_work, time_layer_norm_forward),
     op("layer_norm_backward", LAYER_NORM, layer_norm_backward_work, time_layer_norm_backward),
     op("attention_forward", ATTENTION, attention_forward_work, time_attention_forward),
@@ -111,6 +117,14 @@ fn norm_pair_backward_work(_: &Device, precision: Precision, sizes: &Sizes) -> d
     Ok(traffic::norm_pair_backward(precision, norm_shape(sizes)?.len(), false))
 }
 
+fn norm_pool_forward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
+    Ok(traffic::norm_pool_forward(precision, norm_shape(sizes)?.len(), pool_shape(sizes)?.output_len()))
+}
+
+fn norm_pool_backward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
+    Ok(traffic::norm_pool_backward(precision, norm_shape(sizes)?.len(), pool_shape(sizes)?.output_len()))
+}
+
 fn layer_norm_forward_work(_: &Device, precision: Precision, sizes: &Sizes) -> dilt::Result<Work> {
     Ok(traffic::layer_norm_forward(&layer_norm_shape(sizes)?, precision))
 }
@@ -165,6 +179,10 @@ fn time_conv_weight_gradient(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<(
 
 fn norm_shape(sizes: &Sizes) -> dilt::Result<NormShape> {
     NormShape::new(sizes.get("c"), sizes.get("h") * sizes.get("w"), sizes.get("n"))
+}
+
+fn pool_shape(sizes: &Sizes) -> dilt::Result<PoolShape> {
+    PoolShape::new(sizes.get("c"), ["h", "w"].map(|key| sizes.get(key)), 3, 2, 1, sizes.get("n"))
 }
 
 /// The tensors of a norm, and the vectors of its features.
@@ -272,6 +290,33 @@ fn time_norm_pair_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()>
         });
         let dy = NormPairGradient::Whole(dy.view());
         norm_pair_backward(device, &shape, pair, dy, scratch.view_mut(), to)
+    })
+}
+
+/// A norm whose statistics are there, before a pool.
+fn pooled(norm: &NormTensors) -> NormPool<'_> {
+    NormPool { norm: norm.normalised(), relu: true, map: None, count: norm.count.view() }
+}
+
+fn time_norm_pool_forward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
+    let (mut norm, pool) = (NormTensors::new(timer, sizes)?, pool_shape(sizes)?);
+    norm.forward(&timer.device)?;
+    let (mut index, mut y) = (timer.zeros::<u8>(pool.output_len())?, timer.real_zeros(pool.output_len())?);
+    timer.time(|device| norm_pool_forward(device, &norm.shape, &pool, pooled(&norm), index.view_mut(), y.view_mut()))
+}
+
+fn time_norm_pool_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
+    let (mut norm, pool) = (NormTensors::new(timer, sizes)?, pool_shape(sizes)?);
+    norm.forward(&timer.device)?;
+    let (mut index, mut y) = (timer.zeros::<u8>(pool.output_len())?, timer.real_zeros(pool.output_len())?);
+    norm_pool_forward(&timer.device, &norm.shape, &pool, pooled(&norm), index.view_mut(), y.view_mut())?;
+    let (dy, mut dx) = (timer.reals(pool.output_len())?, timer.real_zeros(norm.shape.len())?);
+    let (mut dgamma, mut dbeta) = (timer.zeros(norm.gamma.len())?, timer.zeros(norm.gamma.len())?);
+    let mut scratch = timer.zeros(norm.shape.scratch_len())?;
+    timer.time(|device| {
+        let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+        let (index, scratch) = (index.view(), scratch.view_mut());
+        norm_pool_backward(device, &norm.shape, &pool, pooled(&norm), dy.view(), index, scratch, to)
     })
 }
 
