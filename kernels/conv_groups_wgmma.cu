@@ -124,13 +124,13 @@ struct GroupGradient {
         SumTile sum[Tile::RIGHTS];
         clear(sum);
         Tile::begin(shared, thread, COPYING / 32);
-        if (warp >= WARPS) {
+        if (warp >= WARPS)
             copy(a, shared, thread - THREADS, group, begin, end, first, steps);
-            return;
-        }
-        Tile::multiply(shared, thread, steps, sum, [](const auto&) {});
+        else
+            Tile::multiply(shared, thread, steps, sum, [](const auto&) {});
+        __syncthreads();  // where the copying warps return before it, ptxas puts other code between the products
         const uint32_t box = begin + Tile::column(warp);
-        if (box >= end) return;
+        if (warp >= WARPS || box >= end) return;
         float* partial = a.partial + (int64_t(split) * a.entries + box) * BOX;
         UNROLL for (int j = 0; j < Tile::RIGHTS; ++j)
             UNROLL for (int e = 0; e < 4; ++e)
