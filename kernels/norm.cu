@@ -164,16 +164,12 @@ DEVICE void backward_sums(const NormBackwardArgs& a, WarpSums& shared, dim3 bloc
     const NormShape& d = a.shape;
     const Normaliser norm(a.norm, block.y);
     const int64_t to_y = a.target ? behind(d, int(a.target[block.y]), block.y) : 0;
-    Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
-    each_vector<L>(d, block, thread, threads, samples(d, a.count), [&](int64_t i, int live, int chain) {
-        const Samples<L> off = load<L>(a.norm.x + i) - norm.mean, dz = above<L>(a, i + to_y, off, norm);
-        sum.chain[chain] += dz;
-        dot.chain[chain] += dz * (off * norm.invstd);
-        if (a.dz) store<L>(a.dz + i + to_y, first_lanes<L>(dz, live));
-    });
-    const float sums = sum.over_block(shared, thread, threads);
-    const float dots = dot.over_block(shared, thread, threads);
-    if (thread == 0) a.partial[int64_t(block.y) * d.splits + block.x] = {sums, dots};
+    sum_gradient<L>(d, shared, block, thread, threads, samples(d, a.count), a.norm.x, norm, a.partial,
+                    [&](int64_t i, int live, const Samples<L>& off) {
+                        const Samples<L> dz = above<L>(a, i + to_y, off, norm);
+                        if (a.dz) store<L>(a.dz + i + to_y, first_lanes<L>(dz, live));
+                        return dz;
+                    });
 }
 
 template <int L>

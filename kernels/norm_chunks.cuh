@@ -49,6 +49,21 @@ struct Sum {
     }
 };
 
+// Sums a chunk of a feature's gradient; dz(i, live, off) is that of the vector of x at place i, which lies `off` from the mean.
+template <int L, class Dz>
+DEVICE void sum_gradient(const NormShape& d, WarpSums& shared, dim3 block, uint32_t thread, uint32_t threads, int count,
+                         const Real* x, const Normaliser& norm, GradientSums* partial, Dz dz) {
+    Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
+    each_vector<L>(d, block, thread, threads, count, [&](int64_t i, int live, int chain) {
+        const Samples<L> off = load<L>(x + i) - norm.mean, own = dz(i, live, off);
+        sum.chain[chain] += own;
+        dot.chain[chain] += own * (off * norm.invstd);
+    });
+    const float sums = sum.over_block(shared, thread, threads);
+    const float dots = dot.over_block(shared, thread, threads);
+    if (thread == 0) partial[int64_t(block.y) * d.splits + block.x] = {sums, dots};
+}
+
 // Whole vectors of the machine where they cut every pixel's samples evenly.
 #define WITH_LANES(body, ...)                                \
     if (LANES == ROW_LANES || a.shape.n % LANES == 0)        \

@@ -66,15 +66,8 @@ DEVICE void backward_sums(const NormPoolBackwardArgs& a, WarpSums& shared, dim3 
     const NormShape& d = a.shape;
     const Normaliser norm(a.norm, block.y);
     const Unpooled<L> dz(a, block.y);
-    Sum<L> sum, dot;  // dz of padded samples is zero: they need no mask here
-    each_vector<L>(d, block, thread, threads, samples(d, a.count), [&](int64_t i, int, int chain) {
-        const Samples<L> off = load<L>(a.norm.x + i) - norm.mean, own = dz.at(i, off, norm);
-        sum.chain[chain] += own;
-        dot.chain[chain] += own * (off * norm.invstd);
-    });
-    const float sums = sum.over_block(shared, thread, threads);
-    const float dots = dot.over_block(shared, thread, threads);
-    if (thread == 0) a.partial[int64_t(block.y) * d.splits + block.x] = {sums, dots};
+    sum_gradient<L>(d, shared, block, thread, threads, samples(d, a.count), a.norm.x, norm, a.partial,
+                    [&](int64_t i, int, const Samples<L>& off) { return dz.at(i, off, norm); });
 }
 
 template <int L>
@@ -110,9 +103,9 @@ BARRIER_FREE_KERNEL(REAL(norm_pool_forward), NormPoolForwardArgs, THREADS, 0, 4)
             const Samples<L> z = as_stored<L>(norm.apply<L>(load<L>(x + pixel * d.n + n) - norm.mean));
             return first_lanes<L>(a.relu ? where_at_most<L>(z, zero, zero, z) : z, count - n);
         };
-        Taps<L> taps;
-        store<L>(a.y + base + i * L, pool<L>(d, int(i) / vectors, taps, z));
-        *reinterpret_cast<Taps<L>*>(a.index + base + i * L) = taps;
+        Index<L> index;
+        store<L>(a.y + base + i * L, pool<L>(d, int(i) / vectors, index, z));
+        *reinterpret_cast<Index<L>*>(a.index + base + i * L) = index;
     }
 }
 

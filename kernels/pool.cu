@@ -46,9 +46,9 @@ BARRIER_FREE_KERNEL(REAL(max_pool_forward), MaxPoolForwardArgs, THREADS) {
     const int vectors = d.n / L;
     EACH(i, int64_t(d.p) * d.q * vectors) {
         const int n = int(i) % vectors * L;
-        Taps<L> taps;
-        store<L>(a.y + base + i * L, pool<L>(d, int(i) / vectors, taps, [&](int pixel) { return load<L>(x + pixel * d.n + n); }));
-        *reinterpret_cast<Taps<L>*>(a.index + base + i * L) = taps;
+        Index<L> index;
+        store<L>(a.y + base + i * L, pool<L>(d, int(i) / vectors, index, [&](int pixel) { return load<L>(x + pixel * d.n + n); }));
+        *reinterpret_cast<Index<L>*>(a.index + base + i * L) = index;
     }
 }
 

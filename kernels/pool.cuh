@@ -12,7 +12,7 @@ struct PoolShape {
 
 // The taps of a vector of windows, as they lie in memory.
 template <int L>
-struct alignas(L) Taps {
+struct alignas(L) Index {
     uint8_t lane[L];
 };
 
@@ -28,24 +28,24 @@ DEVICE Windows windows_over(int at, int outputs, const PoolShape& d) {
 
 // The maximum of a vector of windows of pixel (p, q) = `pixel`, and where the first is. value(pixel of x) is what lies there.
 template <int L, class Value>
-DEVICE Samples<L> pool(const PoolShape& d, int pixel, Taps<L>& taps, Value value) {
+DEVICE Samples<L> pool(const PoolShape& d, int pixel, Index<L>& index, Value value) {
     const int top = pixel / d.q * d.stride - d.pad, left = pixel % d.q * d.stride - d.pad;
     const int r0 = int(max64(0, -top)), r1 = int(min64(d.kernel, d.h - top));
     const int s0 = int(max64(0, -left)), s1 = int(min64(d.kernel, d.w - left));
     Samples<L> best = value((top + r0) * d.w + left + s0);
-    Samples<L> index = splat<L>(float(r0 * d.kernel + s0));
+    Samples<L> first = splat<L>(float(r0 * d.kernel + s0));
     for (int r = r0; r < r1; ++r) {
         for (int s = s0; s < s1; ++s) {
             const Samples<L> tap = splat<L>(float(r * d.kernel + s));
             const Samples<L> other = value((top + r) * d.w + left + s);
             // best stays where other <= best, and where it is NaN: there best <= best fails.
             const Samples<L> larger = where_at_most<L>(other, best, best, other);
-            const Samples<L> where = where_at_most<L>(other, best, index, tap);
-            index = where_at_most<L>(best, best, where, index);
+            const Samples<L> where = where_at_most<L>(other, best, first, tap);
+            first = where_at_most<L>(best, best, where, first);
             best = where_at_most<L>(best, best, larger, best);
         }
     }
-    UNROLL for (int lane = 0; lane < L; ++lane) taps.lane[lane] = uint8_t(index[lane]);
+    UNROLL for (int lane = 0; lane < L; ++lane) index.lane[lane] = uint8_t(first[lane]);
     return best;
 }
 
@@ -60,7 +60,7 @@ DEVICE Samples<L> pooled_gradient(const PoolShape& d, const Real* dy, const uint
         for (int q = across.first; q < across.end; ++q) {
             const int tap = (h - p * d.stride) * d.kernel + w - q * d.stride;
             const int at = (p * d.q + q) * d.n + n;
-            const Taps<L> winner = *reinterpret_cast<const Taps<L>*>(index + at);
+            const Index<L> winner = *reinterpret_cast<const Index<L>*>(index + at);
             Samples<L> off;  // from the tap that won
             UNROLL for (int lane = 0; lane < L; ++lane) off[lane] = float(winner.lane[lane] - tap);
             sum += where_at_most<L>(off * off, zero, load<L>(dy + at), zero);

@@ -151,6 +151,7 @@ DEVICE bf16 round_to_bf16(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
     return y;
 }
+// Of each the nearest bf16.
 template <int L>
 DEVICE Samples<L> rounded_to_bf16(Samples<L> x) {
     UNROLL for (int i = 0; i < L; ++i) x.lane[i] = widen(round_to_bf16(x.lane[i]));

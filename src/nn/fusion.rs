@@ -21,9 +21,10 @@ pub(super) struct Fusion {
     pub gradient_is_summed: bool,
     /// Of a batch norm that adds what another has made, in training: both passes of that layer are its own, but for statistics.
     pub added_norm: Option<usize>,
-    /// Of a max pool that alone reads what a batch norm makes, in training: as above.
+    /// Of a max pool that alone reads what a batch norm makes, in training: both passes of the norm are its own, but for
+    /// statistics.
     pub pooled_norm: Option<usize>,
-    /// Of that other norm, whose result is not written then.
+    /// Of a batch norm that another layer does the work of, in one of these ways: its result is not written.
     pub is_within: bool,
     /// Of a convolution: a second value, which it writes too.
     pub beside: Option<Beside>,

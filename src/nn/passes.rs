@@ -20,11 +20,11 @@ use crate::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, Normalised, Normed, norm_apply,
-    norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, Normalised, Normed,
+    norm_apply, norm_backward, norm_eval, norm_forward,
 };
 use crate::ops::norm_join::{norm_join, norm_join_gradient, norm_statistics};
-use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use crate::ops::norm_pair::{NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 use crate::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
 use crate::ops::pointwise::{shortcut_backward, shortcut_forward};
 use crate::ops::pool::{max_pool_backward, max_pool_forward, mean_pool_backward, mean_pool_forward};

@@ -414,6 +414,16 @@ impl NormGradient<'_> {
     }
 }
 
+/// Where the gradients of a batch norm are written.
+pub struct NormGradients<'a> {
+    /// `[features]`.
+    pub dgamma: SliceMut<'a, f32>,
+    /// `[features]`.
+    pub dbeta: SliceMut<'a, f32>,
+    /// Of the size of x.
+    pub dx: RealsMut<'a>,
+}
+
 /// What the backward pass reads.
 pub struct NormBackward<'a> {
     /// What the forward pass did.

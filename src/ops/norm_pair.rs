@@ -1,6 +1,6 @@
 //! The sum of two batch norms with relu in the same pass (`kernels/norm_pair.cu`).
 
-use super::norm::{NormShape, Normalised, NormalisedArgs};
+use super::norm::{NormGradients, NormShape, Normalised, NormalisedArgs};
 use super::{check_len, check_precision, layouts_of};
 use crate::device::{Device, Ptr, Real, RealKernel, Reals, RealsMut, Slice, SliceMut, kernel_args, real_kernel};
 use crate::error::Result;
@@ -62,16 +62,6 @@ pub enum NormPairGradient<'a> {
     Whole(Reals<'a>),
     /// dz, whose sums [`norm_join_gradient`](super::norm_join::norm_join_gradient) has written where dgamma and dbeta are to be.
     Summed(Reals<'a>),
-}
-
-/// Where the gradients of a batch norm are written.
-pub struct NormGradients<'a> {
-    /// `[features]`.
-    pub dgamma: SliceMut<'a, f32>,
-    /// `[features]`.
-    pub dbeta: SliceMut<'a, f32>,
-    /// Of the size of x.
-    pub dx: RealsMut<'a>,
 }
 
 /// Backward: the gradients of both norms, overwritten, padded samples with zeros, but for sums that are there. `scratch` has

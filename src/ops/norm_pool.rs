@@ -1,7 +1,6 @@
 //! Batch norm, relu and the max pool that alone reads their result, in the same pass (`kernels/norm_pool.cu`).
 
-use super::norm::{NormShape, Normalised, NormalisedArgs};
-use super::norm_pair::NormGradients;
+use super::norm::{NormGradients, NormShape, Normalised, NormalisedArgs};
 use super::pool::PoolShape;
 use super::row_map::RowMap;
 use super::{check_len, check_precision, layouts_of, per_channel};

@@ -4,11 +4,11 @@ use super::{Check, SAMPLES, Trial};
 use crate::device::Buffer;
 use crate::error::Result;
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, NormShape, Normalised,
+    Normed, norm_backward, norm_eval, norm_forward,
 };
 use crate::ops::norm_join::{norm_join, norm_join_gradient};
-use crate::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use crate::ops::norm_pair::{NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 use crate::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
 use crate::ops::pool::PoolShape;
 

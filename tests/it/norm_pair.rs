@@ -1,9 +1,9 @@
 //! The sum of two batch norms against float64, of rows of many chunks and of batches with few true samples.
 
 use dilt::device::{Buffer, Device};
-use dilt::ops::norm::{NormRunning, NormSaved, NormShape, Normalised};
+use dilt::ops::norm::{NormGradients, NormRunning, NormSaved, NormShape, Normalised};
 use dilt::ops::norm_join::norm_statistics;
-use dilt::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use dilt::ops::norm_pair::{NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 
 use crate::norm::{TOLERANCE, plain, values};
 use crate::support::{Judged, Storage, Tensor, judge_bf16, on_devices, read, unwritten};

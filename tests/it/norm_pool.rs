@@ -2,9 +2,9 @@
 
 use dilt::device::{Buffer, Device};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormShape, Normalised, Normed, norm_apply, norm_backward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormShape, Normalised, Normed, norm_apply,
+    norm_backward,
 };
-use dilt::ops::norm_pair::NormGradients;
 use dilt::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
 use dilt::ops::pool::{PoolShape, max_pool_backward, max_pool_forward};
 use dilt::ops::row_map::RowMap;

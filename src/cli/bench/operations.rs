@@ -13,10 +13,10 @@ use dilt::ops::layer_norm::{
     LayerNormAffine, LayerNormBackward, LayerNormShape, LayerNormStatistics, layer_norm_backward, layer_norm_forward,
 };
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_backward, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, NormShape, Normalised,
+    Normed, norm_backward, norm_forward,
 };
-use dilt::ops::norm_pair::{NormGradients, NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
+use dilt::ops::norm_pair::{NormPair, NormPairGradient, norm_pair_backward, norm_pair_forward};
 use dilt::ops::norm_pool::{NormPool, norm_pool_backward, norm_pool_forward};
 use dilt::ops::optimizer::{AdamW, OptimizerInput, Sgd, adamw_step, sgd_step};
 use dilt::ops::pool::PoolShape;
