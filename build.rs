@@ -2,9 +2,9 @@
 //! with nvcc, where there is one, into fat binaries that the binary embeds. Writes `kernels.rs`, the list of both.
 //!
 //! Environment: `NVCC`, `CUDA_HOME` (where nvcc is), `DILT_REQUIRE_NVCC=1` (no nvcc is an error), `DILT_CUDA_ARCHS`
-//! (default `80,90a`), `DILT_DENY_WARNINGS=1` (what the C++ compiler warns of is an error), `DILT_SANITIZE=address|thread`
-//! (a sanitizer build, which `scripts/sanitize.sh` makes: the host device alone, instrumented, with the faulty kernels of
-//! `tests/faults/` that prove that the sanitizer sees them).
+//! (default `80,90a`), `DILT_HOST_SETS` (default `base,v3,v4`), `DILT_DENY_WARNINGS=1` (what the C++ compiler warns of is an
+//! error), `DILT_SANITIZE=address|thread` (a sanitizer build, which `scripts/sanitize.sh` makes: the host device alone,
+//! instrumented, with the faulty kernels of `tests/faults/` that prove that the sanitizer sees them).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -60,7 +60,11 @@ impl Sanitizer {
     fn new(name: &str) -> Self {
         let (flags, runtimes): (&[&str], &[&str]) = match name {
             "address" => (
-                &["-fsanitize=address,undefined,float-divide-by-zero,bounds-strict", "-fno-sanitize-recover=all"],
+                &[
+                    "-fsanitize=address,undefined,float-divide-by-zero,bounds-strict",
+                    "-fno-sanitize-recover=all",
+                    "-DDILT_ALIGNED_AS_ON_GPU",
+                ],
                 &["libasan.a", "libubsan.a"],
             ),
             "thread" => (&["-fsanitize=thread"], &["libtsan.a"]),
@@ -80,9 +84,10 @@ impl Sanitizer {
     }
 }
 
-/// What nvcc made: the architectures, and a fat binary of each kernel file; nothing without nvcc.
+/// What nvcc made: its major version, the architectures, and a fat binary of each kernel file; nothing without nvcc.
 #[derive(Default)]
 struct Cuda {
+    major_version: Option<i32>,
     archs: Vec<String>,
     fatbins: Vec<PathBuf>,
 }
@@ -172,23 +177,38 @@ fn write_if_changed(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
 }
 
-/// Compiles every kernel file for each instruction set of this architecture; returns the sets' names, best last.
+/// The instruction sets of this architecture that host kernels are compiled for, best last: name and compiler flag.
+fn host_sets(sanitized: bool) -> Vec<(&'static str, &'static str)> {
+    let known: &[(&str, &str)] = match env::var("CARGO_CFG_TARGET_ARCH").unwrap().as_str() {
+        "x86_64" => &[("base", "-march=x86-64"), ("v3", "-march=x86-64-v3"), ("v4", "-march=x86-64-v4")],
+        _ => &[("base", "")],
+    };
+    // Sanitizer builds test the code, not the instruction set: one is enough, and it must run on any machine.
+    if sanitized {
+        return known[..1].to_vec();
+    }
+    let Some(asked) = environment("DILT_HOST_SETS") else { return known.to_vec() };
+    let asked: Vec<_> = asked.split(',').map(str::trim).collect();
+    let names: Vec<_> = known.iter().map(|(name, _)| *name).collect();
+    let unknown = asked.iter().find(|name| !names.contains(name));
+    assert!(
+        unknown.is_none() && asked.contains(&"base"),
+        "DILT_HOST_SETS: expected base and any of {names:?}, got {asked:?}"
+    );
+    known.iter().filter(|(name, _)| asked.contains(name)).copied().collect()
+}
+
+/// Compiles every kernel file for each instruction set; returns the sets' names, best last.
 fn compile_host(
     root: &Path,
     out: &Path,
     wrappers: &[(String, PathBuf)],
     sanitizer: Option<&Sanitizer>,
 ) -> Vec<&'static str> {
-    let x86 = env::var("CARGO_CFG_TARGET_ARCH").unwrap() == "x86_64";
-    // Sanitizer builds test the code, not the instruction set: one is enough, and it must run on any machine.
-    let sets: &[(&str, &str)] = match (x86, sanitizer.is_none()) {
-        (true, true) => &[("base", "-march=x86-64"), ("v3", "-march=x86-64-v3"), ("v4", "-march=x86-64-v4")],
-        (true, false) => &[("base", "-march=x86-64")],
-        (false, _) => &[("base", "")],
-    };
+    let sets = host_sets(sanitizer.is_some());
     // Instrumented code makes the compiler warn of what is not there.
     let deny_warnings = environment("DILT_DENY_WARNINGS").is_some_and(|value| value != "0") && sanitizer.is_none();
-    for (name, march) in sets {
+    for (name, march) in &sets {
         let folder = out.join(name);
         fs::create_dir_all(&folder).unwrap();
         let mut build = cc::Build::new();
@@ -284,7 +304,20 @@ fn compile_cuda(nvcc: &Path, root: &Path, out: &Path, wrappers: &[(String, PathB
         report.push_str(log);
     }
     fs::write(out.join("ptxas.txt"), report).unwrap();
-    Cuda { archs, fatbins: results.into_iter().map(|(fatbin, _)| fatbin).collect() }
+    Cuda {
+        major_version: Some(major_version(nvcc)),
+        archs,
+        fatbins: results.into_iter().map(|(fatbin, _)| fatbin).collect(),
+    }
+}
+
+/// The number before the point of its release.
+fn major_version(nvcc: &Path) -> i32 {
+    let output = Command::new(nvcc).arg("--version").output().expect("has compiled");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let major =
+        text.split("release ").nth(1).and_then(|rest| rest.split('.').next()).and_then(|major| major.parse().ok());
+    major.unwrap_or_else(|| panic!("{} --version: expected a release, got:\n{text}", nvcc.display()))
 }
 
 /// `kernels.rs`: the host kernels of each instruction set, the fat binaries, and the C++ side of each struct.
@@ -308,6 +341,8 @@ fn kernel_list(sources: &[Source], sets: &[&str], cuda: &Cuda) -> String {
     }
     writeln!(text, "];\n/// Architectures that the fat binaries have machine code for; empty without nvcc.").unwrap();
     writeln!(text, "pub(crate) const CUDA_ARCHS: &[&str] = &{:?};", cuda.archs).unwrap();
+    writeln!(text, "/// Major version of the nvcc that made them.").unwrap();
+    writeln!(text, "pub(crate) const NVCC_MAJOR: Option<i32> = {:?};", cuda.major_version).unwrap();
     writeln!(text, "/// Stem and fat binary of each kernel file; empty without nvcc.").unwrap();
     writeln!(text, "pub(crate) static CUDA_IMAGES: &[(&str, &[u8])] = &[").unwrap();
     for (source, fatbin) in sources.iter().zip(&cuda.fatbins) {

@@ -26,7 +26,7 @@ struct alignas(1024) BoxesShared {
 KERNEL(ceiling_wgmma_multiply_bf16, MultiplyBoxesArgs, BoxesShared, THREADS, 1) {
     if constexpr (HOPPER) {
         SHARED(BoxesShared, shared);
-        const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+        const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
         if (thread == 0) {
             start(shared.barrier, 1);
             barriers_started();
@@ -50,5 +50,7 @@ KERNEL(ceiling_wgmma_multiply_bf16, MultiplyBoxesArgs, BoxesShared, THREADS, 1) 
         float* to = a.sum + int64_t(blockIdx.x) * ROWS * COLUMNS + (warp * 16 + lane / 4) * COLUMNS + lane % 4 * 2;
         UNROLL for (int j = 0; j < COLUMNS / 8; ++j)
             UNROLL for (int e = 0; e < 4; ++e) to[e / 2 * 8 * COLUMNS + 8 * j + e % 2] = sum[j].value[e];
+    } else {
+        not_hopper();
     }
 }

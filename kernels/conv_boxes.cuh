@@ -45,7 +45,7 @@ struct BoxTile {
     // Adds `steps` stages to the sums of a warp that multiplies; calls meanwhile(stage) while wgmma is at work.
     template <class Meanwhile>
     DEVICE static void multiply(Shared& shared, int thread, int steps, SumTile (&sum)[RIGHTS], Meanwhile meanwhile) {
-        const int warp = thread / 32, lane = thread % 32;
+        const int warp = uniform(thread / 32), lane = thread % 32;
         WarpGroupProduct<WIDTH, LEFT_TRANSPOSED, RIGHT_TRANSPOSED> product(thread);
         for (int step = 0; step < steps; ++step) {
             const int i = step % STAGES;

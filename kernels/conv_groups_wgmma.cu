@@ -177,6 +177,8 @@ struct GroupGradient {
     if constexpr (HOPPER) {                                                       \
         SHARED(Product::Shared, shared);                                          \
         Product::run(a, shared, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z); \
+    } else {                                                                      \
+        not_hopper();                                                             \
     }
 
 // Grid of the products: column tiles, groups, classes of pixels. Named by rows x columns.
@@ -196,5 +198,7 @@ KERNEL(conv_groups_weight_gradient_wgmma_64x128_bf16, ConvSparseGradientArgs, Gr
     if constexpr (HOPPER) {
         SHARED(GroupGradient::Shared, shared);
         GroupGradient::run(a, shared, threadIdx.x, blockIdx.x, blockIdx.y);
+    } else {
+        not_hopper();
     }
 }

@@ -157,6 +157,8 @@ struct BoxGradient {
     if constexpr (HOPPER) {                                                            \
         SHARED(Product::Shared, shared);                                               \
         Product::run(a, shared, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);      \
+    } else {                                                                           \
+        not_hopper();                                                                  \
     }
 
 // Grid of the products: column tiles, row tiles, classes of pixels. Named by rows x columns.

@@ -98,7 +98,7 @@ struct Scaling {
         float part[WARPS][COLUMNS];
         float worst[WARPS];
         uint32_t end;
-        float rows[HELD == 0 ? 1 : WARPS * HELD][HELD == 0 ? 4 : COLUMNS];
+        alignas(16) float rows[HELD == 0 ? 1 : WARPS * HELD][HELD == 0 ? 4 : COLUMNS];
     };
     using Row = Samples<4>[GROUPS];
 

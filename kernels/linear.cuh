@@ -49,7 +49,7 @@ DEVICE void multiply(const Part& part, const float (&panel)[DEPTH][PANEL], const
     Samples<LANES> sum[R][VECTORS];
     UNROLL for (int i = 0; i < R; ++i)
         UNROLL for (int v = 0; v < VECTORS; ++v)
-            sum[i][v] = part.adds ? load<LANES>(to + i * pitch + v * LANES)
+            sum[i][v] = part.adds ? load_anywhere<LANES>(to + i * pitch + v * LANES)
                                   : splat<LANES>(part.bias ? part.bias[i] : 0.0f);
     const float* a = part.a;
     for (int step = 0; step < part.depth; ++step, a += part.step_stride) {
@@ -60,7 +60,7 @@ DEVICE void multiply(const Part& part, const float (&panel)[DEPTH][PANEL], const
     }
     UNROLL for (int i = 0; i < R; ++i)
         UNROLL for (int v = 0; v < VECTORS; ++v)
-            store<LANES>(to + i * pitch + v * LANES, part.masks ? kept<LANES>(sum[i][v], live[v]) : sum[i][v]);
+            store_anywhere<LANES>(to + i * pitch + v * LANES, part.masks ? kept<LANES>(sum[i][v], live[v]) : sum[i][v]);
 }
 
 // R rows. The panel at the edge of `to` is multiplied beside it.

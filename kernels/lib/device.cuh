@@ -79,7 +79,7 @@ constexpr int blocks_of_array(int, int array_blocks) { return array_blocks; }
 
 extern __shared__ __align__(1024) unsigned char dilt_shared[];
 #define SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(dilt_shared)
-#define LOCAL(Type, name) __shared__ Type name
+#define LOCAL(Type, name) __shared__ alignas(16) alignas(Type) Type name
 
 #define EACH(i, n)                                                                            \
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < (n);                 \
@@ -128,6 +128,14 @@ DEVICE Samples<L> load(const float* p) {
     return x;
 }
 
+// The same at an address that is a multiple of an element's size alone.
+template <int L>
+DEVICE Samples<L> load_anywhere(const float* p) {
+    Samples<L> x;
+    UNROLL for (int i = 0; i < L; ++i) x.lane[i] = p[i];
+    return x;
+}
+
 // R values at a place that is the same for all threads of a warp: something to be indexed.
 template <int R>
 DEVICE Samples<R> load_uniform(const float* p) {
@@ -143,6 +151,11 @@ DEVICE void store(float* p, const Samples<L>& x) {
     } else {
         UNROLL for (int i = 0; i < L; ++i) p[i] = x.lane[i];
     }
+}
+
+template <int L>
+DEVICE void store_anywhere(float* p, const Samples<L>& x) {
+    UNROLL for (int i = 0; i < L; ++i) p[i] = x.lane[i];
 }
 
 DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }

@@ -36,8 +36,12 @@ DEVICE int place_in_box(int row, int chunk) { return row * BOX + (chunk ^ row % 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool HOPPER = true;
 #else
-constexpr bool HOPPER = false;  // compiled for another GPU: nothing here may be called
+constexpr bool HOPPER = false;  // compiled for another GPU: nothing here may be called but the trap
 #endif
+DEVICE void not_hopper() { __trap(); }
+
+// What is the same in all lanes of a warp, told to the compiler, which then computes with it once for all.
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // Counts what a phase of a stage waits for: threads that arrive, and bytes that copies bring. Phases alternate in parity.
 struct PhaseBarrier {
@@ -143,6 +147,8 @@ struct WarpGroupProduct {
 #else
 
 constexpr bool HOPPER = true;
+DEVICE void not_hopper() {}
+DEVICE int uniform(int x) { return x; }
 
 struct PhaseBarrier {
     int32_t bytes;     // that have not come

@@ -51,7 +51,7 @@ struct HostKernel {
 #define KERNEL(name, Args, Shared, max_threads, ...) DILT_HOST_KERNEL(name, Args, Shared, max_threads, 0)
 #define BARRIER_FREE_KERNEL(name, Args, max_threads, ...) DILT_HOST_KERNEL(name, Args, NoShared, max_threads, 1)
 #define SHARED(Type, name) Type& name = *static_cast<Type*>(dilt_shared)
-#define LOCAL(Type, name) Type name
+#define LOCAL(Type, name) alignas(16) alignas(Type) Type name
 
 // Waiting. Each call names its place in the source: threads of a block that wait at different places are an error.
 #define DILT_TEXT2(x) #x
@@ -110,22 +110,33 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+// What the address of L elements that are loaded at once is a multiple of. Here that of one would do; the address sanitizer
+// is told what a GPU demands.
+#ifdef DILT_ALIGNED_AS_ON_GPU
+constexpr int alignment(int bytes, int lanes) { return lanes % 4 ? bytes : lanes * bytes < 16 ? lanes * bytes : 16; }
+#else
+constexpr int alignment(int bytes, int) { return bytes; }
+#endif
+
 // L consecutive samples of one feature row, held by one thread: a vector type, since plain arrays of accumulators
 // run ten times slower under g++ 12.
 template <int L>
 struct SamplesOf {
     typedef float type __attribute__((vector_size(4 * L)));
-    typedef float unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+    typedef float in_memory __attribute__((vector_size(4 * L), aligned(alignment(4, L)), may_alias));
+    typedef float anywhere __attribute__((vector_size(4 * L), aligned(4), may_alias));
     typedef int32_t words __attribute__((vector_size(4 * L)));
     typedef uint32_t bits __attribute__((vector_size(4 * L)));
     typedef uint16_t halves __attribute__((vector_size(2 * L)));
-    typedef uint16_t unaligned_halves __attribute__((vector_size(2 * L), aligned(2), may_alias));
+    typedef uint16_t halves_in_memory __attribute__((vector_size(2 * L), aligned(alignment(2, L)), may_alias));
 };
 template <int L>
 using Samples = typename SamplesOf<L>::type;
 
 template <int L>
-DEVICE Samples<L> load(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::unaligned*>(p); }
+DEVICE Samples<L> load(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::in_memory*>(p); }
+template <int L>
+DEVICE Samples<L> load_anywhere(const float* p) { return *reinterpret_cast<const typename SamplesOf<L>::anywhere*>(p); }
 DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 DEVICE bf16 round_to_bf16(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -136,7 +147,7 @@ DEVICE uint32_t round_pair(float low, float high) {
 }
 template <int L>
 DEVICE Samples<L> load(const bf16* p) {
-    const typename SamplesOf<L>::halves halves = *reinterpret_cast<const typename SamplesOf<L>::unaligned_halves*>(p);
+    const typename SamplesOf<L>::halves halves = *reinterpret_cast<const typename SamplesOf<L>::halves_in_memory*>(p);
     return (Samples<L>)(__builtin_convertvector(halves, typename SamplesOf<L>::bits) << 16);
 }
 // Of each the nearest bf16, in the upper half of its word.
@@ -151,7 +162,7 @@ DEVICE Samples<L> rounded_to_bf16(const Samples<L>& x) {
 }
 template <int L>
 DEVICE void store(bf16* p, const Samples<L>& x) {
-    *reinterpret_cast<typename SamplesOf<L>::unaligned_halves*>(p) =
+    *reinterpret_cast<typename SamplesOf<L>::halves_in_memory*>(p) =
         __builtin_convertvector(nearest_bf16<L>(x) >> 16, typename SamplesOf<L>::halves);
 }
 // R values that are each multiplied with a vector: it is loaded into all lanes from where it lies.
@@ -160,7 +171,9 @@ DEVICE const float* load_uniform(const float* p) {
     return p;
 }
 template <int L>
-DEVICE void store(float* p, const Samples<L>& x) { *reinterpret_cast<typename SamplesOf<L>::unaligned*>(p) = x; }
+DEVICE void store(float* p, const Samples<L>& x) { *reinterpret_cast<typename SamplesOf<L>::in_memory*>(p) = x; }
+template <int L>
+DEVICE void store_anywhere(float* p, const Samples<L>& x) { *reinterpret_cast<typename SamplesOf<L>::anywhere*>(p) = x; }
 
 // Lane by lane x <= limit ? yes : no, so `no` where one of the two is NaN.
 template <int L>

@@ -117,9 +117,15 @@ DILT_CALL void dilt_multiply_add(const char* site, int lane, SumTile& sum, const
         }
 }
 
+// What a GPU reads or copies 16 bytes of at once.
+DEVICE void demand_alignment(const void* p) {
+    if (uintptr_t(p) % 16) __builtin_trap();
+}
+
 #define load_matrices(lane, transposed, row, words) dilt_load_matrices(DILT_SITE, lane, transposed, row, words)
 DILT_CALL void dilt_load_matrices(const char* site, int lane, bool transposed, const bf16* row,
                                   uint32_t (&words)[4]) {
+    demand_alignment(row);
     const uint64_t own[4] = {uint64_t(row), 0, 0, 0};
     const uint64_t(*lanes)[4] = dilt_host_gather(site, &own);
     const int g = lane / 4, t = lane % 4;
@@ -131,6 +137,7 @@ DILT_CALL void dilt_load_matrices(const char* site, int lane, bool transposed, c
 
 DEVICE LeftTile load_left_packed(int lane, const bf16* at) {
     LeftTile tile;
+    demand_alignment(at);
     memcpy(tile.word, at + lane * 8, sizeof tile.word);
     return tile;
 }
@@ -150,6 +157,7 @@ struct AsyncCopies {
 
     DEVICE void copy(bf16* to, const bf16* from, bool there) {
         if (end - first == PENDING) __builtin_trap();
+        demand_alignment(to), demand_alignment(from);
         memset(to, 0xff, 16);
         pending[end++ % PENDING] = {to, from, group, there};
     }

@@ -26,8 +26,7 @@ pub struct ExperimentOptions {
     runs: RunOptions,
     /// Most trainings that run side by side on the device, 1 to 32: of parts, tickets and seeds. The result is the same
     /// with any number, and so is the run folder; memory is K times that of a training. For trainings too small to fill the
-    /// device, but what it gains is not measured yet. On a GPU each has a stream of its own (not yet tried on one): for more
-    /// than 8, set the environment variable CUDA_DEVICE_MAX_CONNECTIONS=32.
+    /// device, but what it gains is not measured yet. On a GPU each has a stream of its own (not yet tried on one).
     #[arg(long, default_value_t = 1, value_name = "K", allow_negative_numbers = true, help_heading = "Computing")]
     pub streams: usize,
     /// Do the steps of the trainings that run side by side together: what they launch alike, tickets of one architecture

@@ -6,6 +6,13 @@ unsafe extern "C" {
     fn __asan_unpoison_memory_region(address: *const std::ffi::c_void, bytes: usize);
 }
 
+/// UndefinedBehaviorSanitizer asks for its options: whoever called what it reports is named too, since loads are inlined.
+#[cfg(dilt_sanitize = "address")]
+#[unsafe(no_mangle)]
+extern "C" fn __ubsan_default_options() -> *const std::ffi::c_char {
+    c"print_stacktrace=1".as_ptr()
+}
+
 /// Reports every later use of these bytes, until they are freed or unpoisoned.
 #[cfg_attr(not(dilt_sanitize = "address"), expect(unused_variables))]
 pub(super) fn poison(address: u64, bytes: usize) {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use cudarc::driver::{result, sys};
 
 use super::graph::Work;
-use super::kernel::{CUDA_ARCHS, CUDA_IMAGES, KERNEL_FILES, host_kernel};
+use super::kernel::{CUDA_ARCHS, CUDA_IMAGES, KERNEL_FILES, NVCC_MAJOR, host_kernel};
 use super::{Launch, lock};
 use crate::error::{Error, Result};
 use crate::profile::range;
@@ -28,6 +28,8 @@ struct Loaded {
     functions: HashMap<&'static str, Function>,
     name: String,
     capability: (i32, i32),
+    /// Whether the driver took the code for sm_90a.
+    wgmma: bool,
 }
 
 struct Function {
@@ -36,6 +38,8 @@ struct Function {
     array: Option<sys::CUfunction>,
     max_threads: u32,
     shared_bytes: u32,
+    /// The most that this GPU gives it.
+    most_shared: u32,
 }
 
 // SAFETY: the driver's handles may be used from any thread; each call sets the context of its thread first.
@@ -70,8 +74,14 @@ fn driver() -> &'static std::result::Result<i32, String> {
         // SAFETY: writes one integer; needs no initialisation.
         unsafe { sys::cuDriverGetVersion(&mut version).result() }
             .map_err(|error| format!("the CUDA driver gives no version: {error:?}"))?;
-        if version < 12_000 {
-            return Err(format!("the CUDA driver is too old: expected 12.0 or newer, got {}", text(version)));
+        // 12.8 has every function that is called here; code of a newer nvcc wants a driver of its own major version.
+        let needed = NVCC_MAJOR.map_or(0, |major| 1000 * major).max(12_080);
+        if version < needed {
+            return Err(format!(
+                "the CUDA driver is too old: expected {} or newer, got {}",
+                text(needed),
+                text(version)
+            ));
         }
         result::init().map_err(|error| format!("the CUDA driver cannot start: {error:?}"))?;
         Ok(version)
@@ -135,10 +145,15 @@ impl Loaded {
         }
         let device = result::device::get(index as i32).map_err(failed("no such device"))?;
         let Gpu { name, capability, .. } = Gpu::find(index)?;
-        // SAFETY: the device is valid; the context is released in Drop.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("no context"))?;
+        // SAFETY: the device is valid; the context is released in Drop. Threads that wait let others run, who decode images
+        // or have streams of their own; where the driver refuses that, they do not.
+        let context = unsafe {
+            let _ = sys::cuDevicePrimaryCtxSetFlags_v2(device, sys::CUctx_flags::CU_CTX_SCHED_YIELD as u32);
+            result::primary_ctx::retain(device)
+        }
+        .map_err(failed("no context"))?;
         let (modules, functions) = (Vec::new(), HashMap::new());
-        let mut loaded = Loaded { context, device, modules, functions, name, capability };
+        let mut loaded = Loaded { context, device, modules, functions, name, capability, wgmma: false };
         loaded.enter()?;
         loaded.load_kernels()?;
         let loaded = Arc::new(loaded);
@@ -158,28 +173,37 @@ impl Loaded {
             let mut words = vec![0u64; image.len().div_ceil(8)];
             bytemuck::cast_slice_mut(&mut words)[..image.len()].copy_from_slice(image);
             // SAFETY: the image is a fat binary that nvcc made, and is copied by the driver.
-            let module = unsafe { result::module::load_data(words.as_ptr().cast()) }
-                .map_err(failed(&format!("kernels/{stem}.cu has no image for {}", self.name)))?;
+            let module = unsafe { result::module::load_data(words.as_ptr().cast()) }.map_err(failed(&format!(
+                "kernels/{stem}.cu, made for {CUDA_ARCHS:?}, does not load on {}",
+                self.name
+            )))?;
             self.modules.push(module);
             for &kernel in kernels {
                 let missing = || Error::Device(format!("CUDA: kernel {kernel} is not in its image"));
-                let handle = self.function(module, kernel)?.ok_or_else(missing)?;
-                let array = self.function(module, &format!("{kernel}_array"))?;
-                let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-                // SAFETY: the function is valid.
-                let threads = unsafe { result::function::get_function_attribute(handle, most) }
-                    .map_err(failed("function attribute"))?;
+                let (handle, most_shared) = self.function(module, kernel)?.ok_or_else(missing)?;
+                let array = self.function(module, &format!("{kernel}_array"))?.map(|(handle, _)| handle);
+                let attribute = |which| {
+                    // SAFETY: the function is valid.
+                    unsafe { result::function::get_function_attribute(handle, which) }
+                        .map_err(failed("function attribute"))
+                };
+                let max_threads = attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)? as u32;
+                if kernel.contains("_wgmma_") {
+                    // Which code it is, where the driver has a choice (CUDA_FORCE_PTX_JIT): that for other GPUs is a trap.
+                    let made_for = attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
+                    self.wgmma = self.capability == (9, 0) && made_for == 90;
+                }
                 // Both compilers lay the struct out alike, so the host's entry knows its size.
                 let shared_bytes = host_kernel(kernel).map_or(0, |sets| sets[0].shared_bytes);
-                let function = Function { handle, array, max_threads: threads as u32, shared_bytes };
-                self.functions.insert(kernel, function);
+                self.functions.insert(kernel, Function { handle, array, max_threads, shared_bytes, most_shared });
             }
         }
         Ok(())
     }
 
-    /// A module's function of this name, which may have all the shared memory that there is; `None` if it has none.
-    fn function(&self, module: sys::CUmodule, name: &str) -> Result<Option<sys::CUfunction>> {
+    /// A module's function of this name, which may have all the shared memory that there is, and how much that is; `None` if
+    /// there is no such function.
+    fn function(&self, module: sys::CUmodule, name: &str) -> Result<Option<(sys::CUfunction, u32)>> {
         let symbol = CString::new(name).expect("a C identifier");
         // SAFETY: the module is loaded.
         let handle = match unsafe { result::module::get_function(module, symbol) } {
@@ -196,8 +220,8 @@ impl Loaded {
             let declared = result::function::get_function_attribute(handle, declared).map_err(failed("attribute"))?;
             let shared = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             result::function::set_function_attribute(handle, shared, bytes - declared).map_err(failed("attribute"))?;
+            Ok(Some((handle, (bytes - declared) as u32)))
         }
-        Ok(Some(handle))
     }
 }
 
@@ -231,7 +255,11 @@ impl Cuda {
 
     /// Whether this GPU runs the code for sm_90a, which no other does.
     pub(super) fn has_wgmma(&self) -> bool {
-        self.loaded.capability == (9, 0) && CUDA_ARCHS.contains(&"90a")
+        self.loaded.wgmma
+    }
+
+    pub(super) fn has_shared_memory_for(&self, kernel: &str) -> bool {
+        self.loaded.functions.get(kernel).is_some_and(|function| function.shared_bytes <= function.most_shared)
     }
 
     /// Whether a kernel can be launched in this shape for several tickets at once, whose number is then the grid's z.
@@ -381,7 +409,7 @@ impl Cuda {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is valid and not the default one.
         unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("capture"))?;
-        let captured = work.iter().try_for_each(|work| self.run(work));
+        let captured = work.iter().try_for_each(|work| self.run(work).map_err(|error| work.named(error)));
         // SAFETY: a capture is under way on this stream; the graph is destroyed once instantiated.
         unsafe {
             let graph = result::stream::end_capture(self.stream).map_err(failed("capture"));

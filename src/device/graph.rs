@@ -167,6 +167,17 @@ impl Work {
             _ => None,
         }
     }
+
+    /// An error with what it is of.
+    pub(super) fn named(&self, error: Error) -> Error {
+        match self {
+            Work::Launch { kernel, launch: Launch { grid, block }, args } => {
+                let tickets = args.tickets();
+                Error::Device(format!("kernel {kernel}, grid {grid:?}, block {block}, {tickets} at once: {error}"))
+            }
+            _ => error,
+        }
+    }
 }
 
 impl Graph {

@@ -218,6 +218,14 @@ impl Device {
         }
     }
 
+    /// Whether a block of this kernel has the shared memory that it needs: always on the host; smaller GPUs have less.
+    pub(crate) fn has_shared_memory_for<A>(&self, kernel: &Kernel<A>) -> bool {
+        match &self.0.backend {
+            Backend::Host(_) => true,
+            Backend::Cuda(cuda) => cuda.has_shared_memory_for(kernel.name),
+        }
+    }
+
     /// Threads for a block that shares rows or elements among `staged` threads: `staged`, or 1 with direct policy.
     pub fn threads(&self, staged: u32) -> u32 {
         match self.0.policy {

@@ -22,7 +22,8 @@ type Kernels = [Kernel<GwArgs>; 2];
 static RIGHT: Kernels = [Kernel::new("gw_right_product_f32"), Kernel::new("gw_right_product_direct_f32")];
 static STEP: Kernels = [Kernel::new("gw_step_product_f32"), Kernel::new("gw_step_product_direct_f32")];
 static VALUE: Kernels = [Kernel::new("gw_value_product_f32"), Kernel::new("gw_value_product_direct_f32")];
-/// Of so many rows and columns, at most, by so many threads.
+/// Of so many rows and columns, at most, by so many threads. The first keeps half of a matrix in 146 KiB of shared memory, for
+/// which GPUs of 99 KiB take the second.
 static SCALE: [(usize, u32, Kernel<GwArgs>); 4] = [
     (256, 512, Kernel::new("gw_scale_256_f32")),
     (512, 512, Kernel::new("gw_scale_512_f32")),
@@ -273,8 +274,9 @@ impl<'a> Couplings<'a> {
         let couplings = (self.sought.len() - args.first as usize) as u32;
         let (kernel, threads) = match device.policy() {
             Policy::Staged => {
+                let fits = |most: usize, kernel| self.most <= most && device.has_shared_memory_for(kernel);
                 let (_, threads, kernel) =
-                    SCALE.iter().find(|(most, ..)| self.most <= *most).expect("checked by Layers");
+                    SCALE.iter().find(|(most, _, kernel)| fits(*most, kernel)).expect("checked by Layers");
                 (kernel, *threads)
             }
             Policy::Direct => (&SCALE_DIRECT, 1),

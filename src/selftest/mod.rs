@@ -53,6 +53,10 @@ pub struct Outcome {
 /// # Errors
 /// As [`Device::with_policy`]. What fails in a kernel is told in its [`Outcome`].
 pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
+    // All of them now: after a kernel has failed, a GPU refuses new ones, and what was found would be lost.
+    let [direct, staged] = [Policy::Direct, Policy::Staged].map(|policy| device.with_policy(policy));
+    let policies = [(direct?, Policy::Staged), (staged?, Policy::Direct)];
+    let by_wgmma = device.has_wgmma().then(|| device.with_wgmma()).transpose()?;
     let mut findings = Vec::new();
     let mut test = |device: &Device, other: Policy, checks: &mut dyn Iterator<Item = (&Check, Precision)>| {
         let reference = Device::host(HostOptions { policy: other, isa: Some("base"), ..HostOptions::default() })?;
@@ -65,22 +69,21 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
         }
         Ok(())
     };
-    for (policy, other) in [(Policy::Direct, Policy::Staged), (Policy::Staged, Policy::Direct)] {
+    for (device, other) in &policies {
         let of_activations = checks::OF_ACTIVATIONS.iter().chain(convolution::OF_ACTIVATIONS);
         let of_activations = of_activations.chain(batch_norm::OF_ACTIVATIONS).chain(coupling::OF_ACTIVATIONS);
         let others = checks::OTHERS.iter().chain(convolution::OTHERS);
         let others = others.chain(batch_norm::OTHERS).chain(coupling::OTHERS);
         let each = of_activations.flat_map(|check| Precision::ALL.map(|precision| (check, precision)));
         let mut checks = each.chain(others.map(|check| (check, Precision::F32)));
-        test(&device.with_policy(policy)?, other, &mut checks)?;
+        test(device, *other, &mut checks)?;
     }
-    let by_wgmma = device.has_wgmma();
-    if by_wgmma {
+    if let Some(device) = &by_wgmma {
         let mut checks = convolution::BY_WGMMA.iter().map(|check| (check, Precision::Bf16));
-        test(&device.with_wgmma()?, Policy::Direct, &mut checks)?;
+        test(device, Policy::Direct, &mut checks)?;
     }
     let kernels = kernel_files().flat_map(|(_, kernels)| kernels);
-    let kernels = kernels.filter(|kernel| by_wgmma || !kernel.contains("_wgmma_"));
+    let kernels = kernels.filter(|kernel| by_wgmma.is_some() || !kernel.contains("_wgmma_"));
     Ok(kernels.map(|kernel| outcome(kernel, &findings)).collect())
 }
 

@@ -60,6 +60,11 @@ BARRIER_FREE_KERNEL(fault_shift, FaultArgs, FAULT_THREADS) {
     a.data[0] |= 1u << threadIdx.x;  // FAULT shift
 }
 
+BARRIER_FREE_KERNEL(fault_misaligned, FaultArgs, FAULT_THREADS) {
+    const float* values = reinterpret_cast<const float*>(a.data);
+    a.data[0] = uint32_t(load<4>(values + 1)[0]);  // FAULT misaligned
+}
+
 // ---------------------------------------------------------------------------- ThreadSanitizer
 
 // A histogram without atomics: two threads of a block count in one place.

@@ -88,6 +88,12 @@ fn undefined_arithmetic_is_reported() {
     assert_reported("shift", "shift", "shift exponent 32 is too large");
 }
 
+#[cfg(dilt_sanitize = "address")]
+#[test]
+fn a_vector_that_a_gpu_could_not_load_is_reported() {
+    assert_reported("misaligned", "misaligned", "which requires 16 byte alignment");
+}
+
 #[cfg(dilt_sanitize = "thread")]
 #[test]
 fn races_within_a_block_are_reported() {

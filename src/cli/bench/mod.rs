@@ -2,6 +2,7 @@
 
 mod op;
 mod operations;
+mod step;
 mod tickets;
 mod traffic;
 
@@ -9,7 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use dilt::device::{Device, Precision};
+use dilt::device::{Device, Event, Precision};
 use dilt::mask::Mask;
 use dilt::mask::set::MaskSet;
 use dilt::nn::init;
@@ -29,13 +30,14 @@ use dilt::train::{MOST_SAMPLES, Recipe};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use step::Trained;
 
 use crate::cli::{Common, ModelAndData};
 
 /// Measure a network, or a ticket beside its dense network: a training step, an evaluated batch, memory; with --plan
 /// layer by layer; with --bytes what it has to compute and to move; with --op a single operation.
 ///
-/// A step is forward pass, backward pass and optimizer on random numbers, captured once and replayed, without loading
+/// A step is forward pass, loss, backward pass and optimizer on random numbers, captured once and replayed, without loading
 /// data. The ticket and its dense network take turns; times are medians.
 ///
 /// Beside them stand two shares of what this device does at best, which is measured first, in a fraction of a second: the
@@ -225,40 +227,35 @@ impl Bench {
         let ceilings = Ceilings::measure(&device, self.common.precision())?;
         // The network itself last; before it, of a ticket, its dense network.
         let tickets: Vec<&Weights> = if weights.masks.is_empty() { vec![&weights] } else { vec![&dense, &weights] };
-        let open = |memory_for: Use| -> anyhow::Result<Vec<Network>> {
-            tickets.iter().map(|weights| self.network(&device, &model, weights, memory_for)).collect()
+        let to_train = |device: &Device, weights: &Weights| -> anyhow::Result<Trained> {
+            Ok(Trained::new(self.network(device, &model, weights, training)?, &model, self.batch)?)
         };
-        let mut trained = open(training)?;
-        let network = trained.last().expect("one at least");
+        let mut trained: Vec<_> = tickets.iter().map(|weights| to_train(&device, weights)).collect::<Result<_, _>>()?;
+        let network = &trained.last().expect("one at least").network;
         let layers = if self.plan { self.layers(&device, &model, network, &weights)? } else { Vec::new() };
         let plan = network.choices_hash();
         let bytes = Bytes {
-            dense: (trained.len() > 1).then(|| trained[0].plan().bytes),
+            dense: (trained.len() > 1).then(|| trained[0].network.plan().bytes),
             planned: network.plan().bytes,
             lists: network.list_bytes(),
         };
-        let optimizer = recipe.optimizer();
-        let train = |network: &mut Network| {
-            network.forward(Mode::Train)?;
-            network.backward()?;
-            network.update(&optimizer, recipe.clip_norm)
-        };
-        // The loss is not part of the step that is measured.
-        let step_work = step_work.iter().filter(|layer| layer.name != "loss").collect::<Vec<_>>();
+        let train = |trained: &mut Trained| trained.step(&recipe);
+        let step_work = step_work.iter().collect::<Vec<_>>();
         let step = self.row("training step", &device, &mut trained, train, &step_work, &ceilings)?;
-        let network = trained.last_mut().expect("one at least");
-        let kernels = if self.kernels { kernel_times(&device, || train(network))? } else { Vec::new() };
+        let last = trained.last_mut().expect("one at least");
+        let kernels = if self.kernels { kernel_times(&device, || train(last))? } else { Vec::new() };
         drop(trained);
         let mut rows = vec![step];
         if let Some(count) = self.tickets {
-            let open = |_| self.network(&device.with_policy(device.policy())?, &model, &weights, training);
-            let mut networks = (0..count).map(open).collect::<anyhow::Result<Vec<_>>>()?;
-            let times = tickets::measure(&device, &mut networks, self.runs(), train)?;
+            let open = |_| to_train(&device.with_policy(device.policy())?, &weights);
+            let mut trained = (0..count).map(open).collect::<anyhow::Result<Vec<_>>>()?;
+            let times = tickets::measure(&device, &mut trained, self.runs(), train)?;
             for (how, ms) in ["side by side", "together"].into_iter().zip(times) {
                 rows.push(self.timed(format!("{count} steps {how}"), count, ms, &step_work, &ceilings));
             }
         }
-        let mut evaluated = open(Use::Evaluate)?;
+        let evaluated = tickets.iter().map(|weights| self.network(&device, &model, weights, Use::Evaluate));
+        let mut evaluated: Vec<_> = evaluated.collect::<Result<_, _>>()?;
         let forward = |network: &mut Network| network.forward(Mode::Evaluate);
         let evaluation_work = evaluation_work.iter().collect::<Vec<_>>();
         rows.push(self.row("evaluation", &device, &mut evaluated, forward, &evaluation_work, &ceilings)?);
@@ -306,20 +303,18 @@ impl Bench {
         let batch = network.batch();
         device.write(&[self.batch as u32], batch.current.count)?;
         device.write_reals(&random(batch.x.len()), batch.x)?;
-        if let Some(gradient) = network.head().gradient {
-            device.write_reals(&random(gradient.len()), gradient)?;
-        }
         Ok(network)
     }
 
     /// Medians of what the networks take in turn for a piece of work, which is captured; `layers` is what the last of them
-    /// has to do in it.
-    fn row(
+    /// has to do in it. All replays are under way before the first time is read: a GPU that waits for them would be measured
+    /// with the launch.
+    fn row<T>(
         &self,
         name: &'static str,
         device: &Device,
-        networks: &mut [Network],
-        mut work: impl FnMut(&mut Network) -> dilt::Result<()>,
+        networks: &mut [T],
+        mut work: impl FnMut(&mut T) -> dilt::Result<()>,
         layers: &[&LayerWork],
         ceilings: &Ceilings,
     ) -> anyhow::Result<Row> {
@@ -329,18 +324,18 @@ impl Bench {
             work(network)?;
             graphs.push((device.capture(|| work(network))?, Vec::new()));
         }
-        for run in 0..=self.runs() {
+        for _ in 0..=self.runs() {
             for (graph, taken) in &mut graphs {
                 let begin = device.event()?;
                 graph.replay()?;
-                let ms = device.event()?.elapsed_ms(&begin)?;
-                // The first is for the caches.
-                if run > 0 {
-                    taken.push(ms);
-                }
+                taken.push([begin, device.event()?]);
             }
         }
-        let mut medians: Vec<f64> = graphs.into_iter().map(|(_, taken)| median(taken)).collect();
+        // The first is for the caches.
+        let ms = |[begin, end]: &[Event; 2]| end.elapsed_ms(begin);
+        let medians =
+            graphs.iter().map(|(_, taken)| Ok(median(taken[1..].iter().map(ms).collect::<dilt::Result<_>>()?)));
+        let mut medians: Vec<f64> = medians.collect::<dilt::Result<_>>()?;
         let ms = medians.pop().expect("one network at least");
         Ok(Row { dense_ms: medians.pop(), ..self.timed(name.into(), 1, ms, layers, ceilings) })
     }

@@ -1,10 +1,12 @@
 //! `dilt bench --tickets`: steps of several networks at a time.
 
+use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
 use dilt::device::{Device, Graph, Recording};
-use dilt::nn::network::Network;
+
+use super::step::Trained;
 
 /// Times of so many runs are taken of each way, by turns; the median is told.
 const ROUNDS: usize = 5;
@@ -13,17 +15,17 @@ const ROUNDS: usize = 5;
 /// from a thread of its own; and together, on a stream of `device`. `train` is a step.
 pub fn measure(
     device: &Device,
-    networks: &mut [Network],
+    trained: &mut [Trained],
     runs: usize,
-    train: impl Fn(&mut Network) -> dilt::Result<()>,
+    train: impl Fn(&mut Trained) -> dilt::Result<()>,
 ) -> dilt::Result<[f64; 2]> {
-    let record = |network: &mut Network| {
-        train(network)?;
-        let device = network.device().clone();
-        device.record(|| train(network))
+    let record = |trained: &mut Trained| {
+        train(trained)?;
+        let device = trained.device().clone();
+        device.record(|| train(trained))
     };
-    let steps: Vec<Recording> = networks.iter_mut().map(record).collect::<dilt::Result<_>>()?;
-    let alone = networks.iter().zip(&steps).map(|(network, step)| network.device().together(&[step]));
+    let steps: Vec<Recording> = trained.iter_mut().map(record).collect::<dilt::Result<_>>()?;
+    let alone = trained.iter().zip(&steps).map(|(trained, step)| trained.device().together(&[step]));
     let mut alone: Vec<Graph> = alone.collect::<dilt::Result<_>>()?;
     let mut together = [device.together(&steps.iter().collect::<Vec<_>>())?];
     let mut taken = [Vec::new(), Vec::new()];
@@ -39,16 +41,20 @@ pub fn measure(
     Ok(taken.map(super::median))
 }
 
-/// Milliseconds for one replay of all, each on a thread of its own, done many times.
+/// Milliseconds for one replay of all, each on a thread of its own, done many times, once all threads are there.
 fn replay(graphs: &mut [Graph], runs: usize) -> dilt::Result<f64> {
-    let begin = Instant::now();
-    thread::scope(|scope| {
+    let there = Barrier::new(graphs.len() + 1);
+    let begin = thread::scope(|scope| {
         let replay = |graph: &mut Graph| {
+            there.wait();
             (0..runs).try_for_each(|_| graph.replay())?;
             graph.synchronize()
         };
         let threads: Vec<_> = graphs.iter_mut().map(|graph| scope.spawn(move || replay(graph))).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().expect("a replay does not panic"))
+        there.wait();
+        let begin = Instant::now();
+        let done = threads.into_iter().try_for_each(|thread| thread.join().expect("a replay does not panic"));
+        done.map(|()| begin)
     })?;
     Ok(begin.elapsed().as_secs_f64() * 1e3 / runs as f64)
 }
