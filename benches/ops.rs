@@ -24,8 +24,8 @@ use dilt::ops::layer_norm::{
 };
 use dilt::ops::loss::{LossInput, LossShape, LossTables, cross_entropy};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_backward, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, NormShape, Normalised,
+    Normed, norm_backward, norm_forward,
 };
 use dilt::ops::optimizer::{OptimizerInput, Sgd, sgd_step};
 use dilt::ops::pool::{MeanPoolShape, PoolShape, max_pool_forward, mean_pool_forward};
@@ -165,8 +165,8 @@ impl Bench<'_> {
                 training: true,
                 count: count.view(),
             };
-            let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-            norm_backward(device, &shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut().into())
+            let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut().into() };
+            norm_backward(device, &shape, input, scratch.view_mut(), to)
         });
         Ok(())
     }

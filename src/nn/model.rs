@@ -2,7 +2,7 @@
 //!
 //! It is a plan of a computation, without memory: [`super::network::Network`] has that. Layers stand in the order of
 //! the forward pass; the backward pass goes through them from the end. It is not an autograd framework: there are the
-//! layers of residual networks and vision transformers, and each has its forward and backward in `passes.rs`.
+//! layers of residual networks and vision transformers, and each has its forward and backward in `passes/`.
 
 use super::config::ModelConfig;
 use crate::device::Precision;
@@ -395,7 +395,29 @@ pub struct Model {
     pub precision: Precision,
 }
 
+/// A layer that is a batch norm: the fields of [`Layer::Norm`].
+#[derive(Clone, Copy)]
+pub(super) struct BatchNorm {
+    pub scale: ParameterId,
+    pub shift: ParameterId,
+    pub statistics: usize,
+    pub input: ValueId,
+    pub residual: Option<ValueId>,
+    pub relu: bool,
+    pub output: ValueId,
+}
+
 impl Model {
+    /// A layer that must be a batch norm.
+    pub(super) fn batch_norm(&self, layer: usize) -> BatchNorm {
+        match self.layers[layer] {
+            Layer::Norm { scale, shift, statistics, input, residual, relu, output } => {
+                BatchNorm { scale, shift, statistics, input, residual, relu, output }
+            }
+            ref other => unreachable!("a batch norm, not {other:?}"),
+        }
+    }
+
     /// A model that has its input alone.
     pub(super) fn new(file: &ModelConfig, init: Init) -> Self {
         let values = vec![Value { name: "input".into(), shape: Shape::Image(file.image) }];

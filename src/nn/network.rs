@@ -1,4 +1,4 @@
-//! A network with memory on a device: its weights, masks and settings. Its passes are in `passes.rs`.
+//! A network with memory on a device: its weights, masks and settings. Its passes are in `passes/`.
 
 use std::collections::BTreeMap;
 

@@ -16,7 +16,7 @@ use std::ops::Add;
 
 use super::fusion::{Fusion, NormBefore};
 use super::layout::Layout;
-use super::model::{Layer, ValueId};
+use super::model::{BatchNorm, Layer, ValueId};
 use super::paths::PlannedLayer;
 use super::plan::Use;
 use super::ways::Way;
@@ -341,7 +341,7 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
     };
     // What a convolution reads beside, to sum the gradient of this norm in so many tiles of a row, and these sums.
     let norm_before = |norm: usize, tiles: usize| {
-        let Layer::Norm { input, output, residual, relu, .. } = model.layers[norm] else { unreachable!("a norm") };
+        let BatchNorm { input, output, residual, relu, .. } = model.batch_norm(norm);
         let norms = model.norms_of(norm);
         let of_y = if relu && residual.is_some() && norms == 1 { elements(output) } else { 0 };
         let sums = norms * 2 * tiles * model.values[input].features();
@@ -396,10 +396,8 @@ fn layer_work(device: &Device, layout: &Layout, index: usize, batch: usize) -> R
         }
         // A byte for each window says where its maximum is.
         Layer::MaxPool { input, .. } => {
-            if let Some(Layer::Norm { input: x, .. }) =
-                layout.fusions[index].pooled_norm.map(|norm| &model.layers[norm])
-            {
-                let x = elements(*x);
+            if let Some(norm) = layout.fusions[index].pooled_norm {
+                let x = elements(model.batch_norm(norm).input);
                 return Ok((norm_pool_forward(precision, x, y), norm_pool_backward(precision, x, y)));
             }
             let (forward, backward) = moved(elements(input));

@@ -436,8 +436,8 @@ pub struct NormBackward<'a> {
     pub count: Slice<'a, u32>,
 }
 
-/// Backward: dgamma and dbeta `[features]`, and dx of the size of x, all overwritten, padded samples with zeros, but for sums that
-/// are there. `scratch` has [`NormShape::scratch_len`] elements or more.
+/// Backward: all gradients are overwritten, padded samples with zeros, but for sums that are there. `scratch` has
+/// [`NormShape::scratch_len`] elements or more.
 ///
 /// # Errors
 /// [`Error::Shape`] names the argument, what was expected and what it got.
@@ -446,11 +446,10 @@ pub fn norm_backward(
     shape: &NormShape,
     input: NormBackward,
     scratch: SliceMut<f32>,
-    dgamma: SliceMut<f32>,
-    dbeta: SliceMut<f32>,
-    dx: RealsMut,
+    to: NormGradients,
 ) -> Result<()> {
     let op = "norm_backward";
+    let NormGradients { dgamma, dbeta, dx } = to;
     let (normed, dy) = (input.normed, input.dy.view());
     normed.check(op, shape, dy.len())?;
     shape.check(op, None, [&[("dx", dx.len())], &[], &[("dgamma", dgamma.len()), ("dbeta", dbeta.len())]])?;

@@ -97,8 +97,8 @@ fn gradient(t: &mut Trial, with_residual: bool) -> Result<()> {
         training: true,
         count: count.view(),
     };
-    let (dg, db) = (dgamma.view_mut(), dbeta.view_mut());
-    norm_backward(t.device, &shape, input, scratch.view_mut(), dg, db, dx.view_mut())?;
+    let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+    norm_backward(t.device, &shape, input, scratch.view_mut(), to)?;
     t.close("dgamma", &dgamma)?;
     t.close("dbeta", &dbeta)?;
     t.exact_reals("dresidual", &dy)?;

@@ -12,8 +12,8 @@ use crate::ops::conv_sparse::{conv_sparse_forward, conv_sparse_input_gradient, c
 use crate::ops::epilogue::{BeforeNorm, Beside, Bias, Dx, Epilogue, TileStatistics};
 use crate::ops::kept::{Kept, KeptWeights, Pass, RowGroups, group_rows};
 use crate::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_backward, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, NormShape, Normalised,
+    Normed, norm_backward, norm_forward,
 };
 use crate::ops::norm_join::{norm_join, norm_join_gradient};
 use crate::ops::round::{RoundPlan, round_weights};
@@ -230,8 +230,8 @@ fn summed_input_gradient(t: &mut Trial, shape: &ConvShape) -> Result<()> {
         let (mut scratch, mut dx) = (t.unwritten(norm.scratch_len())?, t.unwritten_reals(len)?);
         let dy = NormGradient::OfResidual(dz.view_mut());
         let input = NormBackward { normed, dy, training: true, count: count.view() };
-        let (to_gamma, to_beta) = (dgamma.view_mut(), dbeta.view_mut());
-        norm_backward(t.device, &norm, input, scratch.view_mut(), to_gamma, to_beta, dx.view_mut())?;
+        let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+        norm_backward(t.device, &norm, input, scratch.view_mut(), to)?;
     }
     t.close_reals("dz", &dz)?;
     t.close_as_reals("dgamma", &dgamma)?;

@@ -2,8 +2,8 @@
 
 use dilt::device::{Device, RealBuffer};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_apply, norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, NormShape, Normalised,
+    Normed, norm_apply, norm_backward, norm_eval, norm_forward,
 };
 
 use crate::support::{Golden, Storage, Tensor, judge_bf16, on_devices, read, refuses_precision, unwritten};
@@ -79,8 +79,8 @@ fn pass(device: &Device, golden: &Golden, case: &str, storage: Storage) -> Vec<(
         training,
         count: count.view(),
     };
-    let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
-    norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, dx.view_mut()).unwrap();
+    let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+    norm_backward(device, &shape, backward, scratch.view_mut(), to).unwrap();
 
     let rows = [
         ("mean", mean),
@@ -221,8 +221,8 @@ fn rows_of_many_chunks_and_batches_with_few_true_samples_follow_the_formula() {
                 training: true,
                 count: on_device.view(),
             };
-            let (of_gamma, of_beta, of_x) = (dgamma.view_mut(), dbeta.view_mut(), dx.view_mut().into());
-            norm_backward(device, &shape, backward, scratch.view_mut(), of_gamma, of_beta, of_x).unwrap();
+            let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut().into() };
+            norm_backward(device, &shape, backward, scratch.view_mut(), to).unwrap();
 
             let got = [&y, &dx, &dgamma, &dbeta, &mean, &invstd, &running_var].map(|b| read(device, b.view()));
             let names = ["y", "dx", "dgamma", "dbeta", "mean", "invstd", "running var"];
@@ -306,8 +306,8 @@ fn tensors_of_the_wrong_size_are_refused_by_name() {
         count: count.view(),
     };
     let [mut scratch, mut dgamma, mut dbeta] = [shape.scratch_len(), 4, 4].map(|len| device.alloc(len).unwrap());
-    let (of_gamma, of_beta) = (dgamma.view_mut(), dbeta.view_mut());
-    let mixed = norm_backward(&device, &shape, input, scratch.view_mut(), of_gamma, of_beta, y.view_mut());
+    let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: y.view_mut() };
+    let mixed = norm_backward(&device, &shape, input, scratch.view_mut(), to);
     refuses_precision(mixed, "norm_backward", "dy");
     assert!(NormShape::new(0, 9, 5).is_err() && NormShape::new(4, 1 << 20, 1 << 20).is_err());
     assert!(NormShape::new(4, 9, usize::MAX).is_err());

@@ -161,7 +161,8 @@ impl Layer {
         } else {
             let (dy, count) = (NormGradient::Summed(dz.view()), counted.view());
             let backward = NormBackward { normed, dy, training: true, count };
-            norm_backward(device, &shape, backward, scratch.view_mut(), dgamma, dbeta, dx.view_mut()).unwrap();
+            let to = NormGradients { dgamma, dbeta, dx: dx.view_mut() };
+            norm_backward(device, &shape, backward, scratch.view_mut(), to).unwrap();
         }
 
         let dz = storage.read(device, &dz);

@@ -67,8 +67,8 @@ impl Case {
             let normed = Normed { norm, y: None, relu, map: map.as_ref() };
             let dy = NormGradient::Kept(dz.view());
             let input = NormBackward { normed, dy, training: true, count: counted.view() };
-            let (scratch, to_gamma, to_beta) = (scratch.view_mut(), dgamma.view_mut(), dbeta.view_mut());
-            norm_backward(device, &shape, input, scratch, to_gamma, to_beta, dx.view_mut()).unwrap();
+            let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+            norm_backward(device, &shape, input, scratch.view_mut(), to).unwrap();
         }
         let index = device.read(index.view()).unwrap().into_iter().map(f32::from).collect();
         let [dgamma, dbeta] = [&dgamma, &dbeta].map(|row| read(device, row.view()));

@@ -2,8 +2,8 @@
 
 use dilt::device::{Buffer, Device};
 use dilt::ops::norm::{
-    NormAffine, NormBackward, NormGradient, NormInput, NormRunning, NormSaved, NormShape, Normalised, Normed,
-    norm_apply, norm_backward, norm_eval, norm_forward,
+    NormAffine, NormBackward, NormGradient, NormGradients, NormInput, NormRunning, NormSaved, NormShape, Normalised,
+    Normed, norm_apply, norm_backward, norm_eval, norm_forward,
 };
 use dilt::ops::pointwise::{ShortcutShape, shortcut_backward, shortcut_forward};
 use dilt::ops::row_map::RowMap;
@@ -94,16 +94,9 @@ fn a_norm_writes_its_rows_among_those_of_the_residual() {
                 };
                 let mut dx = unwritten(device, 3 * row);
                 let (mut dgamma, mut dbeta) = (unwritten(device, 3), unwritten(device, 3));
-                norm_backward(
-                    device,
-                    &shape,
-                    backward,
-                    scratch.view_mut(),
-                    dgamma.view_mut(),
-                    dbeta.view_mut(),
-                    dx.view_mut().into(),
-                )
-                .unwrap();
+                let dx_to = dx.view_mut().into();
+                let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx_to };
+                norm_backward(device, &shape, backward, scratch.view_mut(), to).unwrap();
                 let mut of = vec![y];
                 of.extend(residual.then_some(dy));
                 of.extend([dx, dgamma, dbeta, mean, var, saved, invstd]);

@@ -251,8 +251,8 @@ fn time_norm_backward(timer: &mut Timer, sizes: &Sizes) -> dilt::Result<()> {
             training: true,
             count: norm.count.view(),
         };
-        let (dgamma, dbeta) = (dgamma.view_mut(), dbeta.view_mut());
-        norm_backward(device, &norm.shape, input, scratch.view_mut(), dgamma, dbeta, dx.view_mut())
+        let to = NormGradients { dgamma: dgamma.view_mut(), dbeta: dbeta.view_mut(), dx: dx.view_mut() };
+        norm_backward(device, &norm.shape, input, scratch.view_mut(), to)
     })
 }
 
