@@ -44,8 +44,10 @@ def steps(job, precision, tickets):
 
 
 def operations(job, precision):
-    """Options of `dilt bench` for each operation of a job; weights that are trained, and what is done to them, are f32."""
-    if job["kind"] in ("optimizer", "prune") and precision != "f32":
+    """Options of `dilt bench` for each operation of a job that there is in this precision: weights that are trained, and what is
+    done to them, are f32; by wgmma go products of layers alone."""
+    weights, layer = job["kind"] in ("optimizer", "prune"), job["kind"] in ("conv", "linear")
+    if (weights and precision != "f32") or (precision == "wgmma" and not layer):
         return []
     shape = ",".join(f"{key}={size}" for key, size in job["shape"].items())
     return [{"op": op, "shape": shape, "runs": 30} for op in job["op"]]
