@@ -23,10 +23,12 @@
 #   criterion    the benches of all operations: criterion.log
 #
 # All in this order if none is named. --seconds are for all, from the start: a section is stopped after its own limit (`limits`
-# below) or when they are over, and left out where next to none are left, which results.json says. A lent GPU takes commands of
-# 600 s; by estimate, tests and crossover in f32 alone were measured (80 and 42 s on an H200), fit
-#   into a first:   tests, steps, torch-steps, ops, torch-ops, and compiled for what is left
-#   into a second:  --seconds 230 tickets crossover roofline; or sanitizers by themselves, or ops-f32 gw
+# below) or when they are over, and left out where next to none are left, which results.json says. The script ends some seconds
+# after them at most.
+#
+# A lent GPU takes commands of 600 s, and is lent for 900. By estimate (measured on an H200: tests, 80 s; crossover in f32, 42 s)
+# a first one has time for tests, steps, torch-steps, ops, torch-ops, and compiled for what is left of 570 s; a second one with
+# --seconds 200 for tickets, or for crossover and roofline, or for ops-f32 and gw. sanitizers take a loan of their own.
 #
 # results.json and summary.md (summary.py: both sides beside each other) are written anew after every section, and everything
 # is packed into logs.tar.gz, which a later run with the same OUT goes on with. What fails ends nothing else: a job that fails is
