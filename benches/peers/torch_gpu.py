@@ -71,7 +71,8 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             work()
-        return graph.replay
+        # With the work, for the graph reads its tensors.
+        return lambda graph=graph, work=work: graph.replay()
 
     @staticmethod
     def milliseconds(work, runs, before=lambda: None):
@@ -289,29 +290,30 @@ class Bench:
 
     def attention_passes(self, job, precision):
         dtype, sizes = precise(precision), [job["shape"][key] for key in ("n", "heads", "t", "head_dim")]
-        q, k, v = (self.random(*sizes, dtype=dtype).requires_grad_() for _ in range(3))
+        qkv = [self.random(*sizes, dtype=dtype) for _ in range(3)]
         dy = self.random(*sizes, dtype=dtype)
 
-        def attend():
+        def attend(q, k, v):
             if hasattr(F, "scaled_dot_product_attention"):
                 return F.scaled_dot_product_attention(q, k, v)
             return torch.softmax(q @ k.transpose(2, 3) / q.shape[3] ** 0.5, 3) @ v
 
         def forward():
-            with torch.no_grad():
-                return attend()
+            return lambda: attend(*qkv)
 
         def backward():
-            # Attended once, by the first run, on the stream of the capture: autograd goes back on the stream it came.
-            attended = functools.lru_cache(maxsize=None)(attend)
-            return lambda: torch.autograd.grad(attended(), (q, k, v), dy, retain_graph=True)
+            # Attended once, by the first run, on the stream of the capture, for autograd goes back on the stream it came; by
+            # leaves of its own, for those of another capture belong to the stream of that.
+            leaves = [tensor.detach().requires_grad_() for tensor in qkv]
+            attended = functools.lru_cache(maxsize=None)(lambda: attend(*leaves))
+            return lambda: torch.autograd.grad(attended(), leaves, dy, retain_graph=True)
 
         def prepared(make, backend):
             with attention_by(backend):
                 return self.machine.captured(make())
 
         backends = ATTENTION_BACKENDS[precision] if self.on_gpu else ["MATH"]
-        for op, make in zip(job["op"], (lambda: forward, backward)):
+        for op, make in zip(job["op"], (forward, backward)):
             hows = {name.removesuffix("_ATTENTION").lower(): functools.partial(prepared, make, name) for name in backends}
             self.operation(job, op, precision, hows)
 
