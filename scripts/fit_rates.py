@@ -26,7 +26,7 @@ WAYS = ["dense", "groups", "direct"]
 
 
 def layer(name):
-    """Rows and written values of each pass, and the columns that each weight is multiplied with, of a layer of benches/layers.rs."""
+    """Rows and written values of each pass of a layer of benches/layers.rs, and the columns that each weight is multiplied with."""
     if match := re.fullmatch(r"conv 3x3 (\d+)x(\d+)x\d+ to (\d+)(?: by (\d))?", name):
         c, image, k, stride = (int(size or 1) for size in match.groups())
         outputs = ((image - 1) // stride + 1) ** 2 * 128
@@ -108,7 +108,8 @@ def main():
             if gains[-1] < 1:
                 slower.append((gains[-1], *cell, PASSES[which], way))
     mean = [math.exp(sum(map(math.log, each)) / len(each)) for each in (gains, possible)]
-    print(f"{len(gains)} passes, {mean[0]:.2f} times as fast as dense by the table, {mean[1]:.2f} by the best way of each (geometric means)")
+    print(f"{len(gains)} passes, {mean[0]:.2f} times as fast as dense by the table, {mean[1]:.2f} by the best way of each "
+          "(geometric means)")
     for gain, *cell in sorted(slower):
         print(f"    {gain:.2f} of dense: {', '.join(cell)}")
 
