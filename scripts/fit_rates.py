@@ -4,9 +4,12 @@
     python3 scripts/fit_rates.py CROSSOVER.csv [--gpu]
 
 Of each way and pass the costs of a multiply-add, of a written value and, with --gpu, of a launch and of a step, in
-picoseconds: none below 0, least squares of relative errors over all cells. Prints them as Rust, how far off they are, and
-what the plan makes of the measured cells by them: how much faster than dense its passes are, and those that are slower.
-Needs numpy.
+picoseconds: none below 0, least squares of relative errors over all cells but those whose pass multiplies nothing, which
+take next to no time. Prints them as Rust, how far off they are, and what the plan makes of the measured cells by them: how
+much faster than dense its passes are, and those that are slower. Needs numpy.
+
+Of a run of gpu-check.sh: tar xzf OUT/logs.tar.gz -C FOLDER, then FOLDER/crossover.csv, crossover-bf16.csv and, of a Hopper
+GPU, crossover-bf16-wgmma.csv.
 """
 
 import argparse
@@ -23,7 +26,7 @@ WAYS = ["dense", "groups", "direct"]
 
 
 def layer(name):
-    """Rows and written values of each pass, and the columns that each weight is multiplied with, of a layer of benches/layers.rs."""
+    """Rows and written values of each pass of a layer of benches/layers.rs, and the columns that each weight is multiplied with."""
     if match := re.fullmatch(r"conv 3x3 (\d+)x(\d+)x\d+ to (\d+)(?: by (\d))?", name):
         c, image, k, stride = (int(size or 1) for size in match.groups())
         outputs = ((image - 1) // stride + 1) ** 2 * 128
@@ -49,7 +52,7 @@ def picoseconds(row, which):
 
 def fit(rows, which, free):
     """Costs, root mean square and largest relative error; only `free` of the costs may differ from 0."""
-    used = [row for row in rows if picoseconds(row, which) > 0]
+    used = [row for row in rows if picoseconds(row, which) > 0 and multiplied(row, which) > 0]
     shares = numpy.array([[f / picoseconds(row, which) for f in features(row, which)] for row in used])
     best = None
     for count in range(1, len(free) + 1):
@@ -94,7 +97,7 @@ def main():
     for cell, ways in cells.items():
         for which in range(3):
             taken = {way: picoseconds(row, which) for way, row in ways.items()}
-            if not all(taken.values()):
+            if not all(taken.values()) or not all(multiplied(row, which) for row in ways.values()):
                 continue
             def predicted(way):
                 costs = tables[layer(cell[0])["linear"], way][which]
@@ -105,7 +108,8 @@ def main():
             if gains[-1] < 1:
                 slower.append((gains[-1], *cell, PASSES[which], way))
     mean = [math.exp(sum(map(math.log, each)) / len(each)) for each in (gains, possible)]
-    print(f"{len(gains)} passes, {mean[0]:.2f} times as fast as dense by the table, {mean[1]:.2f} by the best way of each (geometric means)")
+    print(f"{len(gains)} passes, {mean[0]:.2f} times as fast as dense by the table, {mean[1]:.2f} by the best way of each "
+          "(geometric means)")
     for gain, *cell in sorted(slower):
         print(f"    {gain:.2f} of dense: {', '.join(cell)}")
 

@@ -4,6 +4,7 @@
 # script itself. Needs nvcc (see CONTRIBUTING.md), but for --no-gpu, which packs a build of the host device alone.
 #
 # There:  tar xJf gpu.tar.xz && gpu/gpu-check.sh OUT
+# Without xz:  python3 -c "import tarfile; tarfile.open('gpu.tar.xz').extractall()" && gpu/gpu-check.sh OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,7 +45,7 @@ cp -r tests/golden "$pack/golden"
 cp -r benches/peers "$pack/peers"
 rm -rf "$pack/peers/__pycache__"
 cp scripts/gpu-check.sh scripts/summary.py "$pack/"
-git rev-parse HEAD >"$pack/commit"
+git describe --always --dirty --abbrev=40 --exclude '*' >"$pack/commit"
 
 # The binaries have most of their bytes in common, far apart.
 tar c -C "$(dirname "$pack")" gpu | xz -T1 -4 --lzma2=dict=256MiB >"$pack.tar.xz"

@@ -3,14 +3,18 @@
 
     scripts/summary.py OUT        prints it and writes OUT/summary.md
 
-Read are results.json (the machine, each section), steps.jsonl and ops.jsonl (dilt: whole steps, single operations), torch.jsonl
-and compiled.jsonl (PyTorch); what is not there is left out and named. A ratio is dilt's speed over the peer's: 2 is twice as
-fast. Nothing is computed that was not measured.
+OUT is a folder with what gpu-check.sh packs into logs.tar.gz; those of several runs may be unpacked into the same. Read are
+results.json (the machine, each section), the lines of JSON of its sections (dilt: steps, tickets, ops, ops-f32; PyTorch:
+torch-steps, torch-ops, compiled) and gw.json; what is not there is left out and named. A ratio is dilt's speed over the peer's: 2
+is twice as fast. Nothing is computed that was not measured.
 """
 
 import json
 import pathlib
+import statistics
 import sys
+
+FILES = {"steps": ["steps", "tickets"], "ops": ["ops", "ops-f32"], "torch": ["torch-steps", "torch-ops", "compiled"]}
 
 
 def lines(path):
@@ -44,7 +48,7 @@ def share(row, key):
 def machine(results, versions, steps, ops):
     yield "# gpu-check"
     yield ""
-    names = {"gpu": "GPU", "driver": "driver", "cuda": "CUDA of the driver", "clocks": "clocks of SM, memory, highest of SM",
+    names = {"gpu": "GPU", "driver": "driver", "cuda": "CUDA of the driver", "highest_clock": "highest clock of SM",
              "commit": "commit", "date": "date"}
     yield from (f"- {name}: {results[key]}" for key, name in names.items() if results.get(key))
     for version in versions:
@@ -63,9 +67,20 @@ def machine(results, versions, steps, ops):
 def sections(results):
     yield "## Sections"
     yield ""
-    rows = [(check["name"], "passed" if check["passed"] else "**failed**", str(check["seconds"]), check["tests"])
-            for check in results["checks"]]
-    yield from table(["section", "", "s", "tests"], rows)
+    outcomes = {True: "passed", False: "**failed**", None: ""}
+    rows = [(check["name"], ", ".join(filter(None, (outcomes[check["passed"]], check.get("why")))),
+             str(check.get("seconds", "-")), check.get("tests", ""), check.get("clocks", "")) for check in results["checks"]]
+    yield from table(["section", "", "s", "tests", "clocks of SM, memory before; after"], rows)
+
+
+def failures(rows):
+    yield "## Failed jobs"
+    yield ""
+    keys = ["job", "part", "op", "precision", "how", "format"]
+    for row in rows:
+        what = ", ".join([str(row[key]) for key in keys if key in row] + ([f"`{row['command']}`"] if "command" in row else []))
+        yield f"- {what}: {row['error']}"
+    yield ""
 
 
 def precision_of(row):
@@ -120,18 +135,36 @@ def operations(ops, peers):
     yield from table(["job", "operation", "precision", "ms", "of ceiling", "of roofline", "PyTorch", "ms", "ratio"], rows)
 
 
+def gromov_wasserstein(result):
+    yield "## Gromov-Wasserstein"
+    yield ""
+    seconds = {name: statistics.median(taken) for name, taken in result["seconds"].items()}
+    rows = [(name, number(seconds[name], 2), number(beside["times_as_fast"], 2), number(beside["value_ratio"]["median"], 3))
+            for name, beside in result["beside"].items()]
+    yield (f"{result['pairs']} pairs of layers, {result['probes']} probes: dilt on {result['device']} "
+           f"{number(seconds['dilt'], 2)} s, POT {result['pot']} on {result['pot_device']}")
+    yield ""
+    yield from table(["", "s", "ratio", "dilt's value over POT's, median"], rows)
+
+
 def summary(out):
     results = json.loads((out / "results.json").read_text())
-    steps, ops = lines(out / "steps.jsonl"), lines(out / "ops.jsonl")
-    torch = lines(out / "torch.jsonl") + lines(out / "compiled.jsonl")
+    found = {kind: [row for name in names for row in lines(out / f"{name}.jsonl")] for kind, names in FILES.items()}
+    failed = [row for rows in found.values() for row in rows if "error" in row]
+    steps, ops, torch = ([row for row in found[kind] if "error" not in row] for kind in FILES)
     versions, peers = [row for row in torch if "torch" in row], [row for row in torch if "job" in row]
     yield from machine(results, versions[:1], steps, ops)
     yield from sections(results)
+    if failed:
+        yield from failures(failed)
     if steps:
         yield from whole_steps(steps, peers)
     if ops:
         yield from operations(ops, peers)
-    missing = [name for name in ("steps.jsonl", "ops.jsonl", "torch.jsonl", "compiled.jsonl") if not (out / name).exists()]
+    if (out / "gw.json").exists():
+        yield from gromov_wasserstein(json.loads((out / "gw.json").read_text()))
+    files = [f"{name}.jsonl" for names in FILES.values() for name in names] + ["gw.json"]
+    missing = [name for name in files if not (out / name).exists()]
     if missing:
         yield f"Not there, so left out: {', '.join(missing)}."
 

@@ -10,7 +10,8 @@ Before a job is timed, `checked` counts it again and refuses it if the committed
 (tests/it/peers.rs) counts all of them with dilt's own shapes. Works with PyTorch 1.13 or newer.
 
 A job's `op` are operations of `dilt bench --op`, one for each of `flop`, its `shape` is theirs; a step's are forward pass and
-backward pass of `dilt bench --model MODEL --batch BATCH`, whose optimizer has no products. Similarity is that of pot_gw.py.
+backward pass of `dilt bench --model MODEL --batch BATCH`, whose optimizer has no products, and the norm that gradients are
+clipped to before it, where they are. Similarity is that of pot_gw.py.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def step(model, batch):
     return {
         "name": f"step {model}, batch {batch}", "kind": "step", "model": model, "batch": batch,
         "shape": {"input": list(x.shape), "output": list(y.shape)}, "products": dict(sorted(counter.products.items())),
-        "optimizer": type(entry.optimizer(module)).__name__.lower(), "parameters": parameters(module),
+        "optimizer": type(entry.optimizer(module)).__name__.lower(), "clip_norm": entry.clip_norm, "parameters": parameters(module),
         "op": ["forward", "backward"], "flop": [int(flop) for flop in counter.flop.values()],
     }
 

@@ -1,4 +1,5 @@
-"""The networks of PyTorch's side, by dilt's names: the same layers and parameters, and the same optimizers.
+"""The networks of PyTorch's side, by dilt's names: the same layers and parameters, the same optimizers, and gradients clipped
+to the same norm.
 
 ResNet-20 is that of akamaster/pytorch_resnet_cifar10: 3x3 stem, shortcuts that subsample and pad channels. ResNet-18 on small
 images is torchvision's with a 3x3 stem of stride 1 and no max pool. ResNet-50 and the vision transformers are torchvision's.
@@ -105,6 +106,7 @@ class Network:
     optimizer: object
     image: int
     classes: int
+    clip_norm: float | None = None
 
 
 NETWORKS = {
@@ -112,7 +114,7 @@ NETWORKS = {
     "resnet18_cifar": Network(ResNet18Cifar, sgd, 32, 10),
     "resnet50": Network(resnet50, sgd, 224, 1000),
     "deit_tiny_patch16_224": Network(lambda: vision_transformer(192, 3), adamw, 224, 1000),
-    "vit_small_patch16_224": Network(lambda: vision_transformer(384, 6), adamw, 224, 1000),
-    "vit_base_patch16_224": Network(lambda: vision_transformer(768, 12), adamw, 224, 1000),
+    "vit_small_patch16_224": Network(lambda: vision_transformer(384, 6), adamw, 224, 1000, clip_norm=1.0),
+    "vit_base_patch16_224": Network(lambda: vision_transformer(768, 12), adamw, 224, 1000, clip_norm=1.0),
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Gromov-Wasserstein between all pairs of layers: dilt beside POT's batched solver, on the same cores.
+"""Gromov-Wasserstein between all pairs of layers: dilt beside POT's batched solver, on the same cores, or on the same GPU.
 
-    python3 benches/peers/pot_gw.py DILT [--probes 256] [--threads 2] [--rounds 2] [--out FILE]
+    python3 benches/peers/pot_gw.py DILT [--device host|cuda] [--probes 256] [--threads 2] [--rounds 2] [--out FILE]
 
-Needs POT 0.9.7, numpy and safetensors. Eight layers see the same probes (representations.py). dilt's time is that of `dilt
-similarity` from its start to its end, distances, CKA, modules and exact refinement included; POT's that of ot.batch.solve_gromov_batch alone, f64, distance matrices
-given, from the product: with its defaults, whose tolerance of 1e-5 for a plan of 1/n^2 ends most pairs after the first steps, and
-with --tolerance. POT's plans are rounded to feasible ones (Altschuler et al. 2017) before their value is taken, as a plan with
-wrong sums may have a value below any coupling's. Runs alternate; times are medians. Prints JSON.
+Needs POT 0.9.7, numpy and safetensors; with --device cuda, PyTorch too: where it has CUDA, POT works on its tensors there, else
+on the cores, which `pot_device` says. Eight layers see the same probes (representations.py). dilt's time is that of `dilt
+similarity` from its start to its end, distances, CKA, modules and exact refinement included; POT's that of
+ot.batch.solve_gromov_batch alone, f64, distance matrices given, where they are needed, from the product: with its defaults, whose
+tolerance of 1e-5 for a plan of 1/n^2 ends most pairs after the first steps, and with --tolerance. POT's plans are rounded to
+feasible ones (Altschuler et al. 2017) before their value is taken, as a plan with wrong sums may have a value below any
+coupling's. Runs alternate; times are medians. Prints JSON.
 """
 
 import argparse
@@ -25,6 +27,7 @@ DEFAULT_PROBES = 256  # of the job that jobs.jsonl has
 
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("dilt", help="the program")
+arguments.add_argument("--device", choices=["host", "cuda"], default="host")
 arguments.add_argument("--probes", type=int, default=DEFAULT_PROBES)
 arguments.add_argument("--threads", type=int, default=2)
 arguments.add_argument("--rounds", type=int, default=1)
@@ -59,17 +62,56 @@ def value(c1, c2, t):
     return float((c1**2).mean() + (c2**2).mean() - 2 * ((c1 @ t @ c2) * t).sum())
 
 
-def pot(matrices, pairs, **settings):
-    first, second = (np.stack([matrices[pair[side]] for pair in pairs]) for side in (0, 1))
+class Cores:
+    """POT on numpy's arrays."""
+
+    name = "cpu"
+
+    @staticmethod
+    def there(array):
+        return array
+
+    @staticmethod
+    def here(array):
+        return array
+
+    @staticmethod
+    def wait():
+        pass
+
+
+class Gpu:
+    """POT on PyTorch's tensors."""
+
+    name = "cuda"
+
+    @staticmethod
+    def there(array):
+        return torch.from_numpy(array).cuda()
+
+    @staticmethod
+    def here(tensor):
+        return tensor.cpu().numpy()
+
+    @staticmethod
+    def wait():
+        torch.cuda.synchronize()
+
+
+def pot(machine, matrices, pairs, **settings):
+    first, second = (machine.there(np.stack([matrices[pair[side]] for pair in pairs])) for side in (0, 1))
+    machine.wait()
     begun = time.perf_counter()
     plans = ot.batch.solve_gromov_batch(first, second, symmetric=True, **settings).plan
+    machine.wait()
     seconds = time.perf_counter() - begun
+    plans = machine.here(plans)
     return seconds, [value(matrices[i], matrices[j], rounded(plan)) for (i, j), plan in zip(pairs, plans)]
 
 
 def dilt(file, pairs):
     begun = time.perf_counter()
-    command = [arguments.dilt, "similarity", "--representations", file, "--device", "host", "--json", "-q"]
+    command = [arguments.dilt, "similarity", "--representations", file, "--device", arguments.device, "--json", "-q"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     seconds = time.perf_counter() - begun
     found = json.loads(done.stdout)
@@ -77,6 +119,11 @@ def dilt(file, pairs):
     return seconds, [found["gw"][place[names[i]]][place[names[j]]] for i, j in pairs]
 
 
+machine = Cores
+if arguments.device == "cuda":
+    import torch
+
+    machine = Gpu if torch.cuda.is_available() else Cores
 own = job(arguments.probes)
 committed = [json.loads(line) for line in pathlib.Path(__file__).with_name("jobs.jsonl").read_text().splitlines()]
 if arguments.probes == DEFAULT_PROBES and own not in committed:
@@ -90,9 +137,11 @@ with tempfile.TemporaryDirectory() as folder:
     save_file(made, file)
     runs = {
         "dilt": lambda: dilt(file, pairs),
-        "pot_default": lambda: pot(matrices, pairs),
-        "pot": lambda: pot(matrices, pairs, tol=arguments.tolerance),
+        "pot_default": lambda: pot(machine, matrices, pairs),
+        "pot": lambda: pot(machine, matrices, pairs, tol=arguments.tolerance),
     }
+    # Loads what POT needs.
+    pot(machine, matrices, pairs, max_iter=1)
     times, values = {name: [] for name in runs}, {}
     for _ in range(arguments.rounds):
         for name, run in runs.items():
@@ -115,6 +164,8 @@ result = {
     "probes": arguments.probes,
     "pairs": len(pairs),
     "threads": arguments.threads,
+    "device": arguments.device,
+    "pot_device": machine.name,
     "tolerance": arguments.tolerance,
     "seconds": times,
     "beside": {name: beside(name) for name in values},

@@ -1,41 +1,51 @@
 #!/usr/bin/env python3
-"""PyTorch's side of the jobs of jobs.py on a GPU, in f32, TF32 and bf16; `dilt_jobs.py` and `dilt bench` are dilt's.
+"""PyTorch's side of the jobs of jobs.py on a GPU, in f32, TF32 and bf16; `dilt_jobs.py` is dilt's.
 
     python3 benches/peers/torch_gpu.py [--steps] [--compiled] [--layers] [--attention] [--optimizer] [--prune] [--device cpu]
 
-All but --compiled if none is named. Prints a line of JSON for each time: job, op, precision, how, ms.
+All but --compiled if none is named. Prints a line of JSON for each time: job, op, precision, how, ms; for what fails one with
+`error` in place of `ms`. The rest goes on, and the exit code is 1 at the end.
 
-- Steps: forward pass, loss, backward pass and optimizer (fused), and the evaluated batch; both memory formats, whose faster one
-  counts; eager, and captured in one CUDA graph. In bf16 under autocast with f32 weights, as dilt's do. Masked weights would be
-  zeros in a dense layer. Medians of 20 runs.
-- Compiled: the same steps by torch.compile, max-autotune, in bf16 and channels-last alone, for it takes a minute or more each.
+- Steps: forward pass, loss, backward pass, gradients clipped to the job's norm where it has one, and optimizer (fused); and the
+  evaluated batch; both memory formats, whose faster one counts; eager, and captured in one CUDA graph. In bf16 under autocast
+  with f32 weights, as dilt's do. Masked weights would be zeros in a dense layer. Medians of 20 runs.
+- Compiled: the same steps, forward pass and loss by torch.compile, in bf16 and channels-last alone, for it takes a minute or
+  more each; by max-autotune, which captures both passes by itself, and by max-autotune-no-cudagraphs with the whole step
+  captured in one graph, clipping and optimizer included.
 - Layers: cuDNN and cuBLAS, each pass captured; both memory formats, whose faster one counts.
-- Attention: scaled_dot_product_attention, by the flash backend in bf16, by the memory-efficient one in f32; forward pass and both
-  passes are captured, `attention_backward` is the difference of their medians.
+- Attention: scaled_dot_product_attention, in bf16 by the flash backend or by cuDNN's, whichever is faster, in f32 by the
+  memory-efficient one; forward pass and backward pass are captured and timed each by itself.
 - Optimizer: fused SGD and AdamW over all parameters, captured.
-- Prune: exactly a fifth of all weights by topk or by a stable sort of their magnitudes; by kthvalue, which finds the threshold
-  and removes what equals it too. Eager.
+- Prune: exactly a fifth of all weights, which are uniform between -1 and 1, by topk or by a stable sort of their magnitudes; by
+  kthvalue, which finds the threshold and removes what equals it too. Eager.
 
 Of single operations `ms` is the median of 30 runs with 256 MiB written before each, as `dilt bench --op` measures, and
-`warm_ms` the least of runs in a row. --device cpu is for trying this without a GPU: nothing is captured, compiled or fused
-there.
+`warm_ms` the least of runs in a row. --device cpu is for trying this without a GPU: nothing is captured or fused there.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
 import time
+import traceback
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jobs import checked
+from jobs import checked, network
 from networks import FORMATS, NETWORKS, adamw, sgd
 
 PRECISIONS = ["f32", "tf32", "bf16"]
 FLUSHED_BYTES = 256 << 20
+# Ways to compile, the strongest first: how the line calls it, mode, whether the whole step is captured around it.
+COMPILED = [("compiled graph", "max-autotune-no-cudagraphs", True), ("compiled", "max-autotune", False)]
+# Compiled first, for a limit of time stops the rest.
+COMPILED_FIRST = ["vit_small_patch16_224", "resnet18_cifar", "resnet50"]
+# Of torch.nn.attention.SDPBackend.
+ATTENTION_BACKENDS = {"f32": ["EFFICIENT_ATTENTION"], "bf16": ["FLASH_ATTENTION", "CUDNN_ATTENTION"]}
 
 
 def precise(precision):
@@ -47,10 +57,11 @@ def precise(precision):
 class Gpu:
     name = "cuda"
     fused = {"fused": True}
+    foreach = {"foreach": True}
 
     @staticmethod
     def captured(work):
-        """The work as a graph, after some runs on a stream of its own that choose algorithms and allocate."""
+        """The work as a graph, after some runs on the stream that it is captured on, which choose algorithms and allocate."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -58,9 +69,10 @@ class Gpu:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             work()
-        return graph.replay
+        # With the work, for the graph reads its tensors.
+        return lambda graph=graph, work=work: graph.replay()
 
     @staticmethod
     def milliseconds(work, runs, before=lambda: None):
@@ -79,6 +91,7 @@ class Gpu:
 class Cpu:
     name = "cpu"
     fused = {}
+    foreach = {}
 
     @staticmethod
     def captured(work):
@@ -96,11 +109,21 @@ class Cpu:
         return times
 
 
+def attention_by(backend):
+    """In it scaled_dot_product_attention takes one backend; PyTorch before 2.3 leaves no choice."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return contextlib.nullcontext()
+    return sdpa_kernel(getattr(SDPBackend, backend))
+
+
 class Bench:
     def __init__(self, machine, runs, only):
         self.machine, self.runs, self.only = machine, runs, only
         self.on_gpu = machine.name == "cuda"
         self.precisions = PRECISIONS if self.on_gpu else ["f32", "bf16"]
+        self.failed = False
 
     def jobs(self, *kinds):
         return [job for job in checked(*kinds) if self.only in job["name"]]
@@ -116,21 +139,35 @@ class Bench:
         row = {"job": job["name"], "op": op, "precision": precision, "how": how, "ms": round(ms, 5), **more}
         print(json.dumps(row), flush=True)
 
-    def operation(self, job, op, precision, works):
-        """The fastest of some forms of an operation: how it is done, what does it."""
+    @contextlib.contextmanager
+    def recorded(self, job=None, **what):
+        """What fails inside is a line of its own, and ends nothing else."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self.failed = True
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(json.dumps({**({"job": job["name"]} if job else {}), **what, "error": message}), flush=True)
+
+    def operation(self, job, op, precision, hows):
+        """The fastest of some forms of an operation; of each, what makes the work that is timed."""
         best = None
-        for how, work in works:
-            ms = statistics.median(self.machine.milliseconds(work, self.runs, self.flush))
-            warm = min(self.machine.milliseconds(work, self.runs))
-            if best is None or ms < best[1]:
-                best = (how, ms, warm)
-        how, ms, warm = best
-        self.tell(job, op, precision, how, ms, warm_ms=round(warm, 5))
+        for how, prepare in hows.items():
+            with self.recorded(job, op=op, precision=precision, how=how):
+                work = prepare()
+                ms = statistics.median(self.machine.milliseconds(work, self.runs, self.flush))
+                warm = min(self.machine.milliseconds(work, self.runs))
+                if best is None or ms < best[1]:
+                    best = (how, ms, warm)
+        if best:
+            how, ms, warm = best
+            self.tell(job, op, precision, how, ms, warm_ms=round(warm, 5))
 
     # -------------------------------------------------------------------------------------------------- whole steps
 
-    def step(self, job, dtype, memory_format):
-        """Training step and forward pass of a network, as functions of the model, and the model."""
+    def step(self, job, dtype, memory_format, compiled=lambda function: function):
+        """A network, its training step and its forward pass."""
         entry = NETWORKS[job["model"]]
         torch.manual_seed(0)
         model = entry.make().to(self.machine.name).to(memory_format=memory_format)
@@ -141,14 +178,21 @@ class Bench:
         autocast = functools.partial(
             torch.autocast, self.machine.name, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False)
 
-        def train(model):
-            optimizer.zero_grad(set_to_none=False)
+        @compiled
+        def loss():
+            return F.cross_entropy(model(x), labels)
+
+        def train():
+            # Not zeros that the backward pass would add to; and of a graph, gradients belong to its own memory.
+            optimizer.zero_grad(set_to_none=True)
             with autocast():
-                loss = F.cross_entropy(model(x), labels)
-            loss.backward()
+                value = loss()
+            value.backward()
+            if entry.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), entry.clip_norm, **self.machine.foreach)
             optimizer.step()
 
-        def forward(model):
+        def forward():
             with torch.no_grad(), autocast():
                 return model(x)
 
@@ -157,30 +201,46 @@ class Bench:
     def steps(self):
         for job in self.jobs("step"):
             for precision in self.precisions:
-                dtype, best = precise(precision), {}
+                best = {}
                 for name, memory_format in FORMATS.items():
-                    model, train, forward = self.step(job, dtype, memory_format)
-                    for op, work in (("training step", train), ("evaluation", forward)):
-                        model.train(op == "training step")
-                        work = functools.partial(work, model)
-                        hows = {"eager": lambda work=work: work, "graph": lambda work=work: self.machine.captured(work)}
-                        for how, prepare in hows.items():
-                            if how == "graph" and not self.on_gpu:
-                                continue
-                            ms = statistics.median(self.machine.milliseconds(prepare(), min(self.runs, 20)))
-                            if ms < best.get((op, how), (float("inf"),))[0]:
-                                best[op, how] = (ms, name)
+                    with self.recorded(job, precision=precision, format=name):
+                        self.formatted_steps(job, precision, name, memory_format, best)
                 for (op, how), (ms, name) in best.items():
-                    self.tell(job, op, precision, how, ms, format=name, images_per_second=round(1e3 * job["batch"] / ms, 1))
+                    self.tell_step(job, op, precision, how, ms, name)
+
+    def formatted_steps(self, job, precision, name, memory_format, best):
+        """Puts the times that are the least so far, and their format, into `best`."""
+        model, train, forward = self.step(job, precise(precision), memory_format)
+        prepares = {"eager": lambda work: work} | ({"graph": self.machine.captured} if self.on_gpu else {})
+        for op, work in (("training step", train), ("evaluation", forward)):
+            model.train(op == "training step")
+            for how, prepare in prepares.items():
+                with self.recorded(job, op=op, precision=precision, how=how, format=name):
+                    ms = self.step_ms(prepare(work))
+                    best[op, how] = min(best.get((op, how), (ms, name)), (ms, name))
+
+    def step_ms(self, work):
+        return statistics.median(self.machine.milliseconds(work, min(self.runs, 20)))
+
+    def tell_step(self, job, op, precision, how, ms, name):
+        self.tell(job, op, precision, how, ms, format=name, images_per_second=round(1e3 * job["batch"] / ms, 1))
 
     def compiled(self):
-        # The longest to train first: a limit of time stops the rest.
-        for job in sorted(self.jobs("step"), key=lambda job: -job["flop"][0]):
-            model, train, _ = self.step(job, precise("bf16"), FORMATS["channels_last"])
-            compiled = torch.compile(model, mode="max-autotune")
-            ms = statistics.median(self.machine.milliseconds(lambda: train(compiled), min(self.runs, 20)))
-            self.tell(job, "training step", "bf16", "compiled", ms, format="channels_last",
-                      images_per_second=round(1e3 * job["batch"] / ms, 1))
+        def turn(job):
+            return COMPILED_FIRST.index(job["model"]) if job["model"] in COMPILED_FIRST else len(COMPILED_FIRST)
+
+        for job in sorted(self.jobs("step"), key=turn):
+            for how, mode, whole in COMPILED:
+                op = "training step"
+                with self.recorded(job, op=op, precision="bf16", how=how):
+                    # Else the next network counts as the same function again, of which few versions are compiled.
+                    torch.compiler.reset()
+                    name, compiled = "channels_last", functools.partial(torch.compile, mode=mode)
+                    _, train, _ = self.step(job, precise("bf16"), FORMATS[name], compiled)
+                    # The first compiles, and where it captures by itself the second does that.
+                    train()
+                    train()
+                    self.tell_step(job, op, "bf16", how, self.step_ms(self.machine.captured(train) if whole else train), name)
 
     # ------------------------------------------------------------------------------------------------ single layers
 
@@ -214,73 +274,68 @@ class Bench:
             formats = FORMATS if job["kind"] == "conv" else {"contiguous": None}
             for precision in self.precisions:
                 dtype = precise(precision)
-                forms = {name: make(job["shape"], dtype, memory_format) for name, memory_format in formats.items()}
-                for which, op in enumerate(job["op"]):
-                    works = ((name, self.machine.captured(passes[which])) for name, passes in forms.items())
-                    self.operation(job, op, precision, works)
+                with self.recorded(job, precision=precision):
+                    forms = {name: make(job["shape"], dtype, memory_format) for name, memory_format in formats.items()}
+                    for which, op in enumerate(job["op"]):
+                        hows = {name: functools.partial(self.machine.captured, passes[which]) for name, passes in forms.items()}
+                        self.operation(job, op, precision, hows)
 
     # ---------------------------------------------------------------------------------------------------- attention
 
     def attention(self):
         for job in self.jobs("attention"):
             for precision in ("f32", "bf16"):
-                dtype, how, backend = precise(precision), "math", None
-                if self.on_gpu:
-                    from torch.nn.attention import SDPBackend, sdpa_kernel
+                with self.recorded(job, precision=precision):
+                    self.attention_passes(job, precision)
 
-                    how = "flash" if precision == "bf16" else "efficient"
-                    kind = SDPBackend.FLASH_ATTENTION if precision == "bf16" else SDPBackend.EFFICIENT_ATTENTION
-                    backend = functools.partial(sdpa_kernel, kind)
-                shape = job["shape"]
-                sizes = [shape[key] for key in ("n", "heads", "t", "head_dim")]
-                q, k, v = (self.random(*sizes, dtype=dtype).requires_grad_() for _ in range(3))
-                dy = self.random(*sizes, dtype=dtype)
+    def attention_passes(self, job, precision):
+        dtype, sizes = precise(precision), [job["shape"][key] for key in ("n", "heads", "t", "head_dim")]
+        qkv = [self.random(*sizes, dtype=dtype) for _ in range(3)]
+        dy = self.random(*sizes, dtype=dtype)
 
-                def attend(q=q, k=k, v=v):
-                    if hasattr(F, "scaled_dot_product_attention"):
-                        return F.scaled_dot_product_attention(q, k, v)
-                    return torch.softmax(q @ k.transpose(2, 3) / q.shape[3] ** 0.5, 3) @ v
+        def attend(q, k, v):
+            if hasattr(F, "scaled_dot_product_attention"):
+                return F.scaled_dot_product_attention(q, k, v)
+            return torch.softmax(q @ k.transpose(2, 3) / q.shape[3] ** 0.5, 3) @ v
 
-                def forward():
-                    with torch.no_grad():
-                        return attend()
+        def forward():
+            return lambda: attend(*qkv)
 
-                def both(q=q, k=k, v=v, dy=dy):
-                    return torch.autograd.grad(attend(), (q, k, v), dy)
+        def backward():
+            # Attended once, by the first run, on the stream of the capture, for autograd goes back on the stream it came; by
+            # leaves of its own, for those of another capture belong to the stream of that.
+            leaves = [tensor.detach().requires_grad_() for tensor in qkv]
+            attended = functools.lru_cache(maxsize=None)(lambda: attend(*leaves))
+            return lambda: torch.autograd.grad(attended(), leaves, dy, retain_graph=True)
 
-                def medians(work):
-                    work = self.machine.captured(work)
-                    cold = statistics.median(self.machine.milliseconds(work, self.runs, self.flush))
-                    return cold, statistics.median(self.machine.milliseconds(work, self.runs))
+        def prepared(make, backend):
+            with attention_by(backend):
+                return self.machine.captured(make())
 
-                def measure():
-                    (cold, warm), (cold_both, warm_both) = medians(forward), medians(both)
-                    self.tell(job, "attention_forward", precision, how, cold, warm_ms=round(warm, 5))
-                    self.tell(job, "attention_backward", precision, how, cold_both - cold, warm_ms=round(warm_both - warm, 5))
-
-                if backend is None:
-                    measure()
-                else:
-                    with backend():
-                        measure()
+        backends = ATTENTION_BACKENDS[precision] if self.on_gpu else ["MATH"]
+        for op, make in zip(job["op"], (forward, backward)):
+            hows = {name.removesuffix("_ATTENTION").lower(): functools.partial(prepared, make, name) for name in backends}
+            self.operation(job, op, precision, hows)
 
     # ------------------------------------------------------------------------------------------ optimizer, selection
 
     def optimizer(self):
         for job in self.jobs("optimizer"):
-            shapes = [parameter.shape for parameter in NETWORKS[job["model"]].make().parameters()]
+            shapes = [parameter.shape for parameter in network(job["model"]).parameters()]
             tensors = nn.ParameterList([nn.Parameter(self.random(*shape)) for shape in shapes])
             for parameter in tensors:
                 parameter.grad = self.random(*parameter.shape)
             make = sgd if job["op"] == ["sgd_step"] else adamw
             capturable = {"capturable": True} if self.on_gpu and make is adamw else {}
             step = make(tensors, **self.machine.fused, **capturable).step
-            self.operation(job, job["op"][0], "f32", [("fused" if self.on_gpu else "eager", self.machine.captured(step))])
+            how, prepare = "fused" if self.on_gpu else "eager", functools.partial(self.machine.captured, step)
+            self.operation(job, job["op"][0], "f32", {how: prepare})
 
     def prune(self):
         for job in self.jobs("prune"):
             elements, remove = job["shape"]["elements"], job["shape"]["remove"]
-            weights = self.random(elements)
+            # As dilt's are.
+            weights = 2 * torch.rand(elements, device=self.machine.name) - 1
 
             def topk(w=weights, remove=remove):
                 index = torch.topk(w.abs(), remove, largest=False, sorted=False).indices
@@ -294,11 +349,14 @@ class Bench:
                 magnitudes = w.abs()
                 return magnitudes > torch.kthvalue(magnitudes, remove).values
 
-            for how, work in (("topk", topk), ("sort", sort), ("kthvalue", kthvalue)):
+            def prepared(how, work, elements=elements, remove=remove):
                 removed = elements - int(work().sum())
                 if removed < remove or (removed > remove and how != "kthvalue"):
-                    raise SystemExit(f"{job['name']}: {how} removed {removed} instead of {remove}")
-                self.operation(job, "prune", "f32", [(how, work)])
+                    raise ValueError(f"removed {removed} instead of {remove}")
+                return work
+
+            for how, work in (("topk", topk), ("sort", sort), ("kthvalue", kthvalue)):
+                self.operation(job, "prune", "f32", {how: functools.partial(prepared, how, work)})
 
 
 def main():
@@ -319,7 +377,9 @@ def main():
     print(json.dumps(versions), flush=True)
     bench = Bench(machine, options.runs, options.only)
     for part in chosen:
-        getattr(bench, part)()
+        with bench.recorded(part=part):
+            getattr(bench, part)()
+    raise SystemExit(bench.failed)
 
 
 if __name__ == "__main__":

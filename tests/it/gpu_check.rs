@@ -1,9 +1,9 @@
-//! `scripts/gpu-check.sh` with stand-ins for what needs a GPU or PyTorch: its sections, its results and its summary. dilt is
-//! the real one, on the host device.
+//! `scripts/gpu-check.sh` with stand-ins for what needs a GPU or PyTorch: its sections, its results and its summary, and what
+//! it does where something fails or takes too long. dilt is the real one, on the host device.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -17,20 +17,23 @@ const JOBS: &str = r#"
 {"name": "prune little", "kind": "prune", "op": ["prune"], "shape": {"elements": 1000, "remove": 200}}
 "#;
 
-/// PyTorch's side: a second for each.
+/// PyTorch's side: a second for each. One form of compiled steps fails.
 const TORCH: &str = r#"
 import sys
 def say(job, op, precision, how, ms):
     print('{"job": "%s", "op": "%s", "precision": "%s", "how": "%s", "ms": %s}' % (job, op, precision, how, ms))
+step, linear = "step resnet8, batch 8", "linear 8 to 16 (2 samples)"
 print('{"torch": "2.99", "cuda": "13.0"}')
 if "--compiled" in sys.argv:
-    say("step resnet8, batch 8", "training step", "bf16", "compiled", 500.0)
-    raise SystemExit("no compiler")
-for how, ms in [("eager", 2000.0), ("graph", 1000.0)]:
-    say("step resnet8, batch 8", "training step", "f32", how, ms)
-say("linear 8 to 16 (2 samples)", "linear_forward", "f32", "contiguous", 1000.0)
-say("linear 8 to 16 (2 samples)", "linear_forward", "bf16", "contiguous", 250.0)
-say("linear 8 to 16 (2 samples)", "linear_forward", "tf32", "contiguous", 500.0)
+    print('{"job": "%s", "op": "training step", "precision": "bf16", "how": "compiled graph", "error": "no capture"}' % step)
+    say(step, "training step", "bf16", "compiled", 500.0)
+    raise SystemExit(1)
+if "--steps" in sys.argv:
+    for how, ms in [("eager", 2000.0), ("graph", 1000.0)]:
+        say(step, "training step", "f32", how, ms)
+if "--layers" in sys.argv:
+    for precision, ms in [("f32", 1000.0), ("bf16", 250.0), ("tf32", 500.0)]:
+        say(linear, "linear_forward", precision, "contiguous", ms)
 "#;
 
 fn program_of(path: &Path, text: &str) {
@@ -42,9 +45,9 @@ fn program_of(path: &Path, text: &str) {
 /// Whether this machine has what the script is written in.
 fn can_run() -> bool {
     let there = |name: &str| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
-    let can = ["bash", "python3"].into_iter().all(there);
+    let can = ["bash", "python3", "tar", "timeout"].into_iter().all(there);
     if !can {
-        eprintln!("skipped: gpu-check.sh needs bash and python3");
+        eprintln!("skipped: gpu-check.sh needs bash, python3, tar and timeout");
     }
     can
 }
@@ -67,7 +70,12 @@ fn pack(folder: &Path) {
     program_of(&folder.join("bin/dilt"), &dilt);
     program_of(&folder.join("bin/tests"), "#!/bin/sh\necho 'test result: ok. 3 passed; 0 failed; 0 ignored'\n");
     program_of(&folder.join("bin/bench-step"), "#!/bin/sh\necho '{\"what\": \"step\"}'\n");
-    program_of(&folder.join("bin/bench-ops"), "#!/bin/sh\necho measured\n");
+    // That of bf16 fails after it has written its file.
+    program_of(
+        &folder.join("bin/bench-crossover"),
+        "#!/usr/bin/env bash\nname=crossover\n[[ \"$*\" != *bf16* ]] || name=crossover-bf16${DILT_WGMMA:+-wgmma}\n\
+         echo layer >\"${*: -1}/$name.csv\"\n[ $name != crossover-bf16 ]\n",
+    );
     let smi = "#!/bin/sh\ncase \"$1\" in --query-gpu=name) echo 'Stand-in GPU' ;; *compute_cap) echo 9.0 ;; --query-gpu=*) echo 1.0 ;; esac\n";
     program_of(&folder.join("path/nvidia-smi"), smi);
 }
@@ -77,6 +85,25 @@ fn gpu_check(folder: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(folder.join("gpu-check.sh"));
     command.arg(folder.join("out")).args(arguments).env("PATH", path).env_remove("DILT_REQUIRE_CUDA");
     command.output().unwrap()
+}
+
+/// What the archive holds.
+fn unpacked(folder: &Path) -> PathBuf {
+    let to = folder.join("unpacked");
+    fs::create_dir_all(&to).unwrap();
+    let archive = folder.join("out/logs.tar.gz");
+    assert!(Command::new("tar").arg("xzf").arg(archive).arg("-C").arg(&to).status().unwrap().success());
+    to
+}
+
+fn results(folder: &Path) -> Value {
+    serde_json::from_slice(&fs::read(folder.join("out/results.json")).unwrap()).unwrap()
+}
+
+/// Whether each section passed, nothing if it was left out.
+fn passed(results: &Value) -> Vec<(&str, Option<bool>)> {
+    let checks = results["checks"].as_array().unwrap();
+    checks.iter().map(|check| (check["name"].as_str().unwrap(), check["passed"].as_bool())).collect()
 }
 
 /// The cells of the only row of a table with these first cells.
@@ -96,14 +123,12 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     pack(folder);
-    let output = gpu_check(folder, &["tests", "steps", "ops", "peers", "compiled"]);
+    let sections = ["tests", "steps", "torch-steps", "ops", "torch-ops", "compiled", "tickets", "ops-f32"];
+    let output = gpu_check(folder, &sections);
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(1), "compiled fails\n{stdout}\n{stderr}");
-    let results: Value = serde_json::from_slice(&fs::read(folder.join("out/results.json")).unwrap()).unwrap();
-    let checks = results["checks"].as_array().unwrap();
-    let passed: Vec<_> = checks.iter().map(|c| (c["name"].as_str().unwrap(), c["passed"].as_bool().unwrap())).collect();
-    let expected = [("tests", true), ("steps", true), ("ops", true), ("peers", true), ("compiled", false)];
-    assert_eq!(passed, expected, "{stdout}\n{stderr}");
+    let expected = sections.map(|section| (section, Some(section != "compiled")));
+    assert_eq!(passed(&results(folder)), expected, "{stdout}\n{stderr}");
 
     let text = fs::read_to_string(folder.join("out/summary.md")).unwrap();
     assert!(stdout.ends_with(&text), "{stdout}");
@@ -115,10 +140,13 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
     assert_eq!(row(&text, &["tests"])[1..2], ["passed"]);
     assert_eq!(row(&text, &["tests"])[3], "3 passed; 0 failed");
     assert_eq!(row(&text, &["compiled"])[1], "**failed**");
+    assert_eq!(row(&text, &["steps"])[4], "1.0; 1.0", "clocks");
+    assert!(text.contains("- step resnet8, batch 8, training step, bf16, compiled graph: no capture"), "{text}");
 
     // Numbers are those that both sides left: the fastest way of the peer, whose time is a whole number of seconds here.
+    let archive = unpacked(folder);
     let lines = |name: &str| -> Vec<Value> {
-        let text = fs::read_to_string(folder.join("out").join(name)).unwrap();
+        let text = fs::read_to_string(archive.join(name)).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     };
     let number = |cell: &str| cell.replace(',', "").parse::<f64>().unwrap_or_else(|_| panic!("{cell}\n{text}"));
@@ -126,11 +154,9 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
         assert!((number(cell) - value).abs() <= 0.51 * unit, "{cell}: {value}\n{text}")
     };
     let steps = lines("steps.jsonl");
-    assert_eq!(
-        steps.len(),
-        20,
-        "three dense ones, of each precision two at a time and six tickets, bench-step's: {steps:?}"
-    );
+    assert_eq!(steps.len(), 3, "f32, bf16, wgmma: {steps:?}");
+    let tickets = lines("tickets.jsonl");
+    assert_eq!(tickets.len(), 17, "of each precision 4 and 16 at a time and six tickets, bench-step's: {tickets:?}");
     for (precision, how, seconds) in [("f32", "graph", 1.0), ("bf16", "compiled", 0.5)] {
         let cells = row(&text, &["resnet8", "8", precision, "all", "training step"]);
         let own = steps.iter().find(|step| step["precision"] == precision && step["density"] == 1.0).unwrap();
@@ -145,8 +171,9 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
     }
     assert_eq!(row(&text, &["resnet8", "8", "f32", "all", "evaluation"])[8..], ["-", "-", "-"]);
     assert_eq!(row(&text, &["resnet8", "8", "bf16, wgmma", "all", "training step"])[8], "bf16 compiled");
-    let ops = lines("ops.jsonl");
-    assert_eq!(ops.len(), 4, "{ops:?}");
+    assert_eq!(lines("ops.jsonl").len(), 2, "bf16, wgmma");
+    let ops = lines("ops-f32.jsonl");
+    assert_eq!(ops.len(), 2, "the layer, the selection: {ops:?}");
     let own = format!("{:.3}", ops[0]["ms"].as_f64().unwrap());
     let linear = |ms: &str, precision: &str| {
         let rows = text.lines().filter(|line| line.starts_with("| linear 8 to 16 (2 samples) | linear_forward |"));
@@ -171,11 +198,73 @@ fn a_run_of_some_sections_says_what_is_not_there() {
     }
     let folder = tempfile::tempdir().unwrap();
     pack(folder.path());
-    let output = gpu_check(folder.path(), &["tests"]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = fs::read_to_string(folder.path().join("out/summary.md")).unwrap();
-    assert!(text.contains("Not there, so left out: steps.jsonl, ops.jsonl, torch.jsonl, compiled.jsonl."), "{text}");
+    let summary = |section: &str| {
+        let output = gpu_check(folder.path(), &[section]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        fs::read_to_string(folder.path().join("out/summary.md")).unwrap()
+    };
+    let text = summary("tests");
+    let missing = "Not there, so left out: steps.jsonl, tickets.jsonl, ops.jsonl, ops-f32.jsonl, torch-steps.jsonl,";
+    assert!(text.contains(&format!("{missing} torch-ops.jsonl, compiled.jsonl, gw.json.")), "{text}");
     assert!(!text.contains("## Whole steps"), "{text}");
+    summary("torch-ops");
+    let text = summary("torch-steps");
+    let missing =
+        "Not there, so left out: steps.jsonl, tickets.jsonl, ops.jsonl, ops-f32.jsonl, compiled.jsonl, gw.json.";
+    assert!(text.contains(missing), "goes on with what the runs before left\n{text}");
     let usage = gpu_check(folder.path(), &["no-such-section"]);
     assert_eq!(usage.status.code(), Some(2));
+}
+
+#[test]
+fn what_fails_is_recorded_and_ends_nothing_else() {
+    if !can_run() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    pack(folder);
+    let whole = folder.join("bin/dilt-whole");
+    fs::rename(folder.join("bin/dilt"), &whole).unwrap();
+    let refuses = "#!/bin/sh\ncase \"$*\" in *linear_forward*) echo 'error: refused' >&2; exit 1 ;; esac\n";
+    program_of(&folder.join("bin/dilt"), &format!("{refuses}exec '{}' \"$@\"\n", whole.display()));
+    let output = gpu_check(folder, &["ops-f32", "crossover", "torch-ops"]);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    let results = results(folder);
+    assert_eq!(results["passed"], false);
+    let expected = [("ops-f32", Some(false)), ("crossover", Some(false)), ("torch-ops", Some(true))];
+    assert_eq!(passed(&results), expected);
+    let text = fs::read_to_string(folder.join("out/summary.md")).unwrap();
+    let failed = "- linear 8 to 16 (2 samples), linear_forward, f32, `bench --op linear_forward ";
+    let failed = text.lines().find(|line| line.starts_with(failed)).unwrap_or_else(|| panic!("{text}"));
+    assert!(failed.ends_with(": error: refused"), "{failed}");
+    assert_eq!(row(&text, &["prune little", "prune", "f32"])[4], "-", "the job after it");
+    let archive = unpacked(folder);
+    for name in ["crossover.csv", "crossover-bf16.csv", "crossover-bf16-wgmma.csv"] {
+        assert!(archive.join(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn sections_end_with_the_time_for_all_and_those_after_it_are_left_out() {
+    if !can_run() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    pack(folder);
+    program_of(&folder.join("bin/tests"), "#!/bin/sh\nexec sleep 60\n");
+    let output = gpu_check(folder, &["--seconds", "4", "tests", "torch-ops"]);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    let results = results(folder);
+    assert_eq!(passed(&results), [("tests", Some(false)), ("torch-ops", None)]);
+    let why = |check: usize| results["checks"][check]["why"].as_str().unwrap();
+    assert!(why(0).starts_with("stopped after "), "{results}");
+    assert!(why(1).starts_with("left out: no time left, "), "{results}");
+    let text = fs::read_to_string(folder.join("out/summary.md")).unwrap();
+    assert_eq!(row(&text, &["torch-ops"])[1], why(1));
+    let log = fs::read_to_string(unpacked(folder).join("tests.log")).unwrap();
+    assert_eq!(log.trim(), why(0));
+    let files = fs::read_dir(folder.join("out")).unwrap().count();
+    assert_eq!(files, 3, "results.json, summary.md, logs.tar.gz: a lent machine gives few files back");
 }
