@@ -56,12 +56,12 @@ const LINEAR: [Rate; 3] = [
 ];
 
 /// The same in bf16 (`scripts/fit_rates.py benches/results/crossover-host-bf16-2026-11-27.csv`; the machine was busy with
-/// other work), where groups are faster than dense products of as many weights. Of 837 passes there, four take a way that is
+/// other work), where groups are faster than dense products of as many weights. Of 831 passes there, four take a way that is
 /// slower than the dense one, by 1 to 26 %.
 const FILTERS_BF16: [Rate; 3] = [
     rate(Way::Dense, [[40.2, 0.0, 0.0, 0.0], [42.5, 0.0, 0.0, 0.0], [51.3, 0.0, 0.0, 0.0]]),
-    rate(Way::Groups, [[28.0, 520.9, 0.0, 0.0], [26.6, 561.9, 0.0, 0.0], [53.0, 0.0, 0.0, 0.0]]),
-    rate(Way::Direct, [[98.4, 257.6, 0.0, 0.0], [97.3, 299.1, 0.0, 0.0], [107.0, 0.0, 0.0, 0.0]]),
+    rate(Way::Groups, [[28.0, 528.7, 0.0, 0.0], [26.4, 599.9, 0.0, 0.0], [53.0, 0.0, 0.0, 0.0]]),
+    rate(Way::Direct, [[98.2, 264.8, 0.0, 0.0], [96.6, 324.9, 0.0, 0.0], [107.0, 0.0, 0.0, 0.0]]),
 ];
 const LINEAR_BF16: [Rate; 3] = [
     rate(Way::Dense, [[51.2, 0.0, 0.0, 0.0], [51.3, 0.0, 0.0, 0.0], [50.8, 0.0, 0.0, 0.0]]),
@@ -69,30 +69,30 @@ const LINEAR_BF16: [Rate; 3] = [
     rate(Way::Direct, [[122.6, 300.4, 0.0, 0.0], [130.2, 304.2, 0.0, 0.0], [143.5, 0.0, 0.0, 0.0]]),
 ];
 
-/// The same of an H200, fitted on 2026-11-26; benches/results/gpu-2026-11-26/crossover.csv is a later run of that day. Of
-/// 840 passes there, five take a way that is slower than the dense one, by 3 to 25 %.
+/// The same of an H200 (`scripts/fit_rates.py benches/results/gpu-2026-11-26/crossover.csv --gpu`). Of 831 passes there, eight
+/// take a way that is slower than the dense one, by 3 to 25 %.
 const GPU_FILTERS: [Rate; 3] = [
-    rate(Way::Dense, [[0.0464, 7.968, 0.0, 25_840.0], [0.0512, 4.454, 5.36e6, 17_860.0], [0.0596, 0.0, 19.5e6, 0.0]]),
+    rate(Way::Dense, [[0.0461, 7.936, 0.0, 26_150.0], [0.0511, 4.438, 5.27e6, 18_150.0], [0.0595, 0.0, 19.3e6, 694.0]]),
     rate(
         Way::Groups,
-        [[0.0632, 1.285, 5.46e6, 96_660.0], [0.0594, 1.665, 3.51e6, 98_220.0], [0.1354, 0.0, 0.1e6, 0.0]],
+        [[0.0642, 0.903, 9.37e6, 79_630.0], [0.0592, 1.684, 4.17e6, 95_170.0], [0.1065, 0.0, 14.2e6, 0.0]],
     ),
     rate(
         Way::Direct,
-        [[0.1824, 2.299, 5.91e6, 178_810.0], [0.1733, 2.917, 3.73e6, 197_240.0], [0.58, 0.0, 0.1e6, 0.0]],
+        [[0.1822, 2.08, 9.65e6, 150_000.0], [0.172, 2.977, 4.32e6, 192_500.0], [0.4858, 0.0, 15.2e6, 0.0]],
     ),
 ];
 
 /// The same for filters of one tap.
 const GPU_LINEAR: [Rate; 3] = [
-    rate(Way::Dense, [[0.0687, 0.0, 2.13e6, 31_480.0], [0.0725, 0.0, 3.23e6, 29_640.0], [0.0593, 0.0, 22.2e6, 0.0]]),
+    rate(Way::Dense, [[0.0686, 0.0, 2.2e6, 31_420.0], [0.0726, 0.0, 3.2e6, 29_630.0], [0.0595, 0.0, 22.1e6, 0.0]]),
     rate(
         Way::Groups,
-        [[0.0711, 1.272, 8.92e6, 120_170.0], [0.077, 1.471, 6.04e6, 133_300.0], [0.1289, 0.0, 10.0e6, 0.0]],
+        [[0.0701, 1.171, 10.2e6, 112_500.0], [0.0752, 1.449, 6.05e6, 134_000.0], [0.1267, 0.0, 10.3e6, 2190.0]],
     ),
     rate(
         Way::Direct,
-        [[0.207, 1.926, 8.71e6, 204_720.0], [0.2384, 3.17, 5.89e6, 252_290.0], [0.5331, 0.0, 11.7e6, 0.0]],
+        [[0.2079, 1.862, 9.61e6, 194_200.0], [0.2385, 3.128, 5.94e6, 252_000.0], [0.5271, 0.0, 11.8e6, 0.0]],
     ),
 ];
 

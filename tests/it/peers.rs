@@ -199,6 +199,7 @@ fn steps_multiply_the_same_in_every_layer() {
         let (model, recipe) = model_of(model);
         assert_eq!(job["products"], json!(products(&model)), "{name}");
         assert_eq!(job["optimizer"], json!(recipe.optimizer), "{name}");
+        assert_eq!(job["clip_norm"], json!(recipe.clip_norm), "{name}");
         let memory_for = Use::Train(recipe.optimizer);
         let layout = Layout::new(&device, &model, &BTreeMap::new(), batch, memory_for, &Planning::Table).unwrap();
         let step = training_step(&device, &layout, batch, memory_for, false).unwrap();
