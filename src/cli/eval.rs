@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 use dilt::data::{DataSet, Examples};
 use dilt::device::Precision;
@@ -11,7 +10,7 @@ use dilt::nn::network::Network;
 use dilt::nn::plan::Use;
 use dilt::nn::weights::{Weights, save_logits};
 use dilt::ticket::heads::{HeadDensities, head_densities};
-use dilt::train::{Images, Labelled, MOST_SAMPLES, evaluate};
+use dilt::train::{Images, Labelled, MOST_BATCH, evaluate};
 use serde::Serialize;
 
 use super::{Common, ModelAndData};
@@ -20,7 +19,7 @@ use super::{Common, ModelAndData};
 #[derive(Args)]
 pub struct Eval {
     /// Weights or a ticket; its masks are applied.
-    #[arg(long, value_name = "FILE", alias = "ticket")]
+    #[arg(long, value_name = "FILE", visible_alias = "ticket")]
     weights: PathBuf,
     /// Which examples.
     #[arg(long, value_enum, default_value = "test")]
@@ -83,8 +82,8 @@ struct Evaluated {
 
 impl Eval {
     pub fn run(&self) -> anyhow::Result<()> {
-        if !(1..=MOST_SAMPLES).contains(&self.batch) {
-            let message = format!("--batch: expected 1 to {MOST_SAMPLES}, got {}", self.batch);
+        if !(1..=MOST_BATCH).contains(&self.batch) {
+            let message = format!("--batch: expected 1 to {MOST_BATCH}, got {}", self.batch);
             return Err(dilt::Error::Usage(message).into());
         }
         let weights = Weights::load(&self.weights)?;
@@ -92,9 +91,8 @@ impl Eval {
         let (config, data) = self.target.load(named, &self.common)?;
         let model = config.build()?;
         let device = self.common.open()?;
-        let fitted = self.target.renamed(weights, &config, &model);
-        let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
-        let weights = fitted.with_context(|| self.weights.display().to_string())?;
+        let weights = self.target.fitted(&self.weights, weights, &config, &model)?;
+        self.common.warn_of_empty_layers(&weights);
         let planning = self.common.planning()?;
         let mut network = Network::for_masks(&device, &model, &weights.masks, self.batch, Use::Evaluate, &planning)?;
         network.load(&weights)?;

@@ -27,7 +27,8 @@ pub struct Find {
     /// Number of parts that the data is divided into.
     #[arg(long, default_value_t = 2, value_name = "K", help_heading = "Tickets")]
     parts: usize,
-    /// How the data is divided: classes (ranges of labels), random, or file=F (a line of labels for each part).
+    /// How the data is divided: classes (ranges of labels), random, or file=F (a line of labels for each part). Parts of other
+    /// classes have classifiers of their own, which are not pruned then.
     #[arg(long, default_value = "classes", help_heading = "Tickets")]
     partition: String,
     /// Levels of training and pruning.
@@ -48,7 +49,7 @@ pub struct Find {
     /// Leave out weights whose names match (* and ?); may be given several times.
     #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
     exclude: Vec<String>,
-    /// Prune more than convolutions, linear layers and the classifier: weights whose names match (* and ?), such as a
+    /// Prune more than convolutions, linear layers and a classifier that all parts share: weights whose names match (* and ?), such as a
     /// vision transformer's patch_embed.proj.weight or pos_embed; may be given several times.
     #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
     include: Vec<String>,

@@ -18,9 +18,11 @@ mod transfer;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dilt::data::{DataSet, Reading};
 use dilt::device::{Device, Precision};
+use dilt::mask::set::MaskSet;
 use dilt::nn::config::ModelConfig;
 use dilt::nn::model::Model;
 use dilt::nn::paths::{Planning, Tuning};
@@ -161,6 +163,15 @@ impl Common {
         })
     }
 
+    /// Says which layers a ticket prunes as a whole: its network computes less than it seems to, and may not learn.
+    fn warn_of_empty_layers(&self, weights: &Weights) {
+        let empty = MaskSet::of_weights(&weights.masks).empty_layers();
+        if !empty.is_empty() {
+            let layers = empty.join(", ");
+            self.progress().warn(&format!("nothing is kept of {layers}: what only feeds them is left out too"));
+        }
+    }
+
     /// Prints a result: as JSON, or as the table that `table` makes.
     fn print<T: Serialize>(&self, result: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
         let text = if self.json { serde_json::to_string_pretty(result)? } else { table(result) };
@@ -273,6 +284,18 @@ impl ModelAndData {
 }
 
 impl ModelAndData {
+    /// The weights of a file, for all of the model.
+    fn fitted(&self, file: &Path, weights: Weights, config: &ModelConfig, model: &Model) -> anyhow::Result<Weights> {
+        let renamed = self.renamed(weights, config, model);
+        let fitted = renamed.and_then(|weights| weights.for_model(&model.file_tensors()));
+        fitted.with_context(|| Self::described(file, config))
+    }
+
+    /// Which file does not fit which model.
+    fn described(file: &Path, config: &ModelConfig) -> String {
+        format!("{}, as weights of model '{}' (--model and --set choose another)", file.display(), config.name)
+    }
+
     /// The weights of a file under the model's names, with positions resampled if --image-size asks for it.
     fn renamed(&self, weights: Weights, config: &ModelConfig, model: &Model) -> dilt::Result<Weights> {
         let weights = weights.named_as(model.file_tensors().iter().map(|(name, _)| name.as_str()))?;
@@ -284,34 +307,34 @@ impl ModelAndData {
 #[derive(Args)]
 struct RecipeOptions {
     /// Times that each example is seen.
-    #[arg(long, conflicts_with = "steps", help_heading = "Training")]
+    #[arg(long, conflicts_with = "steps", allow_negative_numbers = true, help_heading = "Training")]
     epochs: Option<usize>,
     /// Steps, instead of epochs.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     steps: Option<usize>,
     /// Samples of a step.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     batch: Option<usize>,
     /// Optimizer; another than the model file's needs --lr and --weight-decay.
     #[arg(long, value_enum, help_heading = "Training")]
     optimizer: Option<OptimizerOption>,
     /// Highest learning rate.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     lr: Option<f64>,
     /// SGD: share of the velocity that is kept.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     momentum: Option<f32>,
     /// SGD: Nesterov's momentum.
     #[arg(long, help_heading = "Training")]
     nesterov: bool,
     /// AdamW: shares of the first and the second moment that are kept.
-    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "B1,B2", help_heading = "Training")]
+    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "B1,B2", allow_negative_numbers = true, help_heading = "Training")]
     betas: Option<Vec<f64>>,
     /// AdamW: added to the root of the second moment.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     epsilon: Option<f32>,
     /// Weight decay: added to the gradient by SGD, decoupled from it by AdamW, as in PyTorch.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     weight_decay: Option<f32>,
     /// Leave norms, biases, tokens and positions out of weight decay.
     #[arg(long, help_heading = "Training")]
@@ -320,19 +343,19 @@ struct RecipeOptions {
     #[arg(long, value_enum, help_heading = "Training")]
     schedule: Option<ScheduleOption>,
     /// Epochs after which the multi-step schedule multiplies by --gamma.
-    #[arg(long, value_delimiter = ',', help_heading = "Training")]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, help_heading = "Training")]
     milestones: Option<Vec<f64>>,
     /// Factor of the multi-step schedule.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     gamma: Option<f64>,
     /// Epochs in which the learning rate rises linearly.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     warmup: Option<f64>,
     /// Share of the target that is spread over all classes.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     label_smoothing: Option<f32>,
     /// Largest norm of all gradients together.
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, allow_negative_numbers = true, help_heading = "Training")]
     clip_norm: Option<f32>,
     /// Whether examples come in a new random order each epoch, or in file order.
     #[arg(long, action = clap::ArgAction::Set, help_heading = "Training")]

@@ -22,7 +22,7 @@ use super::Common;
 #[derive(Args)]
 pub struct Prune {
     /// Weights or a ticket.
-    #[arg(long, value_name = "FILE", alias = "ticket")]
+    #[arg(long, value_name = "FILE", visible_alias = "ticket")]
     weights: PathBuf,
     /// Share of the weights that is removed.
     #[arg(long, allow_negative_numbers = true)]
@@ -103,6 +103,7 @@ impl Prune {
         weights.metadata.insert("sparsity".into(), (1.0 - selected.masks.density()).to_string());
         weights.metadata.insert("dilt".into(), env!("CARGO_PKG_VERSION").into());
         weights.save(&self.out)?;
+        self.common.warn_of_empty_layers(&weights);
         Ok(Pruned {
             total: selected.masks.total(),
             kept: selected.masks.kept(),

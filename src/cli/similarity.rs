@@ -245,9 +245,7 @@ impl Similarity {
         let named = weights.metadata.get("model").map(String::as_str);
         let config = self.target.config(named, &self.common)?;
         let model = config.build()?;
-        let fitted = self.target.renamed(weights, &config, &model);
-        let weights = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
-        let weights = weights.with_context(|| path.display().to_string())?;
+        let weights = self.target.fitted(path, weights, &config, &model)?;
         let outputs = outputs(&model, &self.layers).with_context(|| path.display().to_string())?;
         Ok(Planned { name: name.into(), config, model, weights, outputs })
     }
@@ -319,10 +317,12 @@ impl Distance {
     }
 }
 
-/// Makes the folder, and opens the pairs in it.
+/// Makes the folder, and opens the pairs in it, for this process alone.
 fn open_store(place: &Place) -> dilt::Result<PairStore> {
     place.make_folder()?;
-    PairStore::open(&place.pairs())
+    let pairs = PairStore::open(&place.pairs())?;
+    place.clean();
+    Ok(pairs)
 }
 
 /// Short names for files: the first part of their paths, from the end, in which all differ, without ending; numbers if

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 use dilt::mask::set::MaskSet;
 use dilt::nn::network::Network;
@@ -19,8 +18,9 @@ use super::{Common, ModelAndData};
 ///
 /// Refill keeps as many output channels, hidden features and attention heads as the kept weights of each layer fill, and
 /// makes them dense; norms and biases of those that are removed are fixed to zero by masks of their own, so that dilt can
-/// leave them out exactly. Regroup makes groups of similar rows dense in the columns that most of them keep. Weights of the
-/// file stay as they are; only masks change. Train the result with `dilt train --ticket`.
+/// leave them out exactly. Regroup makes groups of similar rows dense in the columns that most of them keep, and where few are
+/// similar it keeps many more weights than the ticket did: `dilt bench --plan` tells what that gains on a device. Weights of
+/// the file stay as they are; only masks change. Train the result with `dilt train --ticket`.
 #[derive(Args)]
 pub struct Structure {
     /// How.
@@ -97,9 +97,7 @@ impl Structure {
         let named = weights.metadata.get("model").map(String::as_str);
         let (config, data) = self.target.load(named, &self.common)?;
         let model = config.build()?;
-        let fitted = self.target.renamed(weights, &config, &model);
-        let fitted = fitted.and_then(|weights| weights.for_model(&model.file_tensors()));
-        let mut weights = fitted.with_context(|| self.ticket.display().to_string())?;
+        let mut weights = self.target.fitted(&self.ticket, weights, &config, &model)?;
         let magnitudes = match self.score {
             RowScore::Activation => {
                 let device = self.common.open()?;

@@ -22,13 +22,14 @@ use super::{Common, ModelAndData, RecipeOptions, machine};
 
 /// Train a dense network, or a ticket under its masks.
 ///
-/// Writes OUT/weights.safetensors and OUT/metrics.csv, which has one row per step. A training that was stopped goes
-/// on from its last checkpoint in OUT when the same command is given again. Checkpoints are written every 20 seconds, or
-/// as often as the environment variable DILT_CHECKPOINT_SECONDS says.
+/// Writes OUT/weights.safetensors, OUT/training.json, which says of what they are, and OUT/metrics.csv, which has one row per step. A training that was stopped goes
+/// on from its last checkpoint in OUT when the same command is given again; of one that has ended, the command tells the
+/// result again, and another one is refused. Checkpoints are written every 20 seconds, or as often as the environment
+/// variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
 pub struct Train {
     /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.
-    #[arg(long, value_name = "FILE", alias = "ticket")]
+    #[arg(long, value_name = "FILE", visible_alias = "ticket")]
     weights: Option<PathBuf>,
     /// Load what fits of --weights, and draw the rest from --seed: a new head for another number of classes, say. What was
     /// not loaded is listed on stderr.
@@ -57,7 +58,8 @@ struct Trained {
     loss: f64,
     epochs: usize,
     steps: usize,
-    images_per_second: f64,
+    /// None if it had been trained before.
+    images_per_second: Option<f64>,
     weights: String,
 }
 
@@ -86,47 +88,54 @@ impl Train {
         let (memory_for, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
         let mut network = Network::for_masks(&device, &model, &start.masks, recipe.batch, memory_for, &planning)?;
         network.load(&start)?;
-        // Everything that the bits depend on, so that a checkpoint of another training is not gone on from.
-        let identity = serde_json::json!([
-            config,
-            recipe,
-            data.identity(),
-            self.split.name(),
-            self.common.seed,
-            start.identity(),
-            machine(&device),
-            network.choices_hash(),
-        ]);
-        let identity = identity.to_string();
-        let done = resume(&mut network, &files.checkpoint(), &identity)?;
+        // Everything that the bits depend on, so that another training's checkpoint is not gone on from.
+        let training_of = serde_json::json!({
+            "model": config,
+            "recipe": recipe,
+            "data": data.identity(),
+            "split": self.split.name(),
+            "seed": self.common.seed,
+            "start": start.identity(),
+            "machine": machine(&device),
+            "choices": network.choices_hash(),
+        });
         let mut training = Training::new(&mut network, &examples, &recipe, self.common.seed)?;
-        let total = training.total_steps();
-        let stage = self.common.progress().stage("train", total);
-        let begun = Instant::now();
-        let mut shown = |done, loss| stage.show(done, loss);
-        let mut observer = Saver::new(files, done, identity, &mut shown)?;
-        training.run(&mut network, done, &mut observer)?;
-        let seconds = begun.elapsed().as_secs_f64();
-        let per_epoch = recipe.steps_per_epoch(examples.len());
-        let seen = (total - done) as f64 * examples.len().min(per_epoch * recipe.batch) as f64 / per_epoch as f64;
+        let (total, per_epoch) = (training.total_steps(), recipe.steps_per_epoch(examples.len()));
+        let images_per_second = if let Some(weights) = folder.finished(&training_of)? {
+            network.load(&weights)?;
+            None
+        } else {
+            let identity = training_of.to_string();
+            let done = resume(&mut network, &files.checkpoint(), &identity)?;
+            let stage = self.common.progress().stage("train", total);
+            let begun = Instant::now();
+            let mut shown = |done, loss| stage.show(done, loss);
+            let mut observer = Saver::new(files, done, identity, &mut shown)?;
+            training.run(&mut network, done, &mut observer)?;
+            let seconds = begun.elapsed().as_secs_f64();
+            let seen = (total - done) as f64 * examples.len().min(per_epoch * recipe.batch) as f64 / per_epoch as f64;
+            Some(seen / seconds)
+        };
+        // Weights that give no numbers are not written.
         let score = evaluate(&mut network, &examples, recipe.batch, false)?;
-        let path = files.weights();
-        network.weights()?.save(&path)?;
-        // Left behind, it would stand in the way of a later training in this folder.
-        let _ = std::fs::remove_file(files.checkpoint());
+        if images_per_second.is_some() {
+            let mut weights = network.weights()?;
+            weights.metadata.insert("model".into(), model.name.clone());
+            folder.finish(&weights, &training_of)?;
+        }
         let trained = Trained {
             top1: score.top1,
             loss: score.loss,
             epochs: total.div_ceil(per_epoch),
             steps: total,
-            images_per_second: seen / seconds,
-            weights: path.to_string_lossy().into_owned(),
+            images_per_second,
+            weights: files.weights().to_string_lossy().into_owned(),
         };
         self.common.print(&trained, |trained| {
+            let speed = trained.images_per_second.map_or("before".into(), |speed| format!("at {speed:.0} images/s"));
             format!(
-                "trained {} steps at {:.0} images/s; on the same examples: top-1 {:.2} %, loss {:.4}\nweights: {}",
+                "trained {} steps {speed}; on the same examples: top-1 {:.2} %, loss {:.4}\nweights: {}",
                 trained.steps,
-                trained.images_per_second,
                 trained.top1 * 100.0,
                 trained.loss,
                 trained.weights
@@ -143,8 +152,9 @@ impl Train {
                 given.for_model(&model.file_tensors()).map(|weights| (weights, Vec::new()))
             }
         });
-        let in_file = || self.weights.as_ref().map_or(String::new(), |path| path.display().to_string());
+        let in_file = || self.weights.as_ref().map_or(String::new(), |path| ModelAndData::described(path, config));
         let (weights, left) = fitted.with_context(in_file)?;
+        self.common.warn_of_empty_layers(&weights);
         left.iter().for_each(|line| self.common.progress().say(line));
         Ok(weights)
     }

@@ -189,9 +189,9 @@ impl Loaded {
                 };
                 let max_threads = attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)? as u32;
                 if kernel.contains("_wgmma_") {
-                    // Which code it is, where the driver has a choice (CUDA_FORCE_PTX_JIT): that for other GPUs is a trap.
+                    // Which code it is, where the driver has a choice (CUDA_FORCE_PTX_JIT): that of sm_80 is a trap.
                     let made_for = attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
-                    self.wgmma = self.capability == (9, 0) && made_for == 90;
+                    self.wgmma = self.capability == (9, 0) && CUDA_ARCHS.contains(&"90a") && made_for >= 90;
                 }
                 // Both compilers lay the struct out alike, so the host's entry knows its size.
                 let shared_bytes = host_kernel(kernel).map_or(0, |sets| sets[0].shared_bytes);

@@ -52,9 +52,15 @@ pub(crate) fn write_atomically(
 }
 
 /// Whether a file is one that a killed process was writing.
-pub(crate) fn is_temporary(path: &Path) -> bool {
+fn is_temporary(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     name.starts_with(PREFIX) && name.ends_with(SUFFIX)
+}
+
+/// Removes from a folder what a killed process was writing there. Of folders within nothing: others may write in them.
+pub(crate) fn sweep(folder: &Path) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.filter(|path| is_temporary(path)).for_each(|path| _ = std::fs::remove_file(path));
 }
 
 #[cfg(test)]

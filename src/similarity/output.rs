@@ -8,7 +8,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::compare::{MeasuredNetwork, Similarity};
 use crate::error::{Error, Result};
-use crate::nn::atomic::write_atomically;
+use crate::nn::atomic::{sweep, write_atomically};
 use crate::report::page::Page;
 
 /// Where a comparison is written.
@@ -39,6 +39,13 @@ impl Place {
         };
         let cannot = |error| Error::file(folder, format!("cannot be made: {error}; choose another --out"));
         if folder.as_os_str().is_empty() { Ok(()) } else { std::fs::create_dir_all(folder).map_err(cannot) }
+    }
+
+    /// Removes what a killed comparison was writing into its folder; for who has the lock of the pairs in it.
+    pub fn clean(&self) {
+        if let Place::Folder(folder) = self {
+            sweep(folder);
+        }
     }
 
     /// Where finished pairs are kept.

@@ -25,7 +25,8 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::nn::atomic::{is_temporary, write_atomically};
+use crate::nn::atomic::{sweep, write_atomically};
+use crate::nn::weights::Weights;
 
 /// A run folder, locked for this process.
 pub struct RunFolder {
@@ -195,14 +196,47 @@ impl TrainingFolder {
     pub fn open(path: &Path) -> Result<Self> {
         make_folder(path)?;
         let lock = lock(path)?;
-        // Not of folders within: other processes may work there.
-        entries(path).filter(|path| is_temporary(path)).for_each(remove_quietly);
+        sweep(path);
         Ok(TrainingFolder { files: StageFolder { path: path.into(), relative: "train".into() }, _lock: lock })
     }
 
     /// Its files.
     pub fn files(&self) -> &StageFolder {
         &self.files
+    }
+
+    /// What the weights here are of.
+    fn record(&self) -> PathBuf {
+        self.files.path.join("training.json")
+    }
+
+    /// The weights of the training that has ended here, if one has: of everything that their bits depend on.
+    ///
+    /// # Errors
+    /// [`Error::File`] if they are of another training, or cannot be read.
+    pub fn finished(&self, training: &Value) -> Result<Option<Weights>> {
+        let weights = self.files.weights();
+        if !weights.exists() || self.files.checkpoint().exists() {
+            return Ok(None);
+        }
+        let expected = to_json(training)?;
+        if std::fs::read_to_string(self.record()).is_ok_and(|text| text == expected) {
+            return Weights::load(&weights).map(Some);
+        }
+        let problem = "the weights are of a training with other settings, data, start or device; choose another folder, or \
+                       remove them";
+        Err(Error::file(weights, problem))
+    }
+
+    /// Writes the weights of a training that has ended, and what they are of.
+    ///
+    /// # Errors
+    /// [`Error::File`] if they cannot be written.
+    pub fn finish(&self, weights: &Weights, training: &Value) -> Result<()> {
+        write_text(&self.record(), &to_json(training)?)?;
+        weights.save(&self.files.weights())?;
+        remove_quietly(self.files.checkpoint());
+        Ok(())
     }
 }
 
@@ -320,15 +354,10 @@ fn lock(folder: &Path) -> Result<File> {
     }
 }
 
-/// Removes what a killed process was writing. The lock is held, so nobody else is.
+/// Removes what a killed process was writing, in folders within too. The lock is held, so nobody else is.
 fn remove_temporaries(folder: &Path) {
-    for path in entries(folder) {
-        if path.is_dir() && !path.is_symlink() {
-            remove_temporaries(&path);
-        } else if is_temporary(&path) {
-            remove_quietly(path);
-        }
-    }
+    sweep(folder);
+    entries(folder).filter(|path| path.is_dir() && !path.is_symlink()).for_each(|path| remove_temporaries(&path));
 }
 
 fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {

@@ -132,7 +132,7 @@ impl<'a> Labelled<'a> {
 
     fn new(device: &Device, images: &'a Images, labels: Vec<u32>, examples: Vec<u32>, classes: usize) -> Result<Self> {
         if examples.is_empty() {
-            return Err(Error::Usage("there are no examples; choose another part, split or --limit".into()));
+            return Err(Error::Usage("there are no examples; choose another part or split (val: --val-split holds some out), or a larger --limit".into()));
         }
         let labels = match &images.source {
             Source::Resident(_) => Labels::Device(device.upload(&labels)?),

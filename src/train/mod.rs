@@ -21,5 +21,5 @@ pub use checkpoint::Checkpoint;
 pub use evaluate::{Score, evaluate, observe, refresh_statistics, row_magnitudes};
 pub use labelled::{Images, Labelled};
 pub use metrics::MetricsFile;
-pub use recipe::{Augmentation, MOST_SAMPLES, Recipe, Schedule};
+pub use recipe::{Augmentation, MOST_BATCH, MOST_SAMPLES, Recipe, Schedule};
 pub use run::{Chunk, Observer, Training};

@@ -10,6 +10,8 @@ use crate::ops::optimizer::{AdamW, Sgd};
 
 /// Most samples of a step.
 pub const MOST_SAMPLES: usize = 1 << 24;
+/// Samples of a batch, at most: kernels that load them have 16 bits for each.
+pub const MOST_BATCH: usize = (1 << 15) - 1;
 /// Most epochs of a training.
 const MOST_EPOCHS: usize = 1 << 20;
 /// Most steps of a training: kernels count them in 32 bits.
@@ -126,6 +128,12 @@ impl Recipe {
         table.clone().try_into().map_err(wrong)
     }
 
+    /// Batch, and epochs or the steps that stand in their place.
+    fn length(&self) -> String {
+        let steps = self.steps.map_or(format!("epochs {}", self.epochs), |steps| format!("steps {steps}"));
+        format!("batch {}, {steps}", self.batch)
+    }
+
     /// Refuses what cannot be trained.
     ///
     /// # Errors
@@ -135,13 +143,11 @@ impl Recipe {
             Err(Error::Usage(format!("training: {field}: expected {expected}, got {got}")))
         };
         if self.batch == 0 || (self.epochs == 0 && self.steps.is_none()) || self.steps == Some(0) {
-            let got = format!("batch {}, epochs {}, steps {:?}", self.batch, self.epochs, self.steps);
-            return refuse("batch, epochs and steps", "at least 1", got);
+            return refuse("batch, epochs and steps", "at least 1", self.length());
         }
-        if self.batch > MOST_SAMPLES || self.epochs > MOST_EPOCHS || self.steps.is_some_and(|n| n > MOST_STEPS) {
-            let expected = format!("at most {MOST_SAMPLES}, {MOST_EPOCHS} and {MOST_STEPS}");
-            let got = format!("batch {}, epochs {}, steps {:?}", self.batch, self.epochs, self.steps);
-            return refuse("batch, epochs and steps", &expected, got);
+        if self.batch > MOST_BATCH || self.epochs > MOST_EPOCHS || self.steps.is_some_and(|n| n > MOST_STEPS) {
+            let expected = format!("at most {MOST_BATCH}, {MOST_EPOCHS} and {MOST_STEPS}");
+            return refuse("batch, epochs and steps", &expected, self.length());
         }
         if !(self.lr.is_finite() && self.lr >= 0.0) {
             return refuse("lr", "a number of at least 0", self.lr.to_string());
@@ -164,8 +170,8 @@ impl Recipe {
         if !(0.0..1.0).contains(&self.label_smoothing) {
             return refuse("label_smoothing", "0 or more, less than 1", self.label_smoothing.to_string());
         }
-        if self.clip_norm.is_some_and(|norm| norm.is_nan() || norm <= 0.0) {
-            return refuse("clip_norm", "a number above 0", format!("{:?}", self.clip_norm));
+        if let Some(norm) = self.clip_norm.filter(|norm| norm.is_nan() || *norm <= 0.0) {
+            return refuse("clip_norm", "a number above 0", norm.to_string());
         }
         if !(self.jitter.is_finite() && self.jitter >= 0.0) {
             return refuse("jitter", "a number of at least 0", self.jitter.to_string());

@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 
-use crate::command::{SMALL, dilt, json, keys, output, run_folder};
+use crate::command::{SMALL, dilt, fails, json, keys, output, run_folder};
 
 const NET: &[&str] = &["--set", "widths=[4,8,16]", "--limit", "200", "-q"];
 
@@ -195,11 +195,14 @@ fn a_state_dict_pruned_by_pytorch_trains_evaluates_and_prunes() {
     assert_eq!(eval("torch.safetensors"), eval("t.safetensors"));
     for (file, out) in [("torch.safetensors", "p"), ("t.safetensors", "q")] {
         json(folder.path(), &with(&["train", "--ticket", file, "--epochs", "1", "--out", out], NET));
-        json(
-            folder.path(),
-            &["prune", "--weights", file, "--sparsity", "0.5", "--out", &format!("{out}/u.safetensors")],
-        );
     }
+    // A state dict says nothing of its model.
+    let pruned = ["torch.safetensors", "t.safetensors"].map(|file| {
+        json(folder.path(), &["prune", "--weights", file, "--sparsity", "0.5", "--out", "u.safetensors"]);
+        let pruned = Weights::load(&folder.path().join("u.safetensors")).unwrap();
+        (pruned.tensors, pruned.masks)
+    });
+    assert_eq!(pruned[0], pruned[1]);
     crate::command::assert_same_files(&folder.path().join("p"), &folder.path().join("q"));
     let trained = Weights::load(&folder.path().join("p/weights.safetensors")).unwrap();
     assert_eq!(trained.masks, ticket.masks);
@@ -258,6 +261,36 @@ fn the_tickets_of_a_run_are_understood_by_every_command() {
             }
         }
         assert_eq!(json(folder.path(), &with(&args, SMALL)), assembled);
+    }
+}
+
+#[test]
+fn trained_weights_name_their_model_and_what_does_not_fit_is_told_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let short = ["--steps", "1", "--batch", "8", "--limit", "20", "-q"];
+    json(folder.path(), &with(&["train", "--model", "vit_digits", "--out", "vit"], &short));
+    let eval = ["eval", "--weights", "vit/weights.safetensors", "--limit", "20", "-q"];
+    assert_eq!(json(folder.path(), &eval)["model"], "vit_digits");
+    let other = with(&eval, &["--model", "resnet8"]);
+    fails(folder.path(), &other, 2, &["vit/weights.safetensors, as weights of model 'resnet8'", "--model and --set"]);
+}
+
+#[test]
+fn a_ticket_that_keeps_nothing_of_a_layer_is_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    trained(folder.path());
+    let warns = |args: &[&str]| {
+        let output = dilt(folder.path(), args).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        stderr.contains("warning: nothing is kept of ")
+    };
+    let prune = |sparsity, out| ["prune", "--weights", DENSE, "--sparsity", sparsity, "--out", out];
+    assert!(warns(&prune("0.999", "none.safetensors")) && !warns(&prune("0.1", "most.safetensors")));
+    for (file, empty) in [("none.safetensors", true), ("most.safetensors", false)] {
+        assert_eq!(warns(&with(&["eval", "--ticket", file], NET)), empty);
+        assert_eq!(warns(&with(&["train", "--ticket", file, "--dry-run"], NET)), empty);
+        assert_eq!(warns(&["bench", "--ticket", file, "--set", "widths=[4,8,16]", "--batch", "8", "--bytes"]), empty);
     }
 }
 

@@ -81,6 +81,21 @@ fn a_training_killed_in_its_middle_goes_on_from_its_checkpoint() {
 }
 
 #[test]
+fn a_finished_training_is_told_again_and_no_other_takes_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = json(folder.path(), &train("2"));
+    let before = files(&folder.path().join("out"));
+    let mut again = json(folder.path(), &train("2"));
+    assert!(again["images_per_second"].is_null());
+    again["images_per_second"] = first["images_per_second"].clone();
+    assert_eq!(again, first);
+    for other in [train("3"), [train("2"), vec!["--lr", "0.05"]].concat()] {
+        fails(folder.path(), &other, 1, &["out/weights.safetensors", "other settings", "another folder"]);
+    }
+    assert_eq!(files(&folder.path().join("out")), before);
+}
+
+#[test]
 fn a_second_process_on_one_folder_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let long = train("100000");

@@ -8,7 +8,6 @@ mod traffic;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
 use dilt::device::{Device, Event, Precision};
 use dilt::mask::Mask;
@@ -52,8 +51,8 @@ pub struct Bench {
     /// Instead of a file: initial weights, of whose prunable tensors this share is pruned at random.
     #[arg(long, value_name = "SPARSITY", conflicts_with = "ticket")]
     random_ticket: Option<f64>,
-    /// Show how each layer multiplies: the way that was chosen, and what each way is predicted and measured to take for
-    /// forward pass and both backward passes.
+    /// Show how each layer with a mask multiplies: the way that was chosen, what it is predicted and each way is measured to
+    /// take for a step's three passes together; with --json pass by pass.
     #[arg(long)]
     plan: bool,
     /// Show the kernels of a training step, each with the number of its launches and their time.
@@ -207,14 +206,10 @@ impl Bench {
         let recipe = Recipe::from_table(&config.train)?;
         let dense = init::draw(&model, self.common.seed);
         let weights = match (&self.ticket, file) {
-            (Some(path), Some(file)) => {
-                let fitted = self.target.renamed(file, &config, &model);
-                fitted
-                    .and_then(|weights| weights.for_model(&model.file_tensors()))
-                    .with_context(|| path.display().to_string())?
-            }
+            (Some(path), Some(file)) => self.target.fitted(path, file, &config, &model)?,
             _ => self.random(&model, dense.clone())?,
         };
+        self.common.warn_of_empty_layers(&weights);
         let device = self.common.open()?;
         let (training, planning) = (Use::Train(recipe.optimizer), self.common.planning()?);
         let layout = |memory_for| Layout::new(&device, &model, &weights.masks, self.batch, memory_for, &planning);
@@ -365,7 +360,7 @@ impl Bench {
     ) -> anyhow::Result<Vec<LayerPlan>> {
         let progress = self.common.progress();
         let masked = network.choices().iter().flatten().count();
-        let bar = progress.stage("layers", masked);
+        let bar = progress.layers("ways to multiply", masked);
         let mut layers = Vec::new();
         for (layer, choice) in network.computed().layers.iter().zip(network.choices()) {
             let (Some(choice), Layer::Conv { weight, .. }) = (choice, layer) else { continue };
@@ -392,7 +387,7 @@ impl Bench {
                 bytes: weight_bytes + lists.bytes(),
                 ways: ways.collect(),
             });
-            bar.show(layers.len(), 0.0);
+            bar.show_count(layers.len());
         }
         Ok(layers)
     }
