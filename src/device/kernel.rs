@@ -52,6 +52,10 @@ impl<A> Kernel<A> {
     pub const fn new(name: &'static str) -> Self {
         Kernel { name, args: PhantomData }
     }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
 }
 
 /// Blocks, and threads of a block.

@@ -218,11 +218,12 @@ impl Device {
         }
     }
 
-    /// Whether a block of this kernel has the shared memory that it needs: always on the host; smaller GPUs have less.
-    pub(crate) fn has_shared_memory_for<A>(&self, kernel: &Kernel<A>) -> bool {
+    /// Whether a block of the kernel of this name has the shared memory that it needs: always on the host; smaller GPUs have
+    /// less.
+    pub(crate) fn has_shared_memory_for(&self, kernel: &str) -> bool {
         match &self.0.backend {
             Backend::Host(_) => true,
-            Backend::Cuda(cuda) => cuda.has_shared_memory_for(kernel.name),
+            Backend::Cuda(cuda) => cuda.has_shared_memory_for(kernel),
         }
     }
 

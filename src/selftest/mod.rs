@@ -47,8 +47,7 @@ pub struct Outcome {
     pub problem: Option<String>,
 }
 
-/// Tests every kernel of [`kernel_files`], in that order, with inputs drawn from `seed`; those of wgmma where the device has
-/// it.
+/// Tests every kernel that the device can launch ([`kernels`]), in the order of [`kernel_files`], with inputs drawn from `seed`.
 ///
 /// # Errors
 /// As [`Device::with_policy`]. What fails in a kernel is told in its [`Outcome`].
@@ -82,9 +81,15 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
         let mut checks = convolution::BY_WGMMA.iter().map(|check| (check, Precision::Bf16));
         test(device, Policy::Direct, &mut checks)?;
     }
-    let kernels = kernel_files().flat_map(|(_, kernels)| kernels);
-    let kernels = kernels.filter(|kernel| by_wgmma.is_some() || !kernel.contains("_wgmma_"));
-    Ok(kernels.map(|kernel| outcome(kernel, &findings)).collect())
+    Ok(kernels(device).map(|kernel| outcome(kernel, &findings)).collect())
+}
+
+/// The kernels that a device can launch: those of wgmma where it has that, and what needs more shared memory than a smaller GPU
+/// has nowhere else.
+pub fn kernels(device: &Device) -> impl Iterator<Item = &'static str> {
+    let all = kernel_files().flat_map(|(_, kernels)| kernels).copied();
+    all.filter(|kernel| device.has_wgmma() || !kernel.contains("_wgmma_"))
+        .filter(|kernel| device.has_shared_memory_for(kernel))
 }
 
 /// What a check found, which concerns every kernel that it launched.
