@@ -53,7 +53,7 @@ impl Assemble {
             let part: usize = part.parse().ok().filter(|&part| part > 0).ok_or_else(wrong)?;
             specialists.push(Specialist { part: part - 1, ticket: Weights::load(file.as_ref())? });
         }
-        let opened = self.options.open(core.metadata.get("model"))?;
+        let opened = self.options.open(Some(&core))?;
         let pieces = Pieces::new(&opened.device, &opened.config, partition.parts(), &core, &specialists)?;
         let tickets: Vec<_> = specialists.iter().map(|s| json!([s.part, s.ticket.identity()])).collect();
         let settings = json!({

@@ -87,8 +87,7 @@ impl Eval {
             return Err(dilt::Error::Usage(message).into());
         }
         let weights = Weights::load(&self.weights)?;
-        let named = weights.metadata.get("model").map(String::as_str);
-        let (config, data) = self.target.load(named, &self.common)?;
+        let (config, data) = self.target.load(Some(&weights), &self.common)?;
         let model = config.build()?;
         let device = self.common.open()?;
         let weights = self.target.fitted(&self.weights, weights, &config, &model)?;

@@ -4,6 +4,7 @@ use clap::Args;
 use dilt::data::DataSet;
 use dilt::device::Device;
 use dilt::nn::config::ModelConfig;
+use dilt::nn::weights::Weights;
 use dilt::ticket::experiment::Experiment;
 use dilt::ticket::report;
 use dilt::ticket::result::Outcome;
@@ -51,8 +52,8 @@ pub struct Opened<'a> {
 
 impl ExperimentOptions {
     /// Loads model and data, and opens the device. `named` is the model that a ticket says it is of.
-    pub fn open(&self, named: Option<&String>) -> anyhow::Result<Opened<'_>> {
-        let (mut config, data) = self.target.load(named.map(String::as_str), &self.common)?;
+    pub fn open(&self, given: Option<&Weights>) -> anyhow::Result<Opened<'_>> {
+        let (mut config, data) = self.target.load(given, &self.common)?;
         let recipe = self.recipe.apply(&config)?;
         (config.image, config.classes) = (data.shape, data.classes);
         if self.common.tune && self.streams > 1 {

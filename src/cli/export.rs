@@ -110,8 +110,7 @@ impl Export {
 
     /// Writes the network without what does not matter under its masks.
     fn smaller(&self, weights: Weights) -> anyhow::Result<()> {
-        let named = weights.metadata.get("model").map(String::as_str);
-        let model = super::model_config(self.model.as_deref(), named, &self.set)?.build()?;
+        let model = super::model_config(self.model.as_deref(), Some(&weights), &self.set)?.build()?;
         let names = model.file_tensors();
         let weights = weights.named_as(names.iter().map(|(name, _)| name.as_str()))?.for_model(&names)?;
         let (left, compaction) = Compaction::plain(&model, &weights.masks);

@@ -188,7 +188,8 @@ impl Common {
 /// Which model and which data.
 #[derive(Args)]
 struct ModelAndData {
-    /// A model of models/ by name, or a path to a .toml file; the one that the given weights name, or resnet8.
+    /// A model of models/ by name, or a path to a .toml file; the one that the given weights name, with what was set of it, or
+    /// resnet8.
     #[arg(long, help_heading = "Model and data")]
     model: Option<String>,
     /// Set a field of the model file, e.g. widths=[8,16,32]; may be given several times.
@@ -229,32 +230,36 @@ struct ModelAndData {
     resident: u64,
 }
 
-/// The model that is asked for, or else the one that a weights file says it is of (`named`), or resnet8.
-fn model_config(asked: Option<&str>, named: Option<&str>, set: &[String]) -> dilt::Result<ModelConfig> {
-    let model = match (asked, named) {
-        (Some(model), _) => model,
+/// The model that is asked for, or else the one that given weights say they are of, with what was set of it, or resnet8.
+fn model_config(asked: Option<&str>, given: Option<&Weights>, set: &[String]) -> dilt::Result<ModelConfig> {
+    let named = given.and_then(|weights| weights.metadata.get("model"));
+    let (model, mut all) = match (asked, given, named) {
         // A file is not to choose which other file is read.
-        (None, Some(named)) if !ModelConfig::is_embedded(named) => {
+        (None, _, Some(named)) if !ModelConfig::is_embedded(named) => {
             return Err(dilt::Error::Usage(format!(
                 "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
             )));
         }
-        (None, named) => named.unwrap_or("resnet8"),
+        (None, Some(given), Some(named)) => (named.as_str(), ModelConfig::set_in(&given.metadata)?),
+        (asked, ..) => (asked.unwrap_or("resnet8"), Vec::new()),
     };
-    ModelConfig::load(model, set)
+    let field = |assignment: &str| assignment.split('=').next().unwrap_or_default().trim().to_owned();
+    all.retain(|recorded| set.iter().all(|own| field(own) != field(recorded)));
+    all.extend_from_slice(set);
+    ModelConfig::load(model, &all)
 }
 
 impl ModelAndData {
-    /// Reads model file and data set. `named` is the model that a weights file says it is of.
-    fn load(&self, named: Option<&str>, common: &Common) -> dilt::Result<(ModelConfig, DataSet)> {
-        let config = self.config(named, common)?;
+    /// Reads model file and data set.
+    fn load(&self, given: Option<&Weights>, common: &Common) -> dilt::Result<(ModelConfig, DataSet)> {
+        let config = self.config(given, common)?;
         let data = self.data(&config, None, &common.progress())?;
         Ok((config, data))
     }
 
     /// Reads the model file.
-    fn config(&self, named: Option<&str>, common: &Common) -> dilt::Result<ModelConfig> {
-        let mut config = model_config(self.model.as_deref(), named, &self.set)?;
+    fn config(&self, given: Option<&Weights>, common: &Common) -> dilt::Result<ModelConfig> {
+        let mut config = model_config(self.model.as_deref(), given, &self.set)?;
         config.precision = common.precision();
         match *self.image_size {
             [] => Ok(config),

@@ -242,8 +242,7 @@ impl Similarity {
     /// Reads a network's weights and chooses its layers.
     fn plan(&self, path: &Path, name: &str) -> anyhow::Result<Planned> {
         let weights = Weights::load(path)?;
-        let named = weights.metadata.get("model").map(String::as_str);
-        let config = self.target.config(named, &self.common)?;
+        let config = self.target.config(Some(&weights), &self.common)?;
         let model = config.build()?;
         let weights = self.target.fitted(path, weights, &config, &model)?;
         let outputs = outputs(&model, &self.layers).with_context(|| path.display().to_string())?;

@@ -94,8 +94,7 @@ impl Structure {
             let problem = "has no masks; expected a ticket, or weights trained under masks";
             return Err(dilt::Error::file(&self.ticket, problem).into());
         }
-        let named = weights.metadata.get("model").map(String::as_str);
-        let (config, data) = self.target.load(named, &self.common)?;
+        let (config, data) = self.target.load(Some(&weights), &self.common)?;
         let model = config.build()?;
         let mut weights = self.target.fitted(&self.ticket, weights, &config, &model)?;
         let magnitudes = match self.score {
@@ -123,12 +122,12 @@ impl Structure {
         for (key, value) in [
             ("method", self.method.name().to_owned()),
             ("sparsity", (1.0 - structured.density()).to_string()),
-            ("model", model.name.clone()),
             ("dilt", env!("CARGO_PKG_VERSION").into()),
             ("parent", parent),
         ] {
             weights.metadata.insert(key.into(), value);
         }
+        config.record(&mut weights.metadata);
         weights.save(&self.out)?;
         let report = Report {
             method: self.method,

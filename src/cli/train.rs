@@ -66,8 +66,7 @@ struct Trained {
 impl Train {
     pub fn run(&self) -> anyhow::Result<()> {
         let given = self.weights.as_ref().map(|path| Weights::load(path)).transpose()?;
-        let named = given.as_ref().and_then(|weights| weights.metadata.get("model"));
-        let (config, data) = self.target.load(named.map(String::as_str), &self.common)?;
+        let (config, data) = self.target.load(given.as_ref(), &self.common)?;
         let recipe = self.recipe.apply(&config)?;
         let model = config.build()?;
         let given = given.map(|weights| self.fit(weights, &config, &model)).transpose()?;
@@ -120,7 +119,7 @@ impl Train {
         let score = evaluate(&mut network, &examples, recipe.batch, false)?;
         if images_per_second.is_some() {
             let mut weights = network.weights()?;
-            weights.metadata.insert("model".into(), model.name.clone());
+            config.record(&mut weights.metadata);
             folder.finish(&weights, &training_of)?;
         }
         let trained = Trained {

@@ -52,7 +52,7 @@ impl Transfer {
         let ticket = with_masks(&self.ticket)?;
         let lth = self.lth.as_deref().map(with_masks).transpose()?;
         let dense = self.dense.as_deref().map(Weights::load).transpose()?;
-        let opened = self.options.open(ticket.metadata.get("model"))?;
+        let opened = self.options.open(Some(&ticket))?;
         let identity = |weights: &Option<Weights>| weights.as_ref().map(Weights::identity);
         let settings = json!({
             "ticket": ticket.identity(), "lth": identity(&lth), "dense": identity(&dense),

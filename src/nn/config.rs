@@ -1,5 +1,6 @@
 //! Model files (`models/*.toml`): an architecture, and the recipe it is trained with unless options say otherwise.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,9 @@ pub struct ModelConfig {
     pub precision: Precision,
     /// How it is trained unless options say otherwise: the fields of `train::Recipe`.
     pub train: Table,
+    /// What was set of the file's fields, `train` apart: with its name, what the network is.
+    #[serde(skip)]
+    pub set: Vec<String>,
 }
 
 /// The networks that model files describe, by their field `family`.
@@ -214,9 +218,29 @@ impl ModelConfig {
         for assignment in set {
             assign(&mut table, assignment)?;
         }
-        let config = Self::from_table(table).map_err(|problem| wrong(&problem))?;
+        let mut config = Self::from_table(table).map_err(|problem| wrong(&problem))?;
         config.check().map_err(|problem| wrong(&problem))?;
+        config.set = set.iter().filter(|assignment| !assignment.trim_start().starts_with("train")).cloned().collect();
         Ok(config)
+    }
+
+    /// Writes into the metadata of a file of its weights which model they are of.
+    pub fn record(&self, metadata: &mut BTreeMap<String, String>) {
+        metadata.insert("model".into(), self.name.clone());
+        match self.set.is_empty() {
+            true => metadata.remove("set"),
+            false => metadata.insert("set".into(), serde_json::json!(self.set).to_string()),
+        };
+    }
+
+    /// What was set of the model's fields, by the metadata of a file of its weights.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if it is not a list of texts.
+    pub fn set_in(metadata: &BTreeMap<String, String>) -> Result<Vec<String>> {
+        let Some(text) = metadata.get("set") else { return Ok(Vec::new()) };
+        serde_json::from_str(text)
+            .map_err(|error| Error::Usage(format!("the weights' metadata: set: expected a list of texts: {error}")))
     }
 
     /// The fields that all model files have, and those of its family.
@@ -247,7 +271,7 @@ impl ModelConfig {
             Image::Square(size) => [3, size, size],
             Image::Sizes(image) => image,
         };
-        Ok(ModelConfig { name, image, classes, architecture, precision: Precision::F32, train })
+        Ok(ModelConfig { name, image, classes, architecture, precision: Precision::F32, train, set: Vec::new() })
     }
 
     /// Builds the network.

@@ -391,7 +391,7 @@ impl<'a> Repetition<'a> {
         let mut observer = Saver::new(folder, done, identity, &mut shown)?.beside(streams);
         training.run(&mut network, done, &mut observer)?;
         let mut weights = network.weights()?;
-        weights.metadata.insert("model".into(), model.name.clone());
+        self.experiment.config.record(&mut weights.metadata);
         weights.metadata.insert("seed".into(), self.seed.to_string());
         weights.metadata.insert("stage".into(), folder.name().into());
         weights.save(&output)?;
@@ -445,9 +445,9 @@ impl<'a> Repetition<'a> {
             ("method".into(), (*method).into()),
             ("sparsity".into(), (1.0 - masks.density()).to_string()),
             ("seed".into(), self.seed.to_string()),
-            ("model".into(), model.name.clone()),
             ("dilt".into(), env!("CARGO_PKG_VERSION").into()),
         ]);
+        self.experiment.config.record(&mut file.metadata);
         let partition = self.experiment.repetitions.partition.as_ref();
         let partition = partition.map(|partition| serde_json::to_string(partition).unwrap_or_default());
         let level = origin.level.map(|level| level.to_string());

@@ -54,11 +54,21 @@ fn damaged_and_hostile_weights() {
     }
     assert_eq!(std::fs::read(folder.path().join(FILE)).unwrap(), bytes, "what was trained before is still there");
     fails(folder.path(), &["eval", "--weights", "none.safetensors"], 1, &["none.safetensors", "No such file"]);
-    fails(folder.path(), &["eval", "--weights", FILE], 2, &["wrong shape", "linear.weight", "--model"]);
+    let other = ["eval", "--weights", FILE, "--model", "resnet8"];
+    fails(folder.path(), &other, 2, &["wrong shape", "linear.weight", "--model"]);
     let classes = with(&["eval", "--weights", FILE, "--set", "classes=12"], SMALL_NET);
     fails(folder.path(), &classes, 2, &["linear.bias", "expected [12], got [10]"]);
     fails(folder.path(), &["mask", "stats", FILE], 1, &["has no masks", "expected a ticket"]);
     fails(folder.path(), &["assemble", "--core", FILE, "--specialist", "1=x"], 1, &["has no masks"]);
+
+    let mut set = Weights::load(&folder.path().join(FILE)).unwrap();
+    for (said, says) in
+        [("x", "set: expected a list of texts"), (r#"["widths=[1000000000,1000000000,1000000000]"]"#, "at most")]
+    {
+        set.metadata.insert("set".into(), said.into());
+        set.save(&folder.path().join("set.safetensors")).unwrap();
+        fails(folder.path(), &["eval", "--weights", "set.safetensors"], 2, &[says]);
+    }
 
     let mut huge = Weights::load(&folder.path().join(FILE)).unwrap();
     huge.tensors.values_mut().for_each(|tensor| tensor.fill(1e38));

@@ -271,6 +271,19 @@ fn trained_weights_name_their_model_and_what_does_not_fit_is_told_with_it() {
     json(folder.path(), &with(&["train", "--model", "vit_digits", "--out", "vit"], &short));
     let eval = ["eval", "--weights", "vit/weights.safetensors", "--limit", "20", "-q"];
     assert_eq!(json(folder.path(), &eval)["model"], "vit_digits");
+    // And what was set of it, through every file that comes of them; but not of another model, nor how it was trained.
+    let set = ["--set", "widths=[4,8,16]", "--set", "train.lr=0.02"];
+    json(folder.path(), &with(&["train", "--out", "narrow"], &with(&set, &short)));
+    let prune = ["prune", "--weights", "narrow/weights.safetensors", "--sparsity", "0.5", "--out", "t.safetensors"];
+    json(folder.path(), &prune);
+    let structure = ["structure", "--method", "refill", "--ticket", "t.safetensors", "--out", "s.safetensors", "-q"];
+    json(folder.path(), &structure);
+    for file in ["narrow/weights.safetensors", "t.safetensors", "s.safetensors"] {
+        assert_eq!(Weights::load(&folder.path().join(file)).unwrap().metadata["set"], r#"["widths=[4,8,16]"]"#);
+        json(folder.path(), &["eval", "--weights", file, "--limit", "20", "-q"]);
+        let wider = ["eval", "--weights", file, "--set", "widths=[8,8,16]", "-q"];
+        fails(folder.path(), &wider, 2, &[file, "as weights of model 'resnet8'", "wrong shape"]);
+    }
     let other = with(&eval, &["--model", "resnet8"]);
     fails(folder.path(), &other, 2, &["vit/weights.safetensors, as weights of model 'resnet8'", "--model and --set"]);
 }

@@ -222,6 +222,8 @@ fn the_program_trains_on_a_folder_and_names_broken_images() {
     dilt(folder.path(), &args).assert().success();
     std::fs::write(folder.path().join("train/ant/1.png"), "no image").unwrap();
     fails(folder.path(), &args, 1, &["ant/1.png", "broken image", "--skip-broken"]);
+    // Of other images it is another training.
+    let args = [&["train", "--out", "v", "--data", &spec][..], &net].concat();
     let skipping = dilt(folder.path(), &[&args[..], &["--skip-broken"]].concat()).assert().success();
     let said = String::from_utf8(skipping.get_output().stderr.clone()).unwrap();
     assert!(said.contains("ant/1.png") && said.contains(": 1\n") && said.contains("12 images"), "{said}");

@@ -112,7 +112,9 @@ fn a_training_that_fails_is_named_once_and_stops_the_others() {
 #[test]
 fn memory_that_runs_out_says_for_which_training_and_how_many_share_it() {
     let folder = tempfile::tempdir().unwrap();
-    let large = ["find", "--batch", "10000000", "--epochs", "1", "--streams", "2", "-q"];
+    // A terabyte of activations, and few weights.
+    let deep = ["--set", "stages=[500,1,1]", "--set", "widths=[64,64,64]"];
+    let large = [&["find", "--batch", "32767", "--epochs", "1", "--streams", "2", "-q"][..], &deep].concat();
     fails(folder.path(), &large, 1, &["error: seed_", "out of memory", "--batch", "--streams 2"]);
 }
 

@@ -200,8 +200,7 @@ impl Bench {
             return op::run(op, &self.shape, self.runs.unwrap_or(30), self.bytes, &self.common);
         }
         let file = self.ticket.as_deref().map(Weights::load).transpose()?;
-        let named = file.as_ref().and_then(|weights| weights.metadata.get("model"));
-        let (config, _) = self.target.load(named.map(String::as_str), &self.common)?;
+        let (config, _) = self.target.load(file.as_ref(), &self.common)?;
         let model = config.build()?;
         let recipe = Recipe::from_table(&config.train)?;
         let dense = init::draw(&model, self.common.seed);
