@@ -398,7 +398,10 @@ fn what_is_refused_leaves_no_run_folder() {
     let find = |more: &[&str]| [&["find"], more, SMALL].concat().into_iter().map(String::from).collect::<Vec<_>>();
     let refused: &[(Vec<String>, &[&str])] = &[
         (assemble(3, SMALL), &["--specialist", "from 1 to 2", "got 3"]),
-        (assemble(1, &["--limit", "200"]), &["--core", "conv1.weight", "[16, 1, 3, 3]", "[4, 1, 3, 3]"]),
+        (
+            assemble(1, &["--limit", "200", "--model", "resnet8"]),
+            &["--core", "conv1.weight", "[16, 1, 3, 3]", "[4, 1, 3, 3]"],
+        ),
         (assemble(1, &[SMALL, &["--parts", "6"]].concat()), &["at most 5"]),
         (assemble(1, &[SMALL, &["--seeds", "0"]].concat()), &["--seeds", "at least 1"]),
         (find(&["--rewind", "5"]), &["--rewind", "at most 4"]),
