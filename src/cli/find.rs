@@ -49,8 +49,8 @@ pub struct Find {
     /// Leave out weights whose names match (* and ?); may be given several times.
     #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
     exclude: Vec<String>,
-    /// Prune more than convolutions, linear layers and a classifier that all parts share: weights whose names match (* and ?), such as a
-    /// vision transformer's patch_embed.proj.weight or pos_embed; may be given several times.
+    /// Prune more than convolutions, linear layers and a classifier that all parts share: weights whose names match (* and
+    /// ?), such as a vision transformer's patch_embed.proj.weight or pos_embed; may be given several times.
     #[arg(long, value_name = "PATTERN", help_heading = "Tickets")]
     include: Vec<String>,
     /// When masks of parts are intersected, of --method dilt; final if not given.

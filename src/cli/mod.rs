@@ -232,21 +232,15 @@ struct ModelAndData {
 
 /// The model that is asked for, or else the one that given weights say they are of, with what was set of it, or resnet8.
 fn model_config(asked: Option<&str>, given: Option<&Weights>, set: &[String]) -> dilt::Result<ModelConfig> {
-    let named = given.and_then(|weights| weights.metadata.get("model"));
-    let (model, mut all) = match (asked, given, named) {
+    match (asked, given.and_then(|weights| Some((weights.metadata.get("model")?, weights)))) {
+        (Some(model), _) => ModelConfig::load(model, set),
         // A file is not to choose which other file is read.
-        (None, _, Some(named)) if !ModelConfig::is_embedded(named) => {
-            return Err(dilt::Error::Usage(format!(
-                "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
-            )));
-        }
-        (None, Some(given), Some(named)) => (named.as_str(), ModelConfig::set_in(&given.metadata)?),
-        (asked, ..) => (asked.unwrap_or("resnet8"), Vec::new()),
-    };
-    let field = |assignment: &str| assignment.split('=').next().unwrap_or_default().trim().to_owned();
-    all.retain(|recorded| set.iter().all(|own| field(own) != field(recorded)));
-    all.extend_from_slice(set);
-    ModelConfig::load(model, &all)
+        (None, Some((named, _))) if !ModelConfig::is_embedded(named) => Err(dilt::Error::Usage(format!(
+            "the weights say that they are of model '{named}', which is not part of dilt; give its file with --model"
+        ))),
+        (None, Some((named, weights))) => ModelConfig::load(named, &ModelConfig::set_by(&weights.metadata, set)?),
+        (None, None) => ModelConfig::load("resnet8", set),
+    }
 }
 
 impl ModelAndData {
@@ -333,7 +327,14 @@ struct RecipeOptions {
     #[arg(long, help_heading = "Training")]
     nesterov: bool,
     /// AdamW: shares of the first and the second moment that are kept.
-    #[arg(long, value_delimiter = ',', num_args = 1..=2, value_name = "B1,B2", allow_negative_numbers = true, help_heading = "Training")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        num_args = 1..=2,
+        value_name = "B1,B2",
+        allow_negative_numbers = true,
+        help_heading = "Training"
+    )]
     betas: Option<Vec<f64>>,
     /// AdamW: added to the root of the second moment.
     #[arg(long, allow_negative_numbers = true, help_heading = "Training")]

@@ -22,10 +22,10 @@ use super::{Common, ModelAndData, RecipeOptions, machine};
 
 /// Train a dense network, or a ticket under its masks.
 ///
-/// Writes OUT/weights.safetensors, OUT/training.json, which says of what they are, and OUT/metrics.csv, which has one row per step. A training that was stopped goes
-/// on from its last checkpoint in OUT when the same command is given again; of one that has ended, the command tells the
-/// result again, and another one is refused. Checkpoints are written every 20 seconds, or as often as the environment
-/// variable DILT_CHECKPOINT_SECONDS says.
+/// Writes OUT/weights.safetensors, OUT/training.json, which says what they are of, and OUT/metrics.csv, which has one row per
+/// step. A training that was stopped goes on from its last checkpoint in OUT when the same command is given again; of one that
+/// has ended, the command tells the result again, and another training is refused. Checkpoints are written every 20 seconds,
+/// or as often as the environment variable DILT_CHECKPOINT_SECONDS says.
 #[derive(Args)]
 pub struct Train {
     /// Weights or a ticket to start from; its masks hold throughout. Drawn from --seed if not given.
@@ -100,8 +100,9 @@ impl Train {
         });
         let mut training = Training::new(&mut network, &examples, &recipe, self.common.seed)?;
         let (total, per_epoch) = (training.total_steps(), recipe.steps_per_epoch(examples.len()));
-        let images_per_second = if let Some(weights) = folder.finished(&training_of)? {
-            network.load(&weights)?;
+        let ended = folder.finished(&training_of)?;
+        let images_per_second = if let Some(weights) = &ended {
+            network.load(weights)?;
             None
         } else {
             let identity = training_of.to_string();
@@ -117,7 +118,7 @@ impl Train {
         };
         // Weights that give no numbers are not written.
         let score = evaluate(&mut network, &examples, recipe.batch, false)?;
-        if images_per_second.is_some() {
+        if ended.is_none() {
             let mut weights = network.weights()?;
             config.record(&mut weights.metadata);
             folder.finish(&weights, &training_of)?;

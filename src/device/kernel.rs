@@ -43,7 +43,7 @@ pub(super) fn host_kernel(name: &str) -> Option<&'static [&'static HostKernel]> 
 
 /// A kernel of `kernels/*.cu` and the type of its one argument.
 pub struct Kernel<A> {
-    pub(super) name: &'static str,
+    pub(crate) name: &'static str,
     args: PhantomData<fn(A)>,
 }
 
@@ -51,10 +51,6 @@ impl<A> Kernel<A> {
     /// The kernel of this name. [`crate::ops::layouts`] is tested against the C++ structs; names are tested by use.
     pub const fn new(name: &'static str) -> Self {
         Kernel { name, args: PhantomData }
-    }
-
-    pub(crate) fn name(&self) -> &'static str {
-        self.name
     }
 }
 

@@ -220,7 +220,8 @@ impl ModelConfig {
         }
         let mut config = Self::from_table(table).map_err(|problem| wrong(&problem))?;
         config.check().map_err(|problem| wrong(&problem))?;
-        config.set = set.iter().filter(|assignment| !assignment.trim_start().starts_with("train")).cloned().collect();
+        let of_training = |assignment: &&String| field(assignment).split('.').next() == Some("train");
+        config.set = set.iter().filter(|assignment| !of_training(assignment)).cloned().collect();
         Ok(config)
     }
 
@@ -233,14 +234,18 @@ impl ModelConfig {
         };
     }
 
-    /// What was set of the model's fields, by the metadata of a file of its weights.
+    /// What is set of the model's fields: by the metadata of a file of its weights, and by `set`, which takes the place of what
+    /// the file has of the same fields.
     ///
     /// # Errors
-    /// [`Error::Usage`] if it is not a list of texts.
-    pub fn set_in(metadata: &BTreeMap<String, String>) -> Result<Vec<String>> {
-        let Some(text) = metadata.get("set") else { return Ok(Vec::new()) };
-        serde_json::from_str(text)
-            .map_err(|error| Error::Usage(format!("the weights' metadata: set: expected a list of texts: {error}")))
+    /// [`Error::Usage`] if the file's is not a list of texts.
+    pub fn set_by(metadata: &BTreeMap<String, String>, set: &[String]) -> Result<Vec<String>> {
+        let wrong = |error| Error::Usage(format!("the weights' metadata: set: expected a list of texts: {error}"));
+        let recorded = metadata.get("set").map(|text| serde_json::from_str::<Vec<String>>(text).map_err(wrong));
+        let mut all = recorded.transpose()?.unwrap_or_default();
+        all.retain(|recorded| set.iter().all(|own| field(own) != field(recorded)));
+        all.extend_from_slice(set);
+        Ok(all)
     }
 
     /// The fields that all model files have, and those of its family.
@@ -412,6 +417,11 @@ impl VitConfig {
         }
         Ok(())
     }
+}
+
+/// The field that a `key=value` is of.
+fn field(assignment: &str) -> &str {
+    assignment.split('=').next().unwrap_or_default()
 }
 
 /// Sets `key=value` or `table.key=value`; the value is TOML, or a bare word.

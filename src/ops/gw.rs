@@ -274,7 +274,7 @@ impl<'a> Couplings<'a> {
         let couplings = (self.sought.len() - args.first as usize) as u32;
         let (kernel, threads) = match device.policy() {
             Policy::Staged => {
-                let fits = |most, kernel: &Kernel<_>| self.most <= most && device.has_shared_memory_for(kernel.name());
+                let fits = |most, kernel: &Kernel<_>| self.most <= most && device.has_shared_memory_for(kernel.name);
                 let (_, threads, kernel) =
                     SCALE.iter().find(|(most, _, kernel)| fits(*most, kernel)).expect("checked by Layers");
                 (kernel, *threads)

@@ -84,8 +84,8 @@ pub fn run(device: &Device, seed: u64) -> Result<Vec<Outcome>> {
     Ok(kernels(device).map(|kernel| outcome(kernel, &findings)).collect())
 }
 
-/// The kernels that a device can launch: those of wgmma where it has that, and what needs more shared memory than a smaller GPU
-/// has nowhere else.
+/// The kernels that a device can launch: not those of wgmma where it has none, nor on a smaller GPU what needs more shared memory
+/// than that has.
 pub fn kernels(device: &Device) -> impl Iterator<Item = &'static str> {
     let all = kernel_files().flat_map(|(_, kernels)| kernels).copied();
     all.filter(|kernel| device.has_wgmma() || !kernel.contains("_wgmma_"))

@@ -132,7 +132,8 @@ impl<'a> Labelled<'a> {
 
     fn new(device: &Device, images: &'a Images, labels: Vec<u32>, examples: Vec<u32>, classes: usize) -> Result<Self> {
         if examples.is_empty() {
-            return Err(Error::Usage("there are no examples; choose another part or split (val: --val-split holds some out), or a larger --limit".into()));
+            let advice = "choose another part or split (val: --val-split holds some out), or a larger --limit";
+            return Err(Error::Usage(format!("there are no examples; {advice}")));
         }
         let labels = match &images.source {
             Source::Resident(_) => Labels::Device(device.upload(&labels)?),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::command::program;
 
@@ -52,7 +53,13 @@ fn can_run() -> bool {
     can
 }
 
-/// What `gpu-pack.sh` packs, with stand-ins.
+/// A folder with what `gpu-pack.sh` packs, with stand-ins, where this machine can run it.
+fn packed() -> Option<TempDir> {
+    let folder = can_run().then(|| tempfile::tempdir().unwrap())?;
+    pack(folder.path());
+    Some(folder)
+}
+
 fn pack(folder: &Path) {
     program_of(&folder.join("gpu-check.sh"), include_str!("../../scripts/gpu-check.sh"));
     fs::write(folder.join("summary.py"), include_str!("../../scripts/summary.py")).unwrap();
@@ -117,12 +124,8 @@ fn row<'a>(text: &'a str, cells: &[&str]) -> Vec<&'a str> {
 
 #[test]
 fn both_sides_stand_beside_each_other_in_the_summary() {
-    if !can_run() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = packed() else { return };
     let folder = folder.path();
-    pack(folder);
     let sections = ["tests", "steps", "torch-steps", "ops", "torch-ops", "compiled", "tickets", "ops-f32"];
     let output = gpu_check(folder, &sections);
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -193,11 +196,7 @@ fn both_sides_stand_beside_each_other_in_the_summary() {
 
 #[test]
 fn a_run_of_some_sections_says_what_is_not_there() {
-    if !can_run() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    pack(folder.path());
+    let Some(folder) = packed() else { return };
     let summary = |section: &str| {
         let output = gpu_check(folder.path(), &[section]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -218,12 +217,8 @@ fn a_run_of_some_sections_says_what_is_not_there() {
 
 #[test]
 fn what_fails_is_recorded_and_ends_nothing_else() {
-    if !can_run() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = packed() else { return };
     let folder = folder.path();
-    pack(folder);
     let whole = folder.join("bin/dilt-whole");
     fs::rename(folder.join("bin/dilt"), &whole).unwrap();
     let refuses = "#!/bin/sh\ncase \"$*\" in *linear_forward*) echo 'error: refused' >&2; exit 1 ;; esac\n";
@@ -247,12 +242,8 @@ fn what_fails_is_recorded_and_ends_nothing_else() {
 
 #[test]
 fn sections_end_with_the_time_for_all_and_those_after_it_are_left_out() {
-    if !can_run() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(folder) = packed() else { return };
     let folder = folder.path();
-    pack(folder);
     program_of(&folder.join("bin/tests"), "#!/bin/sh\nexec sleep 60\n");
     let output = gpu_check(folder, &["--seconds", "4", "tests", "torch-ops"]);
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));

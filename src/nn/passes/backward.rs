@@ -36,8 +36,10 @@ impl Network {
             gradients,
             values,
             value_gradients,
+            saved,
             scratch,
             kept,
+            pool_indices,
             count,
             step,
             seed,
@@ -57,7 +59,18 @@ impl Network {
         match *layer {
             Layer::Conv { .. } => self.conv_backward(index, dy),
             Layer::Norm { .. } => self.batch_norm_backward(index, gradient),
-            Layer::MaxPool { .. } => self.max_pool_backward(index, dy),
+            Layer::MaxPool { input, .. } => {
+                let (shape, picked) = (model.pool_shape(layer, n)?, pool_indices[plan.kept_slots[index]].view());
+                let Some(norm) = fusions[index].pooled_norm else {
+                    return max_pool_backward(device, &shape, dy, picked, at(value_gradients, slot(input)));
+                };
+                let x = model.batch_norm(norm).input;
+                let [dgamma, dbeta] = gradients.disjoint_mut(affine(model, plan, norm));
+                let to = NormGradients { dgamma, dbeta, dx: at(value_gradients, slot(x)) };
+                let norms = Norms { model, plan, values, parameters, saved, maps, fusions };
+                let (of_norm, norm) = (model.norm_shape(x, n)?, norms.pooled(norm, count));
+                norm_pool_backward(device, &of_norm, &shape, norm, dy, picked, scratch.view_mut(), to)
+            }
             Layer::Shortcut { input, .. } => {
                 let (map, dx) = (maps[index].as_ref(), at(value_gradients, slot(input)));
                 shortcut_backward(device, &model.shortcut_shape(layer, n)?, map, dy, dx)
@@ -241,38 +254,6 @@ impl Network {
         let [dgamma, dbeta] = gradients.disjoint_mut([gamma, beta]);
         let to = NormGradients { dgamma, dbeta, dx: at(value_gradients, slot(input)) };
         norm_backward(device, &shape, norm, scratch.view_mut(), to)
-    }
-
-    fn max_pool_backward(&mut self, index: usize, dy: Reals) -> Result<()> {
-        let Network {
-            device,
-            computed: model,
-            plan,
-            n,
-            parameters,
-            gradients,
-            values,
-            value_gradients,
-            saved,
-            scratch,
-            pool_indices,
-            count,
-            fusions,
-            maps,
-            ..
-        } = self;
-        let (shape, slot) = (model.pool_shape(&model.layers[index], *n)?, |id: ValueId| plan.gradient_slots[id]);
-        let picked = pool_indices[plan.kept_slots[index]].view();
-        let Some(norm) = fusions[index].pooled_norm else {
-            let input = model.layers[index].inputs().next().expect("a pool reads something");
-            return max_pool_backward(device, &shape, dy, picked, at(value_gradients, slot(input)));
-        };
-        let x = model.batch_norm(norm).input;
-        let norms = Norms { model, plan, values, parameters, saved, maps, fusions };
-        let [dgamma, dbeta] = gradients.disjoint_mut(affine(model, plan, norm));
-        let to = NormGradients { dgamma, dbeta, dx: at(value_gradients, slot(x)) };
-        let (of_norm, norm) = (model.norm_shape(x, *n)?, norms.pooled(norm, count.view()));
-        norm_pool_backward(device, &of_norm, &shape, norm, dy, picked, scratch.view_mut(), to)
     }
 }
 
