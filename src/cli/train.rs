@@ -101,13 +101,15 @@ impl Train {
         let mut training = Training::new(&mut network, &examples, &recipe, self.common.seed)?;
         let (total, per_epoch) = (training.total_steps(), recipe.steps_per_epoch(examples.len()));
         let ended = folder.finished(&training_of)?;
+        // The evaluation that follows a training belongs to it.
+        let stage;
         let images_per_second = if let Some(weights) = &ended {
             network.load(weights)?;
             None
         } else {
             let identity = training_of.to_string();
             let done = resume(&mut network, &files.checkpoint(), &identity)?;
-            let stage = self.common.progress().stage("train", total);
+            stage = self.common.progress().stage("train", total);
             let begun = Instant::now();
             let mut shown = |done, loss| stage.show(done, loss);
             let mut observer = Saver::new(files, done, identity, &mut shown)?;
